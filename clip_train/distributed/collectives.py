@@ -1,0 +1,93 @@
+"""What the ranks exchange. Every function is called by every rank, and with one process returns at once.
+
+torch 2.13 renamed two collectives and warns of the old names; 2.11 knows only the old ones. The choice is made here, once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clip_train.distributed.world import World
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Any:
+        """Return when the result may be read."""
+
+
+class Done:
+    """The collective of a single process: there was nothing to wait for."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+def all_gather_async(rows: Tensor, *, world: World, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Work]:
+    """Start gathering `rows` [B, ...] of every rank into one [size * B, ...], in rank order. Carries no gradient."""
+    rows = rows.detach().contiguous()
+    if world.size == 1:
+        return rows, Done()
+    gathered = rows.new_empty((world.size * rows.shape[0], *rows.shape[1:]))
+    return gathered, _all_gather(gathered, rows, group=group, async_op=True)
+
+
+def all_gather(rows: Tensor, *, world: World, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Gather `rows` [B, ...] of every rank into one [size * B, ...], in rank order. Carries no gradient."""
+    gathered, work = all_gather_async(rows, world=world, group=group)
+    work.wait()
+    return gathered
+
+
+def reduce_scatter_async(rows: Tensor, *, world: World, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Work]:
+    """Start summing `rows` [size * B, ...] over the ranks; this rank receives its own [B, ...]."""
+    if world.size == 1:
+        return rows, Done()
+    own = rows.new_empty((rows.shape[0] // world.size, *rows.shape[1:]))
+    return own, _reduce_scatter(own, rows.contiguous(), group=group, async_op=True)
+
+
+def all_reduce(values: Tensor, *, world: World, op: str = "sum", group: dist.ProcessGroup | None = None) -> Tensor:
+    """Combine `values` over the ranks in place with `sum`, `max` or `min`, and return them."""
+    if world.size > 1:
+        dist.all_reduce(values, op=_OPS[op], group=group)
+    return values
+
+
+def broadcast_object(value: Any, *, world: World) -> Any:
+    """Return rank 0's `value` on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=_object_device(world))
+    return box[0]
+
+
+def gather_objects(value: Any, *, world: World) -> list[Any]:
+    """Return every rank's `value`, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier(*, world: World) -> None:
+    """Wait until every rank is here."""
+    if world.size > 1:
+        dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
+
+
+def _object_device(world: World) -> torch.device:
+    return world.device if dist.get_backend() == "nccl" else torch.device("cpu")

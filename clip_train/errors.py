@@ -1,0 +1,19 @@
+"""The errors a user sees, each with the exit code of `clip-train`."""
+
+
+class ClipTrainError(Exception):
+    """An error whose message is meant for the user: printed on one line, without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(ClipTrainError):
+    """A mistake in a config, a path, a flag or the environment. Exit code 2."""
+
+    exit_code = 2
+
+
+class IntegrityError(ClipTrainError):
+    """Damaged or changed data, or a damaged checkpoint. Exit code 3."""
+
+    exit_code = 3

@@ -1,0 +1,45 @@
+"""The values that flow between the parts, and the shape legend of the whole code.
+
+B  pairs on this rank         G  pairs in the global batch (all ranks)
+L  context length (tokens)    D  width of the shared embedding
+H, W  image height, width     T  image tokens (patches and class token)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """One image-caption pair as decoded from a shard."""
+
+    image: np.ndarray  # [H, W, 3] uint8, RGB
+    caption: str
+    key: str  # "shard.tar/name-in-shard", for messages
+
+
+class Batch(NamedTuple):
+    """This rank's rows of one global batch, in slot order (data/order.py)."""
+
+    images: Tensor  # [B, H, W, 3] uint8, as decoded; the model normalises them on its device
+    tokens: Tensor  # [B, L] int64, zero-padded after the end token
+    lengths: Tensor  # [B] int64, tokens up to and including the end token
+    slots: Tensor  # [B] int64, place of each row in the endless sequence of samples
+    valid: Tensor  # [B] bool, False for padding rows, which must not influence anything
+
+    def to(self, device: object, *, non_blocking: bool = True) -> Batch:
+        """Return the batch on `device`."""
+        return Batch(*(t.to(device, non_blocking=non_blocking) for t in self))
+
+
+class Features(NamedTuple):
+    """What the model hands to the loss."""
+
+    image: Tensor  # [B, D] float32, unit length
+    text: Tensor  # [B, D] float32, unit length
+    logit_scale: Tensor  # [] log of the inverse temperature
+    logit_bias: Tensor | None  # [] only for sigmoid losses
