@@ -63,7 +63,7 @@ def decode_image(content: bytes) -> np.ndarray:
                 raise BadSampleError("undecodable") from error
     image = open_image(content)
     try:
-        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+        return np.array(to_rgb(ImageOps.exif_transpose(image)))  # writable, as torch wants it
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever damaged bytes lead them to

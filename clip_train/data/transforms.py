@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from clip_train.data.decode import to_rgb
 
@@ -89,11 +88,12 @@ def random_crop(height: int, width: int, *, uniforms: Sequence[float], scale: tu
 def resize_into(image: np.ndarray, *, out: np.ndarray) -> None:
     """Resize `image` [H, W, 3] into `out` [h, w, 3], both uint8, antialiased bicubic.
 
-    torch's uint8 kernel is six times faster than Pillow's and differs from it by rounding only (over 65 dB).
+    torch's uint8 kernel is six times faster than Pillow's and differs from it by rounding only (over 65 dB). The
+    operator behind `interpolate` is called directly, because it alone can write rows of [H, W, 3] without a copy.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).unsqueeze(0)  # [1, 3, H, W], channels last
-    resized = interpolate(pixels, size=out.shape[:2], mode="bicubic", antialias=True, align_corners=False)
-    out[:] = resized[0].permute(1, 2, 0).numpy()
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).unsqueeze(0)  # [1, 3, H, W]
+    target = torch.from_numpy(out).permute(2, 0, 1).unsqueeze(0)  # [1, 3, h, w]
+    torch.ops.aten._upsample_bicubic2d_aa.out(pixels, target.shape[2:], False, None, None, out=target)
 
 
 def preprocess_pixels(image: Image.Image, *, image_size: int) -> np.ndarray:
