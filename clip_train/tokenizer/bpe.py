@@ -1,9 +1,10 @@
 """CLIP's byte-pair encoding.
 
-The rule is OpenAI CLIP's (Radford et al. 2021, `simple_tokenizer.py`): clean, lower-case, split into words with one regular
-expression, spell each word in UTF-8 bytes, and join neighbouring symbols by the learned merges, lowest rank first. Ids: 256
-bytes, the same 256 at a word's end, 48,894 merges in rank order, the start and the end token. One deliberate difference: text
-that spells a special token (`<|endoftext|>`) is encoded as the characters it consists of, so no caption can end itself.
+The rule is OpenAI CLIP's (Radford et al. 2021, `simple_tokenizer.py`): clean, lower-case, split into words with one
+regular expression, spell each word in UTF-8 bytes, and join neighbouring symbols by the learned merges, lowest rank
+first. Ids: 256 bytes, the same 256 at a word's end, 48,894 merges in rank order, the start and the end token. One
+deliberate difference: text that spells a special token (`<|endoftext|>`) is encoded as the characters it consists of,
+so no caption can end itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import gzip
 import html
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import ftfy
@@ -74,7 +76,7 @@ class ClipTokenizer:
         return ids
 
     def encode_padded(self, text: str) -> tuple[np.ndarray, int, bool]:
-        """Return (tokens int64 [L] padded with 0, used length with both special tokens, whether the caption was cut)."""
+        """Return tokens int64 [L] padded with 0, their number with both special tokens, and whether text was cut."""
         tokens = np.zeros(self.context_length, dtype=np.int64)
         used, truncated = self._fill(tokens, text)
         return tokens, min(used, self.context_length), truncated
@@ -101,11 +103,25 @@ class ClipTokenizer:
         ids[-1] += NUM_BYTES  # the last byte carries the word-end mark
         while len(ids) > 1:
             # A merge's id grows with its rank, so the lowest id is the merge to apply.
-            best = min((self._merges.get(pair, self.vocab_size), pair) for pair in zip(ids, ids[1:], strict=False))
+            best = min((self._merges.get(pair, self.vocab_size), pair) for pair in pairwise(ids))
             if best[0] == self.vocab_size:
                 break
             ids = _apply_merge(ids, best[1], best[0])
         return tuple(ids)
+
+
+def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
+    """Tokenize as `clip.tokenize` of OpenAI CLIP: int64 [n, context_length].
+
+    Raises:
+        RuntimeError: a caption does not fit and `truncate` is False.
+    """
+    return _shared_tokenizer()(texts, context_length=context_length, truncate=truncate)
+
+
+@cache
+def _shared_tokenizer() -> ClipTokenizer:
+    return ClipTokenizer()
 
 
 def clean(text: str) -> str:
