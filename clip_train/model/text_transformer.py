@@ -54,12 +54,13 @@ class TextTransformer(nn.Module):
         tokens = self._fit_context(tokens)
         ends = tokens.argmax(dim=1)  # the first of equal maxima
         in_buckets = tokens.device.type == "cpu" if self.ragged == Ragged.auto else self.ragged == Ragged.buckets
-        x = self._read_in_buckets(tokens, ends) if in_buckets else self._read(tokens, ends)
-        return self.ln_final(x) @ self.text_projection
+        read = self._read_in_buckets(tokens, ends) if in_buckets else self._read(self.token_embedding(tokens), ends)
+        return self.ln_final(read) @ self.text_projection
 
-    def _read(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        return self.transformer(x, causal=True, positions=ends)  # [n, width]
+    def _read(self, embedded: Tensor, ends: Tensor) -> Tensor:
+        """Return the state at each end token: [n, T, width] to [n, width]."""
+        x = embedded + self.positional_embedding[: embedded.shape[1]]
+        return self.transformer(x, causal=True, positions=ends)
 
     def _read_in_buckets(self, tokens: Tensor, ends: Tensor) -> Tensor:
         """Make one call per bucket of lengths, each as wide as its longest caption, and restore the order of rows."""
@@ -67,16 +68,19 @@ class TextTransformer(nn.Module):
         rows_of: dict[int, list[int]] = {}
         for row, length in enumerate(lengths):
             rows_of.setdefault(bisect.bisect_left(BUCKETS, length), []).append(row)
-        if len(rows_of) == 1:
-            return self._read(tokens[:, : max(lengths)], ends)
-        read, order = [], []
-        for _, rows in sorted(rows_of.items()):
-            index = torch.tensor(rows, device=tokens.device)
-            longest = max(lengths[row] for row in rows)
-            read.append(self._read(tokens[index, :longest], ends[index]))
-            order += rows
-        place = torch.tensor(order, device=tokens.device).argsort()
-        return torch.cat(read)[place]
+        order = torch.tensor([row for rows in rows_of.values() for row in rows], device=tokens.device)
+        widths = [max(lengths[row] for row in rows) for rows in rows_of.values()]
+        groups = [
+            tokens[index, :width]  # [n, width of the bucket]
+            for index, width in zip(order.split([len(rows) for rows in rows_of.values()]), widths, strict=True)
+        ]
+        # One lookup for all buckets: each would otherwise make its own gradient as large as the vocabulary.
+        embedded = self.token_embedding(torch.cat([group.flatten() for group in groups]))
+        read = [
+            self._read(x.view(*group.shape, -1), group.argmax(dim=1))
+            for x, group in zip(embedded.split([group.numel() for group in groups]), groups, strict=True)
+        ]
+        return torch.cat(read)[order.argsort()]
 
     def _fit_context(self, tokens: Tensor) -> Tensor:
         """Drop columns past the context, which must be padding: `tokenize` pads to 77 whatever the model."""
