@@ -64,7 +64,9 @@ def _ranks_from_environment() -> tuple[int, int, int]:
         return 0, 1, 0
     missing = [name for name in names if name not in found]
     if missing:
-        raise UserError(f"{', '.join(found)} set but {', '.join(missing)} missing: start several processes with torchrun")
+        raise UserError(
+            f"{', '.join(found)} set but {', '.join(missing)} missing: start several processes with torchrun"
+        )
     try:
         rank, size, local_rank = (int(found[name]) for name in names)
     except ValueError as error:
