@@ -13,20 +13,20 @@ import typer
 from clip_train import __version__
 from clip_train.errors import ClipTrainError, UserError
 
-EPILOG = """Start here:
-
-  clip-train train experiment=demo                  train a model, evaluate it, write runs/demo/report.html
-
+EXAMPLES = """\b
+  clip-train train experiment=demo
+      train a model, evaluate it, write runs/demo/report.html
   clip-train classify cat.jpg --labels "a corgi,a cat" --model runs/demo
+      say which label fits a picture
+  clip-train shards make PICTURES SHARDS
+      turn a folder of pictures, each with a .txt, into shards
 
-  clip-train shards make PICTURES SHARDS            a folder of pictures with a .txt each becomes shards
-
-`clip-train COMMAND --help` explains each command, `clip-train help KEY` one config key."""
+`clip-train COMMAND --help` explains a command, `clip-train help KEY` a config key."""
 
 KEY_VALUE = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 app = typer.Typer(
-    help=f"Train, evaluate and use CLIP models.\n\n{EPILOG}", no_args_is_help=True, add_completion=False,
+    help=f"Train, evaluate and use CLIP models.\n\n{EXAMPLES}", no_args_is_help=True, add_completion=False,
     rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 shards = typer.Typer(help="Make and index shards of image-caption pairs.", no_args_is_help=True, rich_markup_mode=None)

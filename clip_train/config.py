@@ -35,8 +35,8 @@ CHOICES: dict[str, dict[str, type]] = {
     "evaluation": {"classify": ClassifyConfig, "retrieve": RetrieveConfig},
     "logging": {"default": LoggingConfig},
 }
-"""Group -> name -> dataclass. A group with one class is its schema whatever file is chosen (`base`); where there are
-several, a file names its own (`base_NAME`) and its `name` field must say the same."""
+"""Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.
+Where there are several, the `name` field must say which."""
 
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
@@ -164,7 +164,7 @@ def load(command: str, overrides: list[str]) -> Any:
 
     try:
         return OmegaConf.to_object(compose(command, overrides))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, AttributeError) as error:  # the latter where `+key=` adds what no dataclass has
         raise UserError(_explain(command, overrides, error)) from error
 
 
@@ -198,7 +198,9 @@ def register() -> None:
         store.store(name=f"base_{name}", node=schema)
     for group, choices in CHOICES.items():
         for name, schema in choices.items():
-            store.store(group=group, name="base" if len(choices) == 1 else f"base_{name}", node=schema)
+            store.store(group=group, name=f"base_{name}", node=schema)
+            if len(choices) == 1:
+                store.store(group=group, name="base", node=schema)
 
 
 def to_yaml(config: Any) -> str:
