@@ -67,7 +67,7 @@ class DataConfig:
             raise UserError(f"data.val={self.val!r} must be a pattern or a list of patterns")
         low, high = self.crop_scale if len(self.crop_scale) == 2 else (0.0, 0.0)
         if not 0 < low <= high <= 1:
-            raise UserError(f"data.crop_scale={self.crop_scale} must be two shares of the area with 0 < first <= second <= 1")
+            raise UserError(f"data.crop_scale={self.crop_scale} must be two shares with 0 < first <= second <= 1")
         if self.workers < 0:
             raise UserError(f"data.workers={self.workers} must not be negative")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -119,13 +119,13 @@ class DataConfig:
         from clip_train.data.transforms import TrainTransform
 
         sources = self.open_train(world=world)
-        weights = [weight for _, weight in _patterns_by_source(self.train).values()]
+        weights = [weight for _, weight in _patterns_by_source(self.train).values() if weight is not None]
         if self.val is not None:
             _warn_of_shared_shards(sources, self.val_shards())
         low, high = self.crop_scale
         return TrainStream(
             sources,
-            weights=None if None in weights else weights,
+            weights=weights or None,
             world=world,
             seed=seed,
             global_batch_size=global_batch_size,
@@ -139,7 +139,7 @@ class DataConfig:
         )
 
 
-def _patterns_by_source(train: Any) -> dict[str, tuple[Any, float | None]]:
+def _patterns_by_source(train: object) -> dict[str, tuple[Any, float | None]]:
     """Return patterns and weight of each source. A bare pattern is the source `train`, which fixes its order."""
     if _is_patterns(train):
         return {TRAIN_SOURCE: (train, None)}
@@ -159,7 +159,7 @@ def _patterns_by_source(train: Any) -> dict[str, tuple[Any, float | None]]:
     return sources
 
 
-def _is_patterns(value: Any) -> bool:
+def _is_patterns(value: object) -> bool:
     if isinstance(value, str):
         return bool(value)
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item for item in value)

@@ -7,7 +7,6 @@ machine and every number of workers makes the same choice.
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from clip_train.data.source import Source
 
 _MAX_CAPTION_BYTES = 1 << 16
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 class Tokenizer(Protocol):
@@ -161,20 +159,10 @@ def decode_caption(content: bytes) -> str:
     return caption
 
 
-def start_worker(_: int) -> None:
-    """Keep freed picture buffers in the worker's heap: giving 4 MB back per picture costs 2,000 page faults each."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # only glibc has mallopt, and only speed depends on it
-
-
 def _shared_zeros(*shape: int) -> Tensor:
     """Return uint8 zeros; in a worker in shared memory, so that the trainer receives them without a copy."""
     if get_worker_info() is None:
         return torch.zeros(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))
     # New shared memory is zero-filled by the system.
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

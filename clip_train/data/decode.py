@@ -56,12 +56,14 @@ def decode_image(content: bytes) -> np.ndarray:
     if content[:3] == b"\xff\xd8\xff":
         header = jpeg_header(content)
         if header is not None and header.simple and header.orientation == 1:
-            check_size(header.width, header.height)
+            check_pixels(header.width, header.height)
+            check_shape(header.width, header.height)
             try:
                 return simplejpeg.decode_jpeg(content, colorspace="RGB", fastdct=False, fastupsample=False)
             except ValueError as error:
                 raise BadSampleError("undecodable") from error
     image = open_image(content)
+    check_shape(*image.size)
     try:
         return np.array(to_rgb(ImageOps.exif_transpose(image)))  # writable, as torch wants it
     except MemoryError:
@@ -74,7 +76,7 @@ def open_image(content: bytes) -> Image.Image:
     """Open a picture by its header alone, and check its size before any pixel is decoded.
 
     Raises:
-        BadSampleError: the format is unknown or not allowed, or the picture too large, too small or too narrow.
+        BadSampleError: the format is unknown or not allowed, or the picture has more than 64 million pixels.
     """
     if not content:
         raise BadSampleError("empty_image")
@@ -86,18 +88,26 @@ def open_image(content: bytes) -> Image.Image:
             raise BadSampleError("too_many_pixels") from error
         except Exception as error:
             raise BadSampleError("unknown_format") from error
-    check_size(*image.size)
+    check_pixels(*image.size)
     return image
 
 
-def check_size(width: int, height: int) -> None:
-    """Check a picture's size in pixels.
+def check_pixels(width: int, height: int) -> None:
+    """Check that a picture may be decoded at all.
 
     Raises:
-        BadSampleError: it has more than 64 million pixels, a side under 16, or sides beyond 20:1.
+        BadSampleError: it has more than 64 million pixels.
     """
     if width * height > MAX_PIXELS:
         raise BadSampleError("too_many_pixels")
+
+
+def check_shape(width: int, height: int) -> None:
+    """Check that a picture is fit for training.
+
+    Raises:
+        BadSampleError: a side is under 16 pixels, or the sides are beyond 20:1.
+    """
     if min(width, height) < MIN_SIDE:
         raise BadSampleError("too_small")
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -122,7 +132,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _scale_to_uint8(image: Image.Image) -> np.ndarray:
     """Scale grey values: 16-bit by the range of the type, wider ones and floats by their own minimum and maximum."""
     values = np.asarray(image).astype(np.float64)
-    if image.mode.startswith("I;16") or (image.mode == "I" and 0 <= values.min() and values.max() < 2**16):
+    if image.mode.startswith("I;16") or (image.mode == "I" and values.min() >= 0 and values.max() < 2**16):
         low, high = 0.0, 65535.0
     else:
         values = np.nan_to_num(values)

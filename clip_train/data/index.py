@@ -153,11 +153,12 @@ def check_sizes(entry: ShardEntry) -> None:
         raise IntegrityError(f"{entry.path} or its index: {error.strerror or error}") from error
     if size != entry.bytes:
         raise IntegrityError(
-            f"{entry.path} changed after indexing: size {entry.bytes} -> {size} bytes. {_how_to_index(entry.path.parent)}"
+            f"{entry.path} changed after indexing: size {entry.bytes} -> {size} bytes; if that is meant, "
+            f"{_how_to_index(entry.path.parent)}"
         )
     if idx_size != entry.n * RECORD.itemsize:
         raise IntegrityError(
-            f"{entry.idx_path} has {idx_size} bytes, not {RECORD.itemsize} for each of {entry.n} samples. "
+            f"{entry.idx_path} has {idx_size} bytes, not {RECORD.itemsize} for each of {entry.n} samples: "
             f"{_how_to_index(entry.path.parent)}"
         )
 

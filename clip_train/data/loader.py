@@ -11,15 +11,15 @@ The position of the stream is one integer, `consumed`. Nothing else must be save
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from clip_train.data.dataset import BadSample, SampleDataset, Task, TaskResult, Tokenizer, start_worker
+from clip_train.data.dataset import BadSample, SampleDataset, Task, TaskResult, Tokenizer
 from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
+from clip_train.data.workers import WORKER_START_METHOD, as_is, start_worker, start_worker_server
 from clip_train.errors import IntegrityError, UserError
 from clip_train.types import Batch
 
@@ -91,6 +91,8 @@ class TrainStream:
         )  # fmt: skip
         self._bad = _BadSamples(max_bad_fraction)
         self._tasks: Iterator[TaskResult] | None = None
+        if workers:
+            start_worker_server()  # its imports take seconds, in which the caller can build the model
 
     def batches(self, consumed: int) -> Iterator[Batch]:
         """Yield this rank's rows of the global batches from slot `consumed` on, without end.
@@ -101,7 +103,9 @@ class TrainStream:
             IntegrityError: data is damaged, or too many samples cannot be used.
         """
         self.close()
-        sampler = _TaskSampler(self._order, world=self._world, global_batch_size=self._global_batch_size, start=consumed)
+        sampler = _TaskSampler(
+            self._order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
+        )
         tasks = self._tasks = iter(self._loader(sampler))
         while True:
             parts = []
@@ -147,7 +151,7 @@ class TrainStream:
                 if saved[name][field] != row[field]:
                     raise IntegrityError(
                         f"data source {name!r} changed since the checkpoint ({field} {saved[name][field]} -> "
-                        f"{row[field]}): continuing would repeat and lose samples. Restore the shards, or start a new run"
+                        f"{row[field]}): continuing would repeat and lose samples. Restore the shards or start anew"
                     )
 
     def counters(self) -> dict[str, int]:
@@ -162,14 +166,11 @@ class TrainStream:
 
     def _loader(self, sampler: _TaskSampler) -> DataLoader:
         if not self._workers:
-            return DataLoader(self._dataset, sampler=sampler, batch_size=None, collate_fn=_as_is)
-        # Workers are forked from a server that has no threads, no CUDA and no process group of its own.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([SampleDataset.__module__])
+            return DataLoader(self._dataset, sampler=sampler, batch_size=None, collate_fn=as_is)
         return DataLoader(
-            self._dataset, sampler=sampler, batch_size=None, collate_fn=_as_is, num_workers=self._workers,
+            self._dataset, sampler=sampler, batch_size=None, collate_fn=as_is, num_workers=self._workers,
             prefetch_factor=max(2, -(-2 * sampler.tasks_per_batch // self._workers)), worker_init_fn=start_worker,
-            multiprocessing_context=context, timeout=_TIMEOUT_SECONDS, in_order=True,
+            multiprocessing_context=WORKER_START_METHOD, timeout=_TIMEOUT_SECONDS, in_order=True,
         )  # fmt: skip
 
     def _join(self, parts: list[Batch]) -> Batch:
@@ -283,7 +284,3 @@ def _concatenate(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
     rows = sum(len(t) for t in tensors)
     out = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, pin_memory=pin)
     return torch.cat(list(tensors), out=out)
-
-
-def _as_is(result: TaskResult) -> TaskResult:
-    return result

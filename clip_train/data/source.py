@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> li
             elif path.exists():
                 matches = [path]
             else:
-                matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+                matches = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
             if not matches:
                 missing.append(f"{path}/*.tar" if path.is_dir() else str(path))
             found += matches

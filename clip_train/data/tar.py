@@ -1,7 +1,7 @@
 """Walk a tar file by its headers and group its members into samples. Extracts nothing.
 
-Reading tars as a stream loses data without an error: a damaged header or a zero block ends the shard silently. This walk
-accepts only what it fully understands and names the shard and the byte offset of everything else.
+Reading tars as a stream loses data without an error: a damaged header or a zero block ends the shard silently. This
+walk accepts only what it fully understands and names the shard and the byte offset of everything else.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ _MAX_EXTENDED_HEADER = 1 << 20
 _ZERO_BLOCK = bytes(BLOCK)
 _CHECKSUM_BLANKS = 8 * 0x20
 _ADLER_MODULUS = 65521
-_REGULAR = b"0\x007"
-_LINKS_AND_DEVICES = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "pipe"}
+_REGULAR = frozenset((b"0", b"\0", b"7"))
+_EXTENDED = frozenset((b"L", b"K", b"x", b"g"))  # GNU long name and long link, PAX for one member and for all
+_FOLDER = b"5"
+_UNSUPPORTED = {
+    b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "pipe", b"S": "sparse file",
+}  # fmt: skip
 # webdataset's rule (tariterators.base_plus_ext): the key ends at the first dot of the base name.
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)
 
@@ -96,46 +100,50 @@ def walk_tar(path: Path) -> Iterator[Member]:
 
 
 def _walk(path: Path, data: mmap.mmap) -> Iterator[Member]:
-    position, end = 0, len(data)
+    position = 0
     name: str | None = None  # from an extended header, for the next member only
     size: int | None = None
-    while True:
-        header = data[position : position + BLOCK]
-        if len(header) < BLOCK:
-            raise _damaged(path, position, "the file is cut off: there is no end marker")
-        if header == _ZERO_BLOCK:
-            _check_end(path, data, position)
-            return
-        if not _checksum_is_right(header):
-            raise _damaged(path, position, f"the header checksum is wrong{_guess(data) if position == 0 else ''}")
-        stored_size = _number(header[124:136])
-        kind = header[156:157]
-        if stored_size is None:
-            raise _damaged(path, position, "the member size is not a number")
-        if kind in _REGULAR:
-            stored_size = stored_size if size is None else size
+    while (header := data[position : position + BLOCK]) != _ZERO_BLOCK:
+        kind, stored_size = _kind_and_size(path, header, position)
+        if size is not None and kind in _REGULAR:
+            stored_size = size
         content = position + BLOCK
         position = content + -(-stored_size // BLOCK) * BLOCK
-        if position > end:
+        if position > len(data):
             raise _damaged(path, content, f"the file is cut off: a member of {stored_size} bytes begins here")
-        if kind in _REGULAR:
-            member_name = _name(header) if name is None else name
-            name = size = None
-            if not member_name.endswith("/"):  # tars before POSIX mark directories only by the slash
-                yield Member(member_name, content, stored_size)
-        elif kind in b"LKxg":
-            if stored_size > _MAX_EXTENDED_HEADER:
-                raise _damaged(path, content, f"an extended header has {stored_size} bytes")
+        if kind in _EXTENDED:
             payload = data[content : content + stored_size]
             if kind == b"L":
                 name = payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif kind == b"x":
                 name, size = _pax(path, content, payload, name)
-        elif kind == b"5":
-            name = size = None
-        else:
-            what = _LINKS_AND_DEVICES.get(kind, "sparse file" if kind == b"S" else f"member of unknown type {kind!r}")
-            raise _damaged(path, content - BLOCK, f"{_name(header)!r} is a {what}; shards hold regular files only")
+            continue
+        if name is None:
+            name = _name(header)
+        if kind in _REGULAR and not name.endswith("/"):  # before POSIX only the slash told a folder
+            yield Member(name, content, stored_size)
+        name = size = None
+    _check_end(path, data, position)
+
+
+def _kind_and_size(path: Path, header: bytes, position: int) -> tuple[bytes, int]:
+    """Check a header and return the member's type flag and stored size."""
+    if len(header) < BLOCK:
+        raise _damaged(path, position, f"the file is cut off: there is no end marker{_guess(header, position)}")
+    if not _checksum_is_right(header):
+        raise _damaged(path, position, f"the header checksum is wrong{_guess(header, position)}")
+    kind, size = header[156:157], _number(header[124:136])
+    if size is None:
+        raise _damaged(path, position, "the member size is not a number")
+    if kind in _EXTENDED:
+        if size > _MAX_EXTENDED_HEADER:
+            raise _damaged(path, position, f"an extended header has {size} bytes")
+    elif kind == _FOLDER:
+        size = 0  # whatever the field says, a folder has no content
+    elif kind not in _REGULAR:
+        what = _UNSUPPORTED.get(kind, f"member of unknown type {kind!r}")
+        raise _damaged(path, position, f"{_name(header)!r} is a {what}; shards hold regular files only")
+    return kind, size
 
 
 def _check_end(path: Path, data: mmap.mmap, position: int) -> None:
@@ -209,11 +217,10 @@ def _pax(path: Path, offset: int, payload: bytes, name: str | None) -> tuple[str
     return name, size
 
 
-def _guess(data: mmap.mmap) -> str:
-    head = data[:64].lstrip()
-    if head.startswith(b"\x1f\x8b"):
+def _guess(header: bytes, position: int) -> str:
+    if position == 0 and header.startswith(b"\x1f\x8b"):
         return ": this is a gzip file; shards are plain tar files"
-    if head[:1] == b"<":
+    if position == 0 and header.lstrip()[:1] == b"<":
         return ": this looks like an HTML or XML page, not a tar"
     return ""
 

@@ -1,4 +1,4 @@
-"""The geometry of pictures: random crops for training, drawn from a sample's own numbers, and centre crops elsewhere."""
+"""The geometry of pictures: random crops for training, from a sample's own numbers, and centre crops elsewhere."""
 
 from __future__ import annotations
 
