@@ -24,7 +24,7 @@ def openai_integers(model):
 
 
 def write_torchscript(model, path):
-    """Write an archive that carries the parameters under their dotted names, half precision as OpenAI publishes them."""
+    """Write an archive that carries the parameters under their dotted names, in the half precision of OpenAI's."""
     root = nn.Module()
     for name, tensor in {**model.state_dict(), **openai_integers(model)}.items():
         *parents, leaf = name.split(".")

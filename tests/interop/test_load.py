@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -39,13 +40,10 @@ def weight_file(tmp_path):
 
 
 def write_run(path, model, *, ema=None):
-    config = clip_train.model.zoo.model_config("tiny", **files.SMALL)
-    from omegaconf import OmegaConf
-
-    text = OmegaConf.to_yaml(OmegaConf.create({"steps": 5, "model": OmegaConf.structured(config)}))
+    text = OmegaConf.to_yaml(OmegaConf.create({"steps": 5, "model": OmegaConf.structured(model.config)}))
     tensors = {"model": ModelState(model)} | ({} if ema is None else {"ema": ModelState(ema)})
-    checkpointer = Checkpointer(path, world=World(), config=CheckpointConfig(), tensors=tensors, state={})
-    return checkpointer.save(step=5, consumed=40, config_yaml=text)
+    with Checkpointer(path, world=World(), config=CheckpointConfig(), tensors=tensors, state={}) as checkpointer:
+        return checkpointer.save(step=5, consumed=40, config_yaml=text)
 
 
 def test_the_tutorial_snippet_runs_unchanged_and_gives_cosines(weight_file):
