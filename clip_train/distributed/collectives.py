@@ -99,6 +99,13 @@ def ring_shift_async(values: Tensor, *, world: World, group: dist.ProcessGroup |
     return received, All(dist.batch_isend_irecv(operations))
 
 
+def broadcast(values: Tensor, *, world: World) -> Tensor:
+    """Overwrite `values` with rank 0's on every rank, and return them."""
+    if world.size > 1:
+        dist.broadcast(values, src=0)
+    return values
+
+
 def broadcast_object(value: Any, *, world: World) -> Any:
     """Return rank 0's `value` on every rank."""
     if world.size == 1:

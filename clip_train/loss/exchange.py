@@ -72,7 +72,7 @@ class TextPort(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, text: Tensor, exchange: TextExchange) -> Tensor:
         ctx.exchange = exchange
-        return text.view_as(text)
+        return text.clone()  # not a view: FSDP2 hangs hooks on what the model returns
 
     @staticmethod
     @once_differentiable
