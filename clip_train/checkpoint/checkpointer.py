@@ -152,6 +152,7 @@ class Checkpointer:
             UserError: nothing at the path, a newer format, or a checkpoint that does not fit the parts.
             IntegrityError: there are checkpoints and none is intact.
         """
+        self._settle()
         chosen = on_main(lambda: self._choose(mode), world=self.world)
         if chosen is None:
             return None

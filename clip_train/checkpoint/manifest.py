@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -69,6 +70,8 @@ def verify(checkpoint_dir: Path) -> Manifest:
     """
     manifest = Manifest.read(checkpoint_dir)
     for name, stated in manifest.files.items():
+        if Path(name).name != name:
+            raise IntegrityError(f"{checkpoint_dir.name}: {name} is no name of a file")
         try:
             found = hash_file(checkpoint_dir / name)
         except FileNotFoundError:
@@ -82,6 +85,7 @@ def verify(checkpoint_dir: Path) -> Manifest:
     return manifest
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Return the commit of the clone that this package runs from, None where it is installed."""
     root = Path(__file__).parents[2]
