@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError
 
 if TYPE_CHECKING:
     from clip_train.data.sequential import ImageSource
@@ -29,14 +29,13 @@ def open_captioned_images(shards: str) -> CaptionedImages:
     """Open shards whose images have a `.txt` with one caption per line.
 
     Raises:
-        UserError: the pattern matches no image.
-        IntegrityError: an image has no caption.
+        UserError: the pattern matches no shard.
+        IntegrityError: a shard is damaged, or an image has no caption.
     """
     from clip_train.data.sequential import ShardImages
+    from clip_train.data.source import expand_shards
 
-    source = ShardImages(shards)
-    if not len(source):
-        raise UserError(f"{shards} holds no image")
+    source = ShardImages(expand_shards(shards, field="evaluation.shards"))
     captions: list[str] = []
     owner: list[int] = []
     for i in range(len(source)):

@@ -27,7 +27,7 @@ class EvaluationConfig:
 
     name: str = "???"
     every: int | None = None
-    """Steps between two evaluations during training; null or 0 evaluates only after the last step."""
+    """Steps between two evaluations during training, and at its end; null or 0: not during training."""
     batch_size: int = 128
     """Images per rank and forward pass. It changes memory and speed, not the result."""
     workers: int = 0
@@ -58,7 +58,8 @@ class ClassifyConfig(EvaluationConfig):
     """`auto` (the file or folder names in `root`), `imagenet`, or a text file with one name per line."""
     templates: str = "auto"
     """`auto` (the file in `root`; else `imagenet` for ImageNet's class folders, else `single`), `imagenet` (80),
-    `simple` (7), `single` (`a photo of a {}.`), or a text file with one template per line and `{}` or `{c}` for the name."""
+    `simple` (7), `single` (`a photo of a {}.`), or a text file of templates, one per line, with `{}` or `{c}` for the
+    name."""
 
     def build(self, *, world: World, tokenizer: Tokenizer, image_size: int) -> Classify:
         """Open the images and make the evaluator. Every rank reads the same list of images."""

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from clip_train.data.sequential import ImageSource
 
 _WNID = re.compile(r"n\d{8}")
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +56,7 @@ def _open_shards(root: Path, *, split: str, classnames: str, templates: str) -> 
     text = (root / split / "nshards.txt").read_text(encoding="utf-8").strip()
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"{root / split / 'nshards.txt'} must hold the number of shards, not {text!r}")
-    source = ShardImages([str(root / split / f"{i}.tar") for i in range(int(text))])
-    if not len(source):
-        raise UserError(f"{root / split} holds no image")
+    source = ShardImages([root / split / f"{i}.tar" for i in range(int(text))])
     labels = [
         _parse_label(source.text(i, "cls"), key=source.key(i), num_classes=len(names)) for i in range(len(source))
     ]
@@ -87,19 +84,15 @@ def _open_folders(root: Path, *, split: str, classnames: str, templates: str) ->
         prompts = root / "zeroshot_classification_templates.txt"
         is_imagenet = classnames == "imagenet" or all(_WNID.fullmatch(name) for name in folders)
         templates = str(prompts) if prompts.is_file() else ("imagenet" if is_imagenet else "single")
-    files = [
-        (path, label_of[name])
-        for name in folders
-        for path in sorted((base / name).iterdir())
-        if path.suffix.lower() in _IMAGE_SUFFIXES
-    ]
-    if not files:
-        raise UserError(f"the class folders of {base} hold no image")
+    source = FolderImages(base)
+    labels = []
+    for i in range(len(source)):
+        name, slash, _ = source.key(i).partition("/")
+        if not slash:
+            raise UserError(f"{base / name} lies outside the class folders beside it")
+        labels.append(label_of[name])
     return LabelledImages(
-        source=FolderImages([path for path, _ in files]),
-        labels=np.array([label for _, label in files], dtype=np.int64),
-        classnames=names,
-        templates=load_templates(templates),
+        source=source, labels=np.array(labels, dtype=np.int64), classnames=names, templates=load_templates(templates)
     )
 
 
