@@ -48,6 +48,7 @@ MAY_CHANGE_ON_RESUME = (
 class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"
 
 
 class OnNonfinite(StrEnum):
@@ -64,17 +65,17 @@ class TrainConfig:
     run_dir: str = "runs/${name}"
     """Folder of checkpoints, metrics and report. The same command finds it again and continues."""
     resume: str = "auto"
-    """`auto` continues from the newest good checkpoint of run_dir, `never` starts afresh, a PATH continues from there."""
+    """`auto` continues from the newest good checkpoint of run_dir, `never` starts afresh, a PATH continues there."""
     seed: int = 0
     """Decides initial weights, data order, crops and dropout."""
     device: str = "auto"
     """`auto` (CUDA if present, else CPU), `cpu`, `cuda` or `cuda:N`."""
     precision: Precision = Precision.bf16
-    """`bf16`: autocast with float32 weights; `fp32`: everything in float32."""
+    """`fp32`, or autocast with float32 weights: `bf16`, or `fp16` with loss scaling for GPUs that lack bf16."""
     global_batch_size: int = 1024
     """Pairs per optimizer step over all ranks; each image is contrasted with this many captions."""
     micro_batch_size: int | None = None
-    """Pairs per rank in one forward pass; smaller than the rank's batch saves memory, with the same gradients. null: all."""
+    """Pairs per rank in one forward pass; fewer than the rank has save memory, with the same gradients. null: all."""
     steps: int | None = None
     """Length of the run in optimizer steps. Give exactly one of steps, samples and epochs."""
     samples: int | None = None
@@ -109,8 +110,8 @@ class TrainConfig:
         if self.steps is not None:
             self._check_warmup(self.steps)
         for group, choices in CHOICES.items():
-            chosen = getattr(self, group)
-            if len(choices) > 1 and is_dataclass(chosen) and choices.get(chosen.name) is not type(chosen):
+            chosen: Any = getattr(self, group)
+            if len(choices) > 1 and group != "evaluation" and choices.get(chosen.name) is not type(chosen):
                 raise UserError(
                     f"{group}.name={chosen.name} does not fit its settings: choose one of {', '.join(choices)}"
                 )
@@ -141,8 +142,6 @@ class EvaluateConfig:
     """What to evaluate: a run directory, a checkpoint, or anything that `clip_train.load` takes."""
     device: str = "auto"
     """`auto` (CUDA if present, else CPU), `cpu`, `cuda` or `cuda:N`."""
-    precision: Precision = Precision.fp32
-    """`fp32`, or `bf16` for speed; bf16 moves a few pictures across the decision boundary."""
     output: str | None = None
     """Folder for the result files; null: `evaluation/` in the run directory, or the current folder."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -221,7 +220,7 @@ def from_yaml(path: Path, *, root: type = TrainConfig) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        values = OmegaConf.create(path.read_text(encoding="utf-8"))
+        values: Any = OmegaConf.create(path.read_text(encoding="utf-8"))
         schema = OmegaConf.structured(root)
         for group, choices in CHOICES.items():
             if group not in values or group == "evaluation" or len(choices) == 1:
@@ -311,8 +310,9 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
     if missing:
         group, value = missing.groups()
         options = sorted(p.stem for p in (config_dir() / group).glob("*.yaml"))
-        near = difflib.get_close_matches(value, options, n=1, cutoff=0.3)
-        return f"{group}={value} is not there: {f'did you mean {near[0]}? ' if near else ''}choose one of {', '.join(options)}"
+        similar = difflib.get_close_matches(value, options, n=1, cutoff=0.3)
+        question = f"did you mean {similar[0]}? " if similar else ""
+        return f"{group}={value} is not there: {question}choose one of {', '.join(options)}"
     first = text.strip().splitlines()[0]
     full_key = re.search(r"full_key: (\S+)", text)
     return f"{full_key.group(1)}: {first}" if full_key else first

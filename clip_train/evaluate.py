@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 
 def run_evaluations(
-    evaluators: Mapping[str, Any], model: DualEncoder, *, world: World, out: Path, name: str, weights: str, samples: bool
+    evaluators: Mapping[str, Any],
+    model: DualEncoder,
+    *,
+    world: World,
+    out: Path,
+    name: str,
+    weights: str,
+    samples: bool,
 ) -> dict[str, float]:
     """Run every evaluator on all ranks and return its metrics as `NAME/metric`. Rank 0 writes and prints the results.
 
@@ -65,7 +72,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             trained: TrainConfig = from_yaml(run / "config.yaml")
             evaluations = trained.evaluation
         if not evaluations:
-            raise UserError(f"nothing to evaluate: {run} was trained without evaluations; name some, as in evaluation=[imagenet]")
+            raise UserError(
+                f"nothing to evaluate: {run} was trained without evaluations; name some, as in evaluation=[imagenet]"
+            )
         model, _ = load(config.checkpoint, device=world.device)
         tokenizer = model.tokenizer
         evaluators = {

@@ -1,10 +1,11 @@
-"""Help for the commands that take `KEY=VALUE`, read from the config dataclasses and the docstrings below their fields."""
+"""Help for the commands that take `KEY=VALUE`, read from the config dataclasses and their fields' docstrings."""
 
 from __future__ import annotations
 
 import ast
 import difflib
 import inspect
+import itertools
 import textwrap
 from dataclasses import MISSING, Field, fields
 
@@ -62,7 +63,7 @@ def _docstrings(schema: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in reversed(schema.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for item, following in zip(body, body[1:], strict=False):
+        for item, following in itertools.pairwise(body):
             if (
                 isinstance(item, ast.AnnAssign)
                 and isinstance(following, ast.Expr)

@@ -10,7 +10,6 @@ Random numbers depend on (seed, step, rank, micro-batch) only, so 3 repeats the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -105,14 +104,20 @@ class TrainStep:
                 cached.append(self._forward(parts[j], step=step, j=j))
         # Alone, the last micro-batch's text is gathered behind its image tower; otherwise the loss gathers all texts.
         with gradient_sync(self._wrapped, enabled=last == 0):
-            attached = self._forward(parts[last], step=step, j=last, on_text=self._loss_fn.on_text if last == 0 else None)
+            attached = self._forward(
+                parts[last], step=step, j=last, on_text=self._loss_fn.on_text if last == 0 else None
+            )
             leaves = [_leaves(features, like=attached) for features in cached]
             loss = self._loss(_joined([*leaves, attached]), batch)
             (loss * self.loss_scale.value).backward()
         for j, leaf in enumerate(leaves):
             with gradient_sync(self._wrapped, enabled=j == last - 1):
                 features = self._forward(parts[j], step=step, j=j)
-                towers = [(f, g.grad) for f, g in ((features.image, leaf.image), (features.text, leaf.text)) if f.requires_grad]
+                towers = [
+                    (f, g.grad)
+                    for f, g in ((features.image, leaf.image), (features.text, leaf.text))
+                    if f.requires_grad
+                ]
                 torch.autograd.backward([f for f, _ in towers], [g for _, g in towers])
         return loss.detach()
 

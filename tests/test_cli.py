@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ def clip_train(*arguments, env=None, cwd=None):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "clip_train", *arguments], capture_output=True, text=True, timeout=60, check=False,
-        cwd=cwd, env={**os.environ, "PYTHONPATH": os.getcwd(), **(env or {})},
+        cwd=cwd, env={**os.environ, "PYTHONPATH": str(Path.cwd()), **(env or {})},
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

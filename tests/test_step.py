@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -9,8 +7,7 @@ from clip_train.errors import UserError
 from clip_train.loss.clip import ClipLoss
 from clip_train.loss.siglip import SigLipLoss
 from clip_train.optim.adamw import build_adamw
-from clip_train.optim.ema import Ema
-from clip_train.step import LossScale, TrainStep
+from clip_train.step import TrainStep
 from tests.gloo import run_on_ranks
 from tests.loss.reference import clip_loss, siglip_loss
 from tests.standin import StandinCLIP, draw_batch
@@ -47,9 +44,7 @@ def recorded_step(world, model, batch, *, strategy="ddp", siglip=False, **option
     names, parameters = zip(*model.named_parameters(), strict=True)
     recorder = Recorder([{"params": list(parameters), "names": list(names)}], lr=0.0)
     loss_fn = (SigLipLoss if siglip else ClipLoss)(world=world, tile=(5, 7))
-    train_step = TrainStep(
-        model, wrapped=wrapped, loss_fn=loss_fn, optimizer=recorder, world=world, seed=3, **options
-    )
+    train_step = TrainStep(model, wrapped=wrapped, loss_fn=loss_fn, optimizer=recorder, world=world, seed=3, **options)
     rows = len(batch.images) // world.size
     own = type(batch)(*(t[world.rank * rows : (world.rank + 1) * rows] for t in batch))
     return train_step(own, learning_rate=RATE, step=0), recorder.seen

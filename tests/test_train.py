@@ -1,4 +1,4 @@
-"""The trainer as a whole: it learns, it can be killed, it continues with the next sample, on any number of processes."""
+"""The trainer as a whole: it learns, it can be killed, it continues with the next sample on any number of processes."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from clip_train.data.scenes.write import write_scenes
 
 from clip_train.config import load
-from clip_train.data.scenes.write import write_scenes
 from clip_train.errors import UserError
 from clip_train.metrics.log import read_metrics
 from clip_train.train import train
@@ -29,7 +29,7 @@ def scenes(tmp_path_factory):
 
 def overrides(scenes: Path, run_dir: Path, *more: str) -> list[str]:
     return [
-        f"data.train={scenes}/train", "model=tiny", "data.workers=0", "device=cpu", "precision=fp32", f"run_dir={run_dir}",
+        f"data.train={scenes}/train", f"run_dir={run_dir}", "model=tiny", "data.workers=0", "device=cpu", "precision=fp32",
         f"steps={STEPS}", "global_batch_size=12", "optim.warmup=5", "optim.lr=1e-3", "logging.every=1",
         "checkpoint.every=10", *more,
     ]  # fmt: skip
@@ -39,7 +39,7 @@ def start(arguments: list[str], *, processes: int = 1) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "clip_train", "train", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

@@ -43,6 +43,10 @@ class EvaluationConfig:
         if self.workers < 0:
             raise UserError(f"evaluation.workers={self.workers} must not be negative")
 
+    def build(self, *, world: World, tokenizer: Tokenizer, image_size: int) -> Classify | Retrieve:
+        """Open the evaluation set and make the evaluator. Every rank calls this."""
+        raise NotImplementedError
+
 
 @dataclass(slots=True, kw_only=True)
 class ClassifyConfig(EvaluationConfig):

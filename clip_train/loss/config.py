@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clip_train.distributed.world import World
+    from clip_train.loss.base import ContrastiveLoss
     from clip_train.loss.clip import ClipLoss
     from clip_train.loss.siglip import SigLipLoss
 
@@ -30,6 +31,10 @@ class LossConfig:
     duplicates: Duplicates = Duplicates.negatives
     """Equal captions elsewhere in the global batch: `negatives` treats them as mismatches, as published recipes do;
     `ignore` leaves them out."""
+
+    def build(self, *, world: World) -> ContrastiveLoss:
+        """Make the loss for the ranks of `world`. Called by every rank."""
+        raise NotImplementedError
 
 
 @dataclass(slots=True, kw_only=True)

@@ -99,6 +99,8 @@ class ModelConfig:
     """Share of the patches that each training image loses (FLIP); 0 keeps all."""
     checkpointing: int = 0
     """Recompute every k-th transformer block in the backward pass to save memory; 0 recomputes none, 1 all."""
+    compile: bool = False
+    """Compile each transformer block with torch.compile: minutes at the start, then faster steps on a GPU."""
 
     def __post_init__(self) -> None:
         if self.embed_dim < 1:

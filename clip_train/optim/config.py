@@ -43,6 +43,10 @@ class OptimConfig:
         decay = self.ema_decay
         _check("ema_decay", decay, decay is None or 0 < decay < 1, "lie between 0 and 1")
 
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Make the optimizer of `model`'s parameters."""
+        raise NotImplementedError
+
     def learning_rate(self, step: int, *, total_steps: int) -> float:
         """Return the learning rate of the update that `step` makes, counted from 0."""
         from clip_train.optim.schedule import learning_rate
@@ -83,9 +87,7 @@ class AdamWConfig(OptimConfig):
         from clip_train.optim.adamw import build_adamw
 
         beta1, beta2 = self.betas
-        return build_adamw(
-            model, lr=self.lr, weight_decay=self.weight_decay, betas=(beta1, beta2), eps=self.eps
-        )
+        return build_adamw(model, lr=self.lr, weight_decay=self.weight_decay, betas=(beta1, beta2), eps=self.eps)
 
 
 def _check(name: str, value: object, holds: bool, rule: str) -> None:
