@@ -48,7 +48,7 @@ def run_evaluations(
         if world.is_main:
             write_result(result, out / f"{key}.json", dataset=key, model=name, pretrained=weights)
             if samples:
-                save_samples(collect(evaluator, result), out / f"{key}.samples.json")
+                save_samples(collect(evaluator, result), out / "samples" / f"{key}.json")
     if world.is_main:
         print_results(results)
     return scores
@@ -76,9 +76,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
                 f"nothing to evaluate: {run} was trained without evaluations; name some, as in evaluation=[imagenet]"
             )
         model, _ = load(config.checkpoint, device=world.device)
-        tokenizer = model.tokenizer
+        tokenizer = model.tokenize
         evaluators = {
-            name: one.build(world=world, tokenizer=tokenizer, image_size=model.visual.input_resolution)
+            name: one.build(world=world, tokenizer=tokenizer, image_size=model.config.vision.image_size)
             for name, one in evaluations.items()
         }
         out = Path(config.output) if config.output else (run / "evaluation" if run.is_dir() else Path())
