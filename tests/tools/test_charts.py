@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -13,7 +14,7 @@ def test_ticks_are_even_round_and_cover_the_range(low, high):
     found = ticks(low, high)
     assert found[0] <= low + 1e-9
     assert found[-1] >= high - 1e-9
-    steps = {round((b - a) / 10 ** math.floor(math.log10(b - a)), 6) for a, b in zip(found, found[1:], strict=False)}
+    steps = {round((b - a) / 10 ** math.floor(math.log10(b - a)), 6) for a, b in pairwise(found)}
     assert steps <= {1.0, 2.0, 2.5, 5.0, 10.0}
     assert 2 <= len(found) <= 7
 

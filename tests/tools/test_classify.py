@@ -32,7 +32,7 @@ class ColourModel:
 
 
 def preprocess(image):
-    return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 @pytest.fixture

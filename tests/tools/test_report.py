@@ -12,11 +12,11 @@ from clip_train.evaluation.samples import load_samples, save_samples
 from clip_train.tools.report import judge, read_evaluations, write_report
 from tests.tools.synthetic_run import write_run
 
+VOID = {"meta", "img", "br", "line", "path", "circle", "link"}
+
 
 class Tags(HTMLParser):
     """Collects elements and checks that they close in order."""
-
-    VOID = {"meta", "img", "br", "line", "path", "circle", "link"}
 
     def __init__(self):
         super().__init__()
@@ -24,7 +24,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -71,8 +71,8 @@ def test_every_curve_of_training_and_of_evaluation_is_drawn(tmp_path):
     tags, _ = parse(write_report(write_run(tmp_path)))
     titles = [a["aria-label"].partition(",")[0] for name, a in tags.tags if name == "svg"]
     assert titles == [
-        "shapes · zero-shot accuracy", "val · mean recall@1", "Loss", "Recall@1 in the batch", "Temperature (logit scale)",
-        "Learning rate", "Samples per second", "Share of time waiting for data",
+        "shapes · zero-shot accuracy", "val · mean recall@1", "Loss", "Recall@1 in the batch",
+        "Temperature (logit scale)", "Learning rate", "Samples per second", "Share of time waiting for data",
     ]  # fmt: skip
 
 
