@@ -137,7 +137,7 @@ def test_a_picture_without_caption_is_refused_by_name(tmp_path):
 
 
 def test_shards_are_searched_through_the_config(tmp_path):
-    captions = [f"thing {i} {'xyz' * i}" for i in range(6)]
+    captions = [f"thing {i} x{'yz' * i}" for i in range(6)]
     write_shard(tmp_path / "0.tar", [(str(i), {"png": png(i), "txt": c.encode()}) for i, c in enumerate(captions)])
     evaluator = RetrieveConfig(shards=str(tmp_path), batch_size=4, recall_k=[1, 2]).build(
         world=World(), tokenizer=ToyTokenizer(), image_size=SIZE
@@ -161,7 +161,7 @@ def test_a_picture_that_cannot_be_decoded_fails_the_evaluation(tmp_path):
 
 def test_the_files_of_an_evaluation_show_the_pictures_with_their_answers(tmp_path):
     write_wds(tmp_path / "wds", labels=[0, 1, 2, 0, 1], names=["red fox", "cup", "boat"])
-    captions = [f"thing {i} {'xyz' * i}" for i in range(6)]
+    captions = [f"thing {i} x{'yz' * i}" for i in range(6)]
     samples = [(str(i), {"png": png(i), "txt": c.encode()}) for i, c in enumerate(captions)]
     write_shard(tmp_path / "pairs" / "0.tar", samples)
     runtime = {"world": World(), "tokenizer": ToyTokenizer(), "image_size": SIZE}
