@@ -163,35 +163,33 @@ def _read_evaluation(path: Path, *, step: int) -> Evaluation:
 
 def judge(rows: list[dict[str, Any]], evaluations: list[Evaluation]) -> Verdict:
     """Say in one line how the run stands, measured against guessing."""
-    for evaluation in evaluations:
-        if evaluation.collapsed:
-            return Verdict(kind="bad", text=f"Collapsed on {evaluation.name}: {evaluation.collapsed}.")
-    if not rows:
-        return Verdict(kind="open", text="Nothing has been logged yet.")
-    loss, guessing = rows[-1]["train/loss"], rows[-1].get("train/loss_of_guessing")
-    if loss is None or not math.isfinite(loss):
-        return Verdict(kind="bad", text="The last loss is not finite.")
-    if guessing and loss > NO_BETTER_THAN_GUESSING * guessing:
-        text = f"No better than guessing yet: the loss is {loss:.3f}, guessing gives {guessing:.3f}."
-        return Verdict(kind="bad", text=text)
+    loss = rows[-1]["train/loss"] if rows else None
+    guessing = rows[-1].get("train/loss_of_guessing") if rows else None
+    collapsed = [e for e in evaluations if e.collapsed]
     headlines = [e.headline for e in evaluations if e.headline]
-    if not headlines:
-        against = f" against {guessing:.3f} for guessing" if guessing else ""
-        return Verdict(kind="open", text=f"Learning: the loss is {loss:.3f}{against}. Nothing has been evaluated yet.")
     lost = [s for s in headlines if s.chance is not None and (s.interval[0] if s.interval else s.value) <= s.chance]
-    if lost:
-        return Verdict(kind="bad", text=_capital(f"{_sentence(lost[0])}: no better than guessing on this set."))
-    return Verdict(kind="good", text=_capital("; ".join(_sentence(score) for score in headlines) + "."))
+    if collapsed:
+        kind, text = "bad", f"collapsed on {collapsed[0].name}: {collapsed[0].collapsed}"
+    elif rows and (loss is None or not math.isfinite(loss)):
+        kind, text = "bad", "the last loss is not finite"
+    elif guessing and loss > NO_BETTER_THAN_GUESSING * guessing:
+        kind, text = "bad", f"no better than guessing yet: the loss is {loss:.3f}, guessing gives {guessing:.3f}"
+    elif lost:
+        kind, text = "bad", f"{_sentence(lost[0])}: no better than guessing on this set"
+    elif headlines:
+        kind, text = "good", "; ".join(_sentence(score) for score in headlines)
+    elif rows:
+        against = f" against {guessing:.3f} for guessing" if guessing else ""
+        kind, text = "open", f"learning: the loss is {loss:.3f}{against}; nothing has been evaluated yet"
+    else:
+        kind, text = "open", "nothing has been logged yet"
+    return Verdict(kind=kind, text=f"{text[0].upper()}{text[1:]}.")
 
 
 def _sentence(score: Score) -> str:
     chance = f", chance {100 * score.chance:.2g} %" if score.chance is not None else ""
     name = METRIC_NAMES.get(score.metric, score.metric)
     return f"{name} on {score.evaluation} {100 * score.value:.1f} %{chance}"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def describe_progress(rows: list[dict[str, Any]], *, total_steps: int | None) -> str:

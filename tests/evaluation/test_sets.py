@@ -12,8 +12,11 @@ from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
 from clip_train.evaluation.captioned_images import open_captioned_images
 from clip_train.evaluation.config import ClassifyConfig, RetrieveConfig
+from clip_train.evaluation.files import write_results
 from clip_train.evaluation.labelled_images import open_labelled_images
 from clip_train.evaluation.prompt_files import imagenet_classnames, imagenet_wnids
+from clip_train.evaluation.result import read_result
+from clip_train.evaluation.samples import load_samples
 from tests.evaluation.toys import ToyModel, ToyTokenizer, image_features_float64, text_feature_float64
 
 SIZE = 16
@@ -134,7 +137,7 @@ def test_a_picture_without_caption_is_refused_by_name(tmp_path):
 
 
 def test_shards_are_searched_through_the_config(tmp_path):
-    captions = [f"thing {i} {'xyz' * i}" for i in range(6)]
+    captions = [f"thing {i} x{'yz' * i}" for i in range(6)]
     write_shard(tmp_path / "0.tar", [(str(i), {"png": png(i), "txt": c.encode()}) for i, c in enumerate(captions)])
     evaluator = RetrieveConfig(shards=str(tmp_path), batch_size=4, recall_k=[1, 2]).build(
         world=World(), tokenizer=ToyTokenizer(), image_size=SIZE
@@ -154,3 +157,36 @@ def test_a_picture_that_cannot_be_decoded_fails_the_evaluation(tmp_path):
     evaluator = RetrieveConfig(shards=str(tmp_path)).build(world=World(), tokenizer=ToyTokenizer(), image_size=SIZE)
     with pytest.raises(IntegrityError, match=r"0\.tar/a"):
         evaluator.run(torch.nn.Module.train(ToyModel(size=SIZE)))
+
+
+def test_the_files_of_an_evaluation_show_the_pictures_with_their_answers(tmp_path):
+    write_wds(tmp_path / "wds", labels=[0, 1, 2, 0, 1], names=["red fox", "cup", "boat"])
+    captions = [f"thing {i} x{'yz' * i}" for i in range(6)]
+    samples = [(str(i), {"png": png(i), "txt": c.encode()}) for i, c in enumerate(captions)]
+    write_shard(tmp_path / "pairs" / "0.tar", samples)
+    runtime = {"world": World(), "tokenizer": ToyTokenizer(), "image_size": SIZE}
+    evaluators = {
+        "classes": ClassifyConfig(root=str(tmp_path / "wds")).build(**runtime),
+        "pairs": RetrieveConfig(shards=str(tmp_path / "pairs")).build(**runtime),
+    }
+    model = ToyModel(size=SIZE)
+    results = {name: evaluator.evaluate(model) for name, evaluator in evaluators.items()}
+    write_results(results, tmp_path / "out", evaluators=evaluators, model="toy", pretrained="step 1")
+    assert read_result(tmp_path / "out" / "classes.json")["metrics"]["acc1"] == results["classes"].metrics["acc1"]
+
+    classes = load_samples(tmp_path / "out" / "samples" / "classes.json")
+    assert [a.truth for a in classes.answers] == [["red fox"], ["cup"], ["boat"], ["red fox"], ["cup"]]
+    assert np.mean([a.right for a in classes.answers]) == pytest.approx(results["classes"].metrics["acc1"])
+    assert all(a.right == (a.answers[0] in a.truth) for a in classes.answers)
+
+    pairs = load_samples(tmp_path / "out" / "samples" / "pairs.json")
+    assert pairs.pair_captions == captions
+    cosines = image_features_float64(model, np.stack([picture(i) for i in range(6)])) @ np.array(
+        [text_feature_float64(model, c) for c in captions]
+    ).T  # fmt: skip
+    np.testing.assert_allclose(pairs.pair_cosines, cosines, atol=1e-5)
+    assert [a.answers[0] for a in pairs.answers] == [captions[i] for i in cosines.argmax(axis=1)]
+    # Enlarged pictures keep their mean colour: each stands at its own place.
+    means = pairs.pair_pictures.reshape(6, -1, 3).mean(axis=1)
+    expected = np.stack([picture(i).reshape(-1, 3).mean(axis=0) for i in range(6)])
+    np.testing.assert_allclose(means, expected, atol=3)
