@@ -58,7 +58,6 @@ class TrainStream:
         max_bad_fraction: of the last 10,000 samples of this rank; more stops the run.
 
     Raises:
-        UserError: the global batch cannot be cut into equal parts.
         IntegrityError: there are fewer samples than a global batch holds.
     """
 
@@ -67,7 +66,7 @@ class TrainStream:
         transform: TrainTransform, workers: int, lanes: int, window: int, substitute: bool, max_bad_fraction: float,
         weights: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
-        check_divisible(global_batch_size, world=world)
+        assert global_batch_size % world.size == 0
         self.num_samples = sum(source.num_samples for source in sources)
         if self.num_samples < global_batch_size:
             raise IntegrityError(
