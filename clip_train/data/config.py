@@ -115,13 +115,30 @@ class DataConfig:
             UserError: shards are missing, or the batch cannot be cut into equal parts.
             IntegrityError: a shard or an index is damaged, or there are fewer samples than a batch holds.
         """
+        from clip_train.data.loader import check_divisible
+
+        check_divisible(global_batch_size, world=world)  # before an index pass that may take minutes
+        sources = self.open_train(world=world)
+        if self.val is not None:
+            _warn_of_shared_shards(sources, self.val_shards())
+        return self.stream(
+            sources, world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer,
+            image_size=image_size,
+        )  # fmt: skip
+
+    def stream(
+        self, sources: list[Source], *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer,
+        image_size: int,
+    ) -> TrainStream:  # fmt: skip
+        """Return a rank's stream over sources that `open_train` opened. Needs no other rank.
+
+        Raises:
+            IntegrityError: there are fewer samples than a batch holds.
+        """
         from clip_train.data.loader import TrainStream
         from clip_train.data.transforms import TrainTransform
 
-        sources = self.open_train(world=world)
         weights = [weight for _, weight in _patterns_by_source(self.train).values() if weight is not None]
-        if self.val is not None:
-            _warn_of_shared_shards(sources, self.val_shards())
         low, high = self.crop_scale
         return TrainStream(
             sources,
@@ -134,7 +151,7 @@ class DataConfig:
             workers=self.workers,
             lanes=self.lanes,
             window=self.window,
-            substitute=self.on_bad is OnBad.substitute,
+            substitute=self.on_bad == OnBad.substitute,
             max_bad_fraction=self.max_bad_fraction,
         )
 

@@ -110,7 +110,7 @@ class SampleDataset(Dataset[TaskResult]):
             slots=torch.from_numpy(task.slots),
             valid=torch.zeros(n, dtype=torch.bool),
         )
-        images, tokens, lengths = rows.images.numpy(), rows.tokens.numpy(), rows.lengths.numpy()
+        images, tokens, lengths, _, valid = (tensor.numpy() for tensor in rows)
         bad: list[BadSample] = []
         places = zip(*(column.tolist() for column in self._order.locate(task.slots)), strict=True)
         for row, (slot, (source, shard, index)) in enumerate(zip(task.slots.tolist(), places, strict=True)):
@@ -125,7 +125,7 @@ class SampleDataset(Dataset[TaskResult]):
             # A substitute keeps the numbers of its slot.
             self._transform(image, uniforms=sample_uniforms(self._seed, slot), out=images[row])
             tokens[row], lengths[row], _ = self._tokenizer.encode_padded(caption)
-            rows.valid[row] = True
+            valid[row] = True
         return TaskResult(task.consumed, rows, bad, None)
 
     def _read(self, source: int, shard: int, index: int) -> tuple[np.ndarray, str]:

@@ -65,7 +65,8 @@ def decode_image(content: bytes) -> np.ndarray:
     image = open_image(content)
     check_shape(*image.size)
     try:
-        return np.array(to_rgb(ImageOps.exif_transpose(image)))  # writable, as torch wants it
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.array(to_rgb(image))  # writable, as torch wants it
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever damaged bytes lead them to

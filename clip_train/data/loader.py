@@ -24,7 +24,7 @@ from clip_train.errors import IntegrityError, UserError
 from clip_train.types import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from torch import Tensor
 
@@ -58,7 +58,6 @@ class TrainStream:
         max_bad_fraction: of the last 10,000 samples of this rank; more stops the run.
 
     Raises:
-        UserError: the global batch cannot be cut into equal parts.
         IntegrityError: there are fewer samples than a global batch holds.
     """
 
@@ -67,7 +66,7 @@ class TrainStream:
         transform: TrainTransform, workers: int, lanes: int, window: int, substitute: bool, max_bad_fraction: float,
         weights: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
-        check_divisible(global_batch_size, world=world)
+        assert global_batch_size % world.size == 0
         self.num_samples = sum(source.num_samples for source in sources)
         if self.num_samples < global_batch_size:
             raise IntegrityError(
@@ -90,7 +89,7 @@ class TrainStream:
             transform=transform, tokenizer=tokenizer,
         )  # fmt: skip
         self._bad = _BadSamples(max_bad_fraction)
-        self._tasks: Iterator[TaskResult] | None = None
+        self._batches: Generator[Batch, None, None] | None = None
         if workers:
             start_worker_server()  # its imports take seconds, in which the caller can build the model
 
@@ -103,21 +102,28 @@ class TrainStream:
             IntegrityError: data is damaged, or too many samples cannot be used.
         """
         self.close()
+        self._batches = self._generate(consumed)
+        return self._batches
+
+    def _generate(self, consumed: int) -> Generator[Batch, None, None]:
         sampler = _TaskSampler(
             self._order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
         )
-        tasks = self._tasks = iter(self._loader(sampler))
-        while True:
-            parts = []
-            for _ in range(sampler.tasks_per_batch):
-                result = next(tasks)
-                if result.error is not None:
-                    raise result.error
-                assert result.rows is not None and result.consumed == consumed, "the loader lost its place"
-                self._bad.add(result.bad, slots=result.rows.slots)
-                parts.append(result.rows)
-            yield self._join(parts)
-            consumed += self._global_batch_size
+        tasks = iter(self._loader(sampler))
+        try:
+            while True:
+                parts = [self._checked(next(tasks), consumed=consumed) for _ in range(sampler.tasks_per_batch)]
+                yield self._join(parts)
+                consumed += self._global_batch_size
+        finally:
+            del tasks  # it owns the workers, which must end now and not when some traceback is forgotten
+
+    def _checked(self, result: TaskResult, *, consumed: int) -> Batch:
+        if result.error is not None:
+            raise result.error
+        assert result.rows is not None and result.consumed == consumed, "the loader lost its place"
+        self._bad.add(result.bad, slots=result.rows.slots)
+        return result.rows
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
         """Return what identifies the stream and its place: all a resume has to compare. `bad` counts this rank's."""
@@ -160,8 +166,9 @@ class TrainStream:
 
     def close(self) -> None:
         """Stop the workers and close the shards."""
-        # The iterator owns the worker processes and ends them when it is collected.
-        self._tasks = None
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
         self._dataset.close()
 
     def _loader(self, sampler: _TaskSampler) -> DataLoader:

@@ -9,6 +9,7 @@ import webdataset
 from PIL import Image
 
 from clip_train.data.config import DataConfig
+from clip_train.distributed.world import World
 
 
 class ByteTokenizer:
@@ -64,7 +65,9 @@ def numbered_shards(folder: Path, counts: list[int], *, bad: set[int] = frozense
 
 
 def stream(folder: Path, world, *, batch: int = 8, seed: int = 7, image_size: int = 16, **options):
+    """A stream over a folder. Of several ranks it is one that needs no process group: rank 0 alone opens the shards."""
     config = DataConfig(train=str(folder), **({"workers": 0, "lanes": 4, "window": 6} | options))
-    return config.build_train(
-        world=world, seed=seed, global_batch_size=batch, tokenizer=ByteTokenizer(), image_size=image_size
-    )
+    return config.stream(
+        config.open_train(world=World()), world=world, seed=seed, global_batch_size=batch, tokenizer=ByteTokenizer(),
+        image_size=image_size,
+    )  # fmt: skip
