@@ -11,6 +11,11 @@ from clip_train.interop.open_clip import CONFIG_FILE, WEIGHT_FILES
 WEIGHTS_VARIABLE = "CLIP_TRAIN_WEIGHTS"
 HUB_PREFIX = "hf-hub:"
 OPENAI_REPOSITORIES = {
+    "RN50": "timm/resnet50_clip.openai",
+    "RN101": "timm/resnet101_clip.openai",
+    "RN50x4": "timm/resnet50x4_clip.openai",
+    "RN50x16": "timm/resnet50x16_clip.openai",
+    "RN50x64": "timm/resnet50x64_clip.openai",
     "ViT-B/32": "timm/vit_base_patch32_clip_224.openai",
     "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
     "ViT-L/14": "timm/vit_large_patch14_clip_224.openai",

@@ -67,6 +67,11 @@ def translate(model: dict[str, Any], preprocess: dict[str, Any], *, name: str, o
                 raise UserError(f"{origin}: no counterpart for model_cfg.{section}{key}={value!r}")
     vision = _VISION | {key: value for key, value in model["vision_cfg"].items() if key in _VISION}
     text = _TEXT | {key: value for key, value in model["text_cfg"].items() if key in _TEXT}
+    is_resnet = isinstance(vision["layers"], list)
+    tower: dict[str, Any] = {"resnet_stages": vision["layers"]}
+    if not is_resnet:
+        tower = {key: vision[key] for key in ("patch_size", "layers", "mlp_ratio")}
+        tower["layer_scale"] = vision["ls_init_value"]
     image_size = vision["image_size"]
     if isinstance(image_size, list):
         if len(set(image_size)) > 1:
@@ -80,12 +85,9 @@ def translate(model: dict[str, Any], preprocess: dict[str, Any], *, name: str, o
         quick_gelu=model.get("quick_gelu", False),
         vision=VisionConfig(
             image_size=image_size,
-            patch_size=vision["patch_size"],
             width=vision["width"],
-            layers=vision["layers"],
-            heads=vision["width"] // vision["head_width"],
-            mlp_ratio=vision["mlp_ratio"],
-            layer_scale=vision["ls_init_value"],
+            heads=(32 if is_resnet else 1) * vision["width"] // vision["head_width"],
+            **tower,
         ),
         text=TextConfig(**text),
         **optional,

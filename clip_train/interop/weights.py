@@ -64,33 +64,45 @@ def openai_config(tensors: dict[str, Tensor], *, name: str) -> ModelConfig:
         UserError: the tensors are not those of a CLIP model.
     """
     try:
-        kernel = tensors["visual.conv1.weight"]  # [width, 3, P, P]
-        num_positions = tensors["visual.positional_embedding"].shape[0]
-        context_length, text_width = tensors["positional_embedding"].shape
-        vocab_size = tensors["token_embedding.weight"].shape[0]
-        embed_dim = tensors["text_projection"].shape[1]
+        context_length, width = tensors["positional_embedding"].shape
+        return ModelConfig(
+            name=name,
+            embed_dim=tensors["text_projection"].shape[1],
+            quick_gelu=True,
+            vision=_openai_resnet(tensors) if "visual.layer1.0.conv1.weight" in tensors else _openai_vit(tensors),
+            text=TextConfig(
+                context_length=context_length,
+                vocab_size=tensors["token_embedding.weight"].shape[0],
+                width=width,
+                layers=_num_blocks(tensors, "transformer"),
+                heads=width // 64,
+            ),
+        )
     except KeyError as error:
-        raise UserError(f"{name}: no tensor {error}, so not a CLIP model with a vision transformer") from error
+        raise UserError(f"{name}: no tensor {error}, so not a CLIP model") from error
+
+
+def _openai_vit(tensors: dict[str, Tensor]) -> VisionConfig:
+    kernel = tensors["visual.conv1.weight"]  # [width, 3, P, P]
     width, patch_size = kernel.shape[0], kernel.shape[-1]
-    return ModelConfig(
-        name=name,
-        embed_dim=embed_dim,
-        quick_gelu=True,
-        vision=VisionConfig(
-            image_size=patch_size * round((num_positions - 1) ** 0.5),
-            patch_size=patch_size,
-            width=width,
-            layers=_num_blocks(tensors, "visual.transformer"),
-            heads=width // 64,
-        ),
-        text=TextConfig(
-            context_length=context_length,
-            vocab_size=vocab_size,
-            width=text_width,
-            layers=_num_blocks(tensors, "transformer"),
-            heads=text_width // 64,
-        ),
+    grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
+    return VisionConfig(
+        image_size=patch_size * grid,
+        patch_size=patch_size,
+        width=width,
+        layers=_num_blocks(tensors, "visual.transformer"),
+        heads=width // 64,
     )
+
+
+def _openai_resnet(tensors: dict[str, Tensor]) -> VisionConfig:
+    width = tensors["visual.layer1.0.conv1.weight"].shape[0]
+    grid = round((len(tensors["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
+    stages = [
+        sum(name.startswith(f"visual.layer{stage}.") and name.endswith(".conv1.weight") for name in tensors)
+        for stage in (1, 2, 3, 4)
+    ]
+    return VisionConfig(image_size=32 * grid, width=width, heads=32 * width // 64, resnet_stages=stages)
 
 
 def assign_weights(model: CLIP, tensors: dict[str, Tensor], *, origin: str) -> None:

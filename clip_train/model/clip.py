@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train.model.config import ModelConfig
+from clip_train.model.modified_resnet import ModifiedResNet
 from clip_train.model.text_transformer import TextTransformer
 from clip_train.model.vision_transformer import VisionTransformer
 from clip_train.types import Features
@@ -28,7 +29,7 @@ class CLIP(TextTransformer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.config = config
-        self.visual = VisionTransformer(config)
+        self.visual = ModifiedResNet(config) if config.vision.resnet_stages else VisionTransformer(config)
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))

@@ -21,24 +21,29 @@ class Ragged(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class VisionConfig:
-    """Image tower: a vision transformer on square images. The defaults are those of ViT-B-32."""
+    """Image tower on square images: a vision transformer (ViT-B-32's by default), or with `resnet_stages` a ResNet."""
 
     image_size: int = 224
     """Height and width of the input, pixels."""
     patch_size: int = 32
-    """Height and width of a patch, pixels; divides `image_size`."""
+    """Height and width of a transformer's patch, pixels; divides `image_size`."""
     width: int = 768
-    """Channels of the residual stream."""
+    """Channels of the residual stream; of a ResNet, of its first stage."""
     layers: int = 12
-    """Transformer blocks."""
+    """Transformer blocks; a ResNet has `resnet_stages` instead."""
     heads: int = 12
-    """Attention heads; divides `width`."""
+    """Attention heads; divides `width`. Of a ResNet, those of its attention pool; divides 32 times `width`."""
+    resnet_stages: list[int] = field(default_factory=list)
+    """Blocks of the four stages of a ResNet; empty for a vision transformer."""
     mlp_ratio: float = 4.0
     """Hidden channels of a block's MLP over `width`, rounded down."""
     layer_scale: float | None = None
     """Start value of a learned gain per channel on each residual branch; null for none."""
 
     def __post_init__(self) -> None:
+        if self.resnet_stages:
+            self._check_resnet()
+            return
         _check_tower(self.width, self.layers, self.heads, tower="vision")
         if self.patch_size < 1 or self.image_size % self.patch_size:
             raise UserError(
@@ -47,6 +52,17 @@ class VisionConfig:
             )
         if not self.mlp_ratio > 0:
             raise UserError(f"model.vision.mlp_ratio={self.mlp_ratio} must be positive")
+
+    def _check_resnet(self) -> None:
+        if len(self.resnet_stages) != 4 or min(self.resnet_stages) < 1:
+            raise UserError(f"model.vision.resnet_stages={self.resnet_stages} must be four positive numbers of blocks")
+        if self.image_size < 32 or self.image_size % 32:
+            raise UserError(f"model.vision.image_size={self.image_size} of a ResNet must be a multiple of 32")
+        if self.width < 2 or self.width % 2 or self.heads < 1 or 32 * self.width % self.heads:
+            raise UserError(
+                f"model.vision.width={self.width} of a ResNet must be even, and model.vision.heads={self.heads} must "
+                "divide 32 times the width"
+            )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,9 +112,10 @@ class ModelConfig:
     """How captions shorter than the context are computed: `buckets` groups them by length (exact), `off` keeps all
     padding. `auto` is `buckets` on CPU and `off` on CUDA."""
     patch_dropout: float = 0.0
-    """Share of the patches that each training image loses (FLIP); 0 keeps all."""
+    """Share of the patches that each training image loses (FLIP); 0 keeps all. For vision transformers."""
     checkpointing: int = 0
-    """Recompute every k-th transformer block in the backward pass to save memory; 0 recomputes none, 1 all."""
+    """Recompute every k-th transformer block in the backward pass to save memory; 0 recomputes none, 1 all. A ResNet
+    is never recomputed: its batch norms would count the batch twice."""
     compile: bool = False
     """Compile each transformer block with torch.compile: minutes at the start, then faster steps on a GPU."""
 
@@ -109,6 +126,10 @@ class ModelConfig:
             raise UserError(f"model.mean={self.mean} and model.std={self.std} need three values each, std positive")
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"model.patch_dropout={self.patch_dropout} must lie in [0, 1)")
+        if self.patch_dropout > 0 and self.vision.resnet_stages:
+            raise UserError(
+                f"model.patch_dropout={self.patch_dropout} needs a vision transformer; a ResNet has no patches"
+            )
         if self.checkpointing < 0:
             raise UserError(f"model.checkpointing={self.checkpointing} must be 0 or a positive number of blocks")
 

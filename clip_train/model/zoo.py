@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
     from clip_train.model.clip import CLIP
 
-# OpenAI's spelling, in OpenAI's order, to the row: these weights need QuickGELU.
+# OpenAI's spelling, in OpenAI's order, to the row. A slash means QuickGELU, which OpenAI's weights need; a ResNet's
+# name has none, and is the row of the same name here as in a config.
 OPENAI_NAMES = {
+    "RN50": "RN50",
+    "RN101": "RN101",
+    "RN50x4": "RN50x4",
+    "RN50x16": "RN50x16",
+    "RN50x64": "RN50x64",
     "ViT-B/32": "ViT-B-32-quickgelu",
     "ViT-B/16": "ViT-B-16-quickgelu",
     "ViT-L/14": "ViT-L-14-quickgelu",
@@ -27,8 +33,8 @@ OPENAI_NAMES = {
 @cache
 def available_models() -> tuple[str, ...]:
     """Return the names that `create_model` knows: OpenAI's spellings, then the rows."""
-    rows = (path.stem for path in (config_dir() / "model").glob("*.yaml"))
-    return (*OPENAI_NAMES, *sorted(rows, key=str.lower))
+    rows = {path.stem for path in (config_dir() / "model").glob("*.yaml")}
+    return (*OPENAI_NAMES, *sorted(rows - OPENAI_NAMES.keys(), key=str.lower))
 
 
 def model_config(name: str, **overrides: object) -> ModelConfig:

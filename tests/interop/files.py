@@ -8,7 +8,7 @@ from torch import nn
 
 from clip_train.model.zoo import create_model
 
-SMALL = {"vision": {"image_size": 32}, "text": {"vocab_size": 49408, "layers": 1}}
+SMALL = {"vision": {"image_size": 32}, "text": {"width": 64, "heads": 1, "layers": 1}}
 
 
 def small_model(*, seed=1, **overrides):
@@ -49,8 +49,9 @@ def write_open_clip_folder(model, folder, *, weights="open_clip_model.safetensor
             "embed_dim": config.embed_dim,
             "quick_gelu": config.quick_gelu,
             "vision_cfg": {
-                "image_size": tower.image_size, "layers": tower.layers, "width": tower.width,
-                "head_width": tower.width // tower.heads, "patch_size": tower.patch_size, **vision,
+                "image_size": tower.image_size, "layers": tower.resnet_stages or tower.layers, "width": tower.width,
+                "head_width": (32 if tower.resnet_stages else 1) * tower.width // tower.heads,
+                "patch_size": None if tower.resnet_stages else tower.patch_size, **vision,
             },
             "text_cfg": {
                 "context_length": config.text.context_length, "vocab_size": config.text.vocab_size,

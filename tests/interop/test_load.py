@@ -96,6 +96,19 @@ def test_an_openai_archive_loads_with_its_activation(tmp_path):
     assert loaded.config.quick_gelu and loaded.config.vision.heads == 2
 
 
+def test_a_resnet_loads_from_an_archive_and_a_folder(tmp_path):
+    small = {"text": {"width": 64, "heads": 1, "layers": 1}}
+    model = clip_train.create_model("tiny-rn", seed=3, **small, vision={"resnet_stages": [2, 1, 1, 2]}).eval()
+    files.write_torchscript(model, tmp_path / "RN.pt")
+    loaded, _ = clip_train.load(tmp_path / "RN.pt", device="cpu")
+    assert same_weights(loaded, model, half=True) and loaded.config.vision == model.config.vision
+    folder = files.write_open_clip_folder(model, tmp_path / "folder")
+    loaded, preprocess = clip_train.load(folder, device="cpu")
+    assert same_weights(loaded, model) and loaded.config.vision == model.config.vision
+    image = preprocess(random_picture())[None]
+    assert torch.allclose(loaded.encode_image(image), model.encode_image(image), atol=1e-6)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
 def test_training_checkpoints_of_other_libraries_load_by_architecture_name(tmp_path, suffix, prefix):

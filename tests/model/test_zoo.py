@@ -13,6 +13,12 @@ from clip_train.model.zoo import available_models, create_model, model_config
 
 # Published integers: total parameters, image tower, text tower, tensors in the state dict.
 ZOO = {
+    "RN50": (102_007_137, 38_316_896, 63_690_240, 489),
+    "RN101": (119_688_033, 56_259_936, 63_428_096, 795),
+    "RN50x4": (178_300_601, 87_137_080, 91_163_520, 669),
+    "RN50x16": (290_979_217, 167_328_912, 123_650_304, 921),
+    "RN50x64": (623_258_305, 420_380_352, 202_877_952, 1353),
+    "tiny-rn": (7_081_949, 342_876, 6_739_072, 153),
     "ViT-S-32-alt": (43_224_449, 22_592_640, 20_631_808, 278),
     "ViT-S-32": (63_085_825, 22_641_792, 40_444_032, 302),
     "ViT-S-16-alt": (42_396_161, 21_764_352, 20_631_808, 278),
@@ -50,11 +56,12 @@ def test_every_row_builds_and_carries_its_file_name():
         assert model_config(name).name == name
 
 
-def test_openai_spellings_come_first_and_mean_quickgelu():
+def test_openais_nine_names_come_first_in_its_order_and_a_slash_means_quickgelu():
     names = available_models()
-    openai = [name for name in names if "/" in name]
-    assert openai == list(names[: len(openai)]) and openai[0] == "ViT-B/32"
-    for name in openai:
+    assert names[:5] == ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
+    assert names[5:9] == ("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
+    assert len(set(names)) == len(names)
+    for name in names[5:9]:
         assert model_config(name).quick_gelu
     assert not model_config("ViT-B-32").quick_gelu
     assert model_config("ViT-L/14@336px").vision.image_size == 336
@@ -86,6 +93,10 @@ def test_overrides_replace_fields_and_are_checked():
         ({"patch_dropout": 1.0}, r"model.patch_dropout=1.0 must lie in \[0, 1\)"),
         ({"checkpointing": -1}, "model.checkpointing=-1"),
         ({"ragged": "packd"}, "packd"),
+        ({"vision": {"resnet_stages": [1, 2]}}, "four positive numbers"),
+        ({"vision": {"resnet_stages": [1, 1, 1, 1], "image_size": 80}}, "multiple of 32"),
+        ({"vision": {"resnet_stages": [1, 1, 1, 1], "heads": 3}}, "divide 32 times the width"),
+        ({"vision": {"resnet_stages": [1, 1, 1, 1]}, "patch_dropout": 0.5}, "needs a vision transformer"),
     ],
 )
 def test_impossible_values_are_refused_by_name(overrides, message):
