@@ -6,6 +6,7 @@ for a gradient that micro-batches do not have. They are averaged explicitly, onc
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from clip_train.types import Features
 
 SCALARS = ("logit_scale", "logit_bias")
+# torch 2.13 renamed the argument and warns of the old name; 2.11 knows only the old one.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BUFFER_SYNC = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 _BLOCK_LISTS = ("resblocks", "blocks")
 _SHORT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,8 +61,10 @@ def parallelize(
     if strategy == "fsdp":
         return _shard(model, world=world, precision=precision, shard_ranks=shard_ranks or world.size)
     assert strategy == "ddp", strategy
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, _scalars(model))
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False)
+    # DDP looks up a root parameter under its name in one place and under "." + name in another.
+    ignored = [prefix + name for name in _scalars(model) for prefix in ("", ".")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False, **_NO_BUFFER_SYNC)
 
 
 def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
