@@ -294,7 +294,9 @@ class Checkpointer:
             if self._saving is not None:
                 self._saving.join()
                 self._saving = None
-            if self._error is not None and self._failures > failures_allowed:
-                raise self._error
+            error = self._error
+            if error is not None and self._failures > failures_allowed:
+                self._error = None  # told once; a later save may do better
+                raise error
 
         on_main(join, world=self.world)

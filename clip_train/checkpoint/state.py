@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -72,7 +73,8 @@ class OptimizerState:
         self.optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `state.PARAMETER.KEY` -> whole CPU copy, the groups by parameter names, and the optimizer's name."""
+        """Return `state.PARAMETER.KEY` -> whole CPU copy (on rank 0), the groups by names, and the class name."""
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
         names = _native_names(self.model)
         values: dict[str, Any] = {"optimizer": type(self.optimizer).__name__, "param_groups": []}
         for group in self.optimizer.param_groups:
@@ -80,7 +82,9 @@ class OptimizerState:
             values["param_groups"].append({**settings, "params": [names[p] for p in group["params"]]})
             for parameter in group["params"]:
                 for key, value in self.optimizer.state.get(parameter, {}).items():
-                    values[f"state.{names[parameter]}.{key}"] = _whole(value)
+                    whole = value.full_tensor() if isinstance(value, DTensor) else value  # every rank takes part
+                    if is_main:
+                        values[f"state.{names[parameter]}.{key}"] = _cpu_copy(whole)
         return values
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
@@ -157,10 +161,7 @@ def _native_names(model: nn.Module) -> dict[Tensor, str]:
     return names
 
 
-def _whole(value: object) -> object:
-    """Return a CPU copy of a tensor, gathered where it is sharded; every rank takes part."""
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
+def _cpu_copy(value: object) -> object:
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
