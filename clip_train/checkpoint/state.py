@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Names that wrappers put before those of the model.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+# How an optimizer computes, not what: this process decides, the checkpoint may come from another device.
+_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
 
 class Stateful(Protocol):
@@ -78,7 +80,7 @@ class OptimizerState:
         names = _native_names(self.model)
         values: dict[str, Any] = {"optimizer": type(self.optimizer).__name__, "param_groups": []}
         for group in self.optimizer.param_groups:
-            settings = {key: _plain(value) for key, value in group.items() if key != "params"}
+            settings = {key: _plain(value) for key, value in group.items() if key not in ("params", *_IMPLEMENTATION)}
             values["param_groups"].append({**settings, "params": [names[p] for p in group["params"]]})
             for parameter in group["params"]:
                 for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -91,7 +93,7 @@ class OptimizerState:
         """Replace the optimizer's state, each rank its share of sharded tensors.
 
         Raises:
-            UserError: another optimizer, other parameters or other shapes; the message lists the first ten.
+            UserError: another optimizer, or other groups of parameters; the message lists the first ten.
         """
         if state_dict["optimizer"] != type(self.optimizer).__name__:
             raise UserError(f"optimizer {state_dict['optimizer']} saved, {type(self.optimizer).__name__} configured")
@@ -121,8 +123,8 @@ class OptimizerState:
         new_groups = []
         position = 0
         for group, saved in zip(groups, saved_groups, strict=True):
-            settings = {key: _like(saved[key], group[key]) if key in group else saved[key] for key in saved}
-            new_groups.append({**settings, "params": [position + i for i in range(len(group["params"]))]})
+            settings = {key: _like(value, group.get(key)) for key, value in saved.items()}
+            new_groups.append({**group, **settings, "params": [position + i for i in range(len(group["params"]))]})
             for parameter in group["params"]:
                 values = by_parameter.get(names[parameter])
                 if values is not None:

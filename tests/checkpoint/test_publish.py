@@ -140,13 +140,17 @@ def test_a_full_disk_is_noticed_before_writing_and_stops_training_the_third_time
 
 
 def test_a_failed_last_save_is_an_error_although_training_could_go_on(tmp_path, monkeypatch):
-    checkpointer, _ = open_fixed(tmp_path)
+    lines = []
+    checkpointer, _ = open_fixed(tmp_path, lines=lines, asynchronous=True)
     usage = shutil.disk_usage(tmp_path)
     with checkpointer:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
         checkpointer.save(step=1, consumed=1, config_yaml="")
         with pytest.raises(ClipTrainError, match="was not saved"):
             checkpointer.wait()
+        checkpointer.save(step=2, consumed=2, config_yaml="")
+    assert len(lines) == 3
+    assert lines[2].startswith("the last save failed: ")  # nobody waited, so closing says it
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -157,6 +157,17 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted_bit_for_bit(tmp_path,
             assert torch.equal(found["state"][index][key], tensor)
 
 
+def test_how_the_optimizer_computes_is_decided_by_the_process_that_resumes():
+    model = Model()
+    train(model, fused := adamw(model, fused=True), steps=range(2))
+    foreach = adamw(model, foreach=True)
+    OptimizerState(model, foreach).load_state_dict(OptimizerState(model, fused).state_dict())
+    assert all(group["foreach"] and not group["fused"] for group in foreach.param_groups)
+    assert foreach.param_groups[0]["betas"] == (0.8, 0.95)
+    assert all(torch.equal(s["exp_avg"], fused.state[p]["exp_avg"]) for p, s in foreach.state.items())
+    train(model, foreach, steps=range(2, 3))
+
+
 def test_optimizer_tensors_are_those_of_torchs_own_flattened_state_dict():
     model = Model()
     model.unused.requires_grad_(False)
