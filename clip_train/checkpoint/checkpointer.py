@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from clip_train.checkpoint.state import Stateful
     from clip_train.distributed.world import World
 
-MAX_FAILURES = 3  # failed saves in a row that training survives, less one
+MAX_FAILURES = 3  # failed saves in a row that end training
 FREE_FACTOR = 1.3  # of the checkpoint's size must be free before a save begins
 
 
@@ -111,13 +111,16 @@ class Checkpointer:
         self._settle()
         tensors = {name: dict(part.state_dict()) for name, part in self._tensors.items()}
         state = {name: dict(part.state_dict()) for name, part in self._state.items()}
-        if self.world.is_main:
+
+        def begin() -> None:
             snapshot = take_snapshot(tensors, state, step=step, consumed=consumed, config_yaml=config_yaml)
             if self.config.asynchronous:
                 self._saving = threading.Thread(target=self._commit, args=(snapshot,), name="checkpoint", daemon=True)
                 self._saving.start()
             else:
                 self._commit(snapshot)
+
+        on_main(begin, world=self.world)
         if not self.config.asynchronous:
             self._settle()
         return checkpoint_path(self.run_dir, step=step)
@@ -136,6 +139,8 @@ class Checkpointer:
             self._saving.join(timeout_seconds)
             if self._saving.is_alive():
                 self._say(f"{self.run_dir}: the last checkpoint was not written within {timeout_seconds:.0f} s")
+        if self._error is not None:
+            self._say(f"the last save failed: {self._error}")
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -294,7 +299,9 @@ class Checkpointer:
             if self._saving is not None:
                 self._saving.join()
                 self._saving = None
-            if self._error is not None and self._failures > failures_allowed:
-                raise self._error
+            error = self._error
+            if error is not None and self._failures > failures_allowed:
+                self._error = None  # told once; a later save may do better
+                raise error
 
         on_main(join, world=self.world)

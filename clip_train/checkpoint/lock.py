@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_train.checkpoint.files import write_file
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,16 +96,17 @@ class RunLock:
             ) from error
 
     def _write(self) -> None:
-        # A link appears with its contents, and only one of two hosts gets the name.
+        # A link appears with its contents, flushed, and only one of two hosts gets the name.
         private = self.path.with_name(f".lock-{self.owner.host}-{self.owner.pid}")
-        private.write_text(json.dumps(asdict(self.owner)))
+        private.unlink(missing_ok=True)
         try:
+            write_file(private, chunks=[json.dumps(asdict(self.owner)).encode()])
             self.path.hardlink_to(private)
         except FileExistsError:
             holder = self._read()
             raise UserError(f"{self.path.parent} was just taken by {holder}") from None
         finally:
-            private.unlink()
+            private.unlink(missing_ok=True)
 
 
 @contextmanager

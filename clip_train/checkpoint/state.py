@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Names that wrappers put before those of the model.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+# How an optimizer computes, not what: this process decides, the checkpoint may come from another device.
+_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
 
 class Stateful(Protocol):
@@ -72,22 +75,25 @@ class OptimizerState:
         self.optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `state.PARAMETER.KEY` -> whole CPU copy, the groups by parameter names, and the optimizer's name."""
+        """Return `state.PARAMETER.KEY` -> whole CPU copy (on rank 0), the groups by names, and the class name."""
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
         names = _native_names(self.model)
         values: dict[str, Any] = {"optimizer": type(self.optimizer).__name__, "param_groups": []}
         for group in self.optimizer.param_groups:
-            settings = {key: _plain(value) for key, value in group.items() if key != "params"}
+            settings = {key: _plain(value) for key, value in group.items() if key not in ("params", *_IMPLEMENTATION)}
             values["param_groups"].append({**settings, "params": [names[p] for p in group["params"]]})
             for parameter in group["params"]:
                 for key, value in self.optimizer.state.get(parameter, {}).items():
-                    values[f"state.{names[parameter]}.{key}"] = _whole(value)
+                    whole = value.full_tensor() if isinstance(value, DTensor) else value  # every rank takes part
+                    if is_main:
+                        values[f"state.{names[parameter]}.{key}"] = _cpu_copy(whole)
         return values
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Replace the optimizer's state, each rank its share of sharded tensors.
 
         Raises:
-            UserError: another optimizer, other parameters or other shapes; the message lists the first ten.
+            UserError: another optimizer, or other groups of parameters; the message lists the first ten.
         """
         if state_dict["optimizer"] != type(self.optimizer).__name__:
             raise UserError(f"optimizer {state_dict['optimizer']} saved, {type(self.optimizer).__name__} configured")
@@ -117,8 +123,8 @@ class OptimizerState:
         new_groups = []
         position = 0
         for group, saved in zip(groups, saved_groups, strict=True):
-            settings = {key: _like(saved[key], group[key]) if key in group else saved[key] for key in saved}
-            new_groups.append({**settings, "params": [position + i for i in range(len(group["params"]))]})
+            settings = {key: _like(value, group.get(key)) for key, value in saved.items()}
+            new_groups.append({**group, **settings, "params": [position + i for i in range(len(group["params"]))]})
             for parameter in group["params"]:
                 values = by_parameter.get(names[parameter])
                 if values is not None:
@@ -157,10 +163,7 @@ def _native_names(model: nn.Module) -> dict[Tensor, str]:
     return names
 
 
-def _whole(value: object) -> object:
-    """Return a CPU copy of a tensor, gathered where it is sharded; every rank takes part."""
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
+def _cpu_copy(value: object) -> object:
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 

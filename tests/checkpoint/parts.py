@@ -49,7 +49,7 @@ def adamw(model: nn.Module, **options) -> torch.optim.Optimizer:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: range) -> None:
     """Take steps whose input depends on their number alone."""
     for step in steps:
-        rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).device)
         optimizer.zero_grad()
         model(rows).square().mean().backward()
         optimizer.step()

@@ -2,10 +2,7 @@
 
 import errno
 import json
-import os
 import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,22 +17,15 @@ from tests.checkpoint.faults import Disk, PowerLoss
 from tests.checkpoint.parts import open_fixed, save_steps
 
 
-@pytest.fixture
-def quick_path(tmp_path):
-    """A folder in memory where there is one: these tests flush thousands of times, to a disk that is made up anyway."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        yield Path(folder)
-
-
 def resumed_value(run_dir) -> tuple[int, float]:
     """Start as a new process does after a crash and return (step, value) of what it resumes from."""
     (run_dir / "lock").unlink(missing_ok=True)
-    checkpointer, part = open_fixed(run_dir)
+    lines = []
+    checkpointer, part = open_fixed(run_dir, lines=lines)
     with checkpointer:
-        return checkpointer.resume("auto").step, part.value
+        found = checkpointer.resume("auto").step, part.value
+    assert not [line for line in lines if line.startswith("skipped")], "a half-written checkpoint was visible"
+    return found
 
 
 def save_with(disk, monkeypatch, run_dir, *, step, value):
@@ -150,13 +140,17 @@ def test_a_full_disk_is_noticed_before_writing_and_stops_training_the_third_time
 
 
 def test_a_failed_last_save_is_an_error_although_training_could_go_on(tmp_path, monkeypatch):
-    checkpointer, _ = open_fixed(tmp_path)
+    lines = []
+    checkpointer, _ = open_fixed(tmp_path, lines=lines, asynchronous=True)
     usage = shutil.disk_usage(tmp_path)
     with checkpointer:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
         checkpointer.save(step=1, consumed=1, config_yaml="")
         with pytest.raises(ClipTrainError, match="was not saved"):
             checkpointer.wait()
+        checkpointer.save(step=2, consumed=2, config_yaml="")
+    assert len(lines) == 3
+    assert lines[2].startswith("the last save failed: ")  # nobody waited, so closing says it
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -170,7 +164,9 @@ def test_tensors_with_nan_or_inf_are_never_saved(tmp_path, asynchronous):
         with pytest.raises(ClipTrainError, match="step 2 was not saved, NaN or Inf in model: a; model: c"):
             checkpointer.save(step=2, consumed=2, config_yaml="")
             checkpointer.wait()
-    assert resumed_value(tmp_path) == (1, 1.0)
+        part.fill(3)
+        checkpointer.save(step=3, consumed=3, config_yaml="")
+    assert resumed_value(tmp_path) == (3, 3.0)
 
 
 def test_saving_the_same_step_again_changes_nothing_on_disk(tmp_path):

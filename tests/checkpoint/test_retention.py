@@ -43,10 +43,10 @@ def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path):
     assert steps_on_disk(tmp_path) == [5, 6]
 
 
-def test_the_last_two_verified_and_the_milestones_survive_any_history(tmp_path):
+def test_the_last_two_verified_and_the_milestones_survive_any_history(quick_path):
     for seed in range(20):
         generator = random.Random(seed)
-        run_dir = tmp_path / str(seed)
+        run_dir = quick_path / str(seed)
         milestone_every = generator.choice([None, 4])
         good: set[int] = set()
         for step in range(1, 13):

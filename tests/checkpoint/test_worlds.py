@@ -56,6 +56,12 @@ def errors_of_rank_0(world, folder: Path):
                 checkpointer.resume(mode)
             except ClipTrainError as error:
                 messages.append(f"{type(error).__name__}: {error}")
+        checkpointer._state["counter"].value = float("nan")
+        try:
+            checkpointer.save(step=9, consumed=9, config_yaml="")
+        except Exception as error:
+            messages.append("not JSON compliant" in str(error))
+        checkpointer._state["counter"].value = 1
         part.fill(float("inf") if world.is_main else 1.0)
         try:
             checkpointer.save(step=9, consumed=9, config_yaml="")
@@ -159,7 +165,8 @@ def contents_of_one(model, optimizer):
 def test_every_rank_fails_with_the_error_of_rank_0(ranks):
     first, second = (rank["errors"] for rank in ranks)
     assert first == second
-    taken, missing, damaged, infinite = first
+    taken, missing, damaged, not_json, infinite = first
+    assert not_json
     assert "is in use by process" in taken
     assert missing.startswith("UserError: ")
     assert "no such checkpoint" in missing
