@@ -125,13 +125,12 @@ def write_report(run_dir: Path) -> Path:
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """Return the newest result of every evaluation under `folder/STEP/NAME.json`, in order of name."""
+    """Return the newest result of every evaluation under `folder/step-STEP/NAME.json`, in order of name."""
     newest: dict[str, tuple[int, Path]] = {}
-    for path in folder.glob("*/*.json"):
-        digits = "".join(c for c in path.parent.name if c.isdigit())
-        step = int(digits) if digits else 0
-        if path.stem not in newest or step >= newest[path.stem][0]:
-            newest[path.stem] = (step, path)
+    for path in folder.glob("step-*/*.json"):
+        name, step = path.stem, int(path.parent.name.removeprefix("step-"))
+        if not name.endswith(".samples") and (name not in newest or step > newest[name][0]):
+            newest[name] = (step, path)
     return [_read_evaluation(path, step=step) for _, (step, path) in sorted(newest.items())]
 
 
@@ -150,7 +149,7 @@ def _read_evaluation(path: Path, *, step: int) -> Evaluation:
         for metric, value in content["metrics"].items()
         if value is not None
     ]
-    samples = path.parent / "samples" / path.name
+    samples = path.with_suffix(".samples.json")
     return Evaluation(
         name=path.stem,
         step=step,
