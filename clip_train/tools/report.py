@@ -24,12 +24,13 @@ from clip_train.metrics.log import read_metrics
 from clip_train.metrics.panel import duration
 from clip_train.tools.charts import HEIGHT, WIDTH, Chart, compact, line_chart, show
 
-HEADLINE_METRICS = ("acc1", "mean_recall@1")
+HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1")
 METRIC_NAMES = {
     "acc1": "zero-shot accuracy",
     "acc5": "accuracy, right class among 5",
     "mean_per_class_recall": "mean per-class recall",
     "mean_recall@1": "mean recall@1",
+    "lenient_mean_recall@1": "mean recall@1, equal captions count",
 }
 SUMMARY_KEYS = (
     "model.name", "data.train", "data.val", "global_batch_size", "steps", "samples", "epochs", "precision", "loss.name",
