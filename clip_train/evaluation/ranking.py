@@ -29,6 +29,7 @@ class Ranks(NamedTuple):
 
     twice_rank: np.ndarray  # [Q] int64, twice the rank, since a tie counts half; found among k if at most 2k
     tied: np.ndarray  # [Q] bool, a wrong answer is exactly as similar as the best right one
+    num_right: np.ndarray  # [Q] int64, right answers that the gallery holds
 
 
 def rank_right_answers(queries: Side, gallery: Side, *, world: World, chunk_elements: int) -> Ranks:
@@ -40,16 +41,16 @@ def rank_right_answers(queries: Side, gallery: Side, *, world: World, chunk_elem
     num_queries, num_gallery = len(queries.rows), len(gallery.rows)
     per_rank = -(-num_queries // world.size)
     own = torch.arange(num_queries, device=queries.rows.device)[world.rank * per_rank : (world.rank + 1) * per_rank]
-    above_and_equal = queries.rows.new_zeros(per_rank, 2)
+    counted = queries.rows.new_zeros(per_rank, 3)
     for piece in own.split(max(1, chunk_elements // num_gallery)):
         cosine = similarity(queries.features[queries.rows[piece]], gallery.features)  # [q, U]
         cosine = cosine[:, gallery.rows]  # [q, G]
         right = _share_an_id(queries.ids[piece], gallery.ids)
         best = cosine.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        counts = torch.stack([((cosine > best) & ~right).sum(1), ((cosine == best) & ~right).sum(1)], dim=1)
-        above_and_equal[piece - world.rank * per_rank] = counts
-    above, equal = to_numpy(all_gather(above_and_equal, world=world)[:num_queries]).T
-    return Ranks(2 + 2 * above + equal, equal > 0)
+        counts = [((cosine > best) & ~right).sum(1), ((cosine == best) & ~right).sum(1), right.sum(1)]
+        counted[piece - world.rank * per_rank] = torch.stack(counts, dim=1)
+    above, equal, num_right = to_numpy(all_gather(counted, world=world)[:num_queries]).T
+    return Ranks(2 + 2 * above + equal, equal > 0, num_right)
 
 
 def pad_ids(ids_per_item: list[list[int]]) -> Tensor:

@@ -92,7 +92,7 @@ class Retrieve:
             lenient = score(
                 *self._search(image_features, texts, lenient=True), owner=self.images.owner, recall_k=self._recall_k
             )
-            result.details["lenient"] = lenient.metrics
+            _add_lenient(result, lenient)
         result.predictions |= self._samples(image_features, texts)
         result.collapsed = _collapsed(image_features, texts)
         if result.collapsed:
@@ -141,7 +141,8 @@ class Retrieve:
         pictures = evenly_spaced(num_images, count=NUM_PICTURES)
         cosine, nearest = similarity(image_features[pictures], texts.features).sort(dim=1, descending=True, stable=True)
         caption_of_text = np.unique(to_numpy(texts.rows), return_index=True)[1]  # [U]
-        pairs = evenly_spaced(num_images, count=NUM_PAIRS)
+        distinct = np.unique(to_numpy(texts.rows)[first_caption], return_index=True)[1]
+        pairs = np.sort(distinct)[evenly_spaced(len(distinct), count=NUM_PAIRS)]
         pair_texts = texts.features[texts.rows[first_caption[pairs]]]
         return {
             "picture": pictures,
@@ -172,12 +173,12 @@ def score(image_ranks: Ranks, text_ranks: Ranks, *, owner: np.ndarray, recall_k:
         found = image_ranks.twice_rank <= 2 * k
         name = f"image_retrieval_recall@{k}"
         metrics[name] = int(found.sum()) / num_texts
-        chance[name] = k / num_images
+        chance[name] = chance_of_recall(image_ranks.num_right, num_gallery=num_images, k=k)
         intervals[name] = bootstrap_ratio(np.bincount(owner[found], minlength=num_images), captions)
         found = text_ranks.twice_rank <= 2 * k
         name = f"text_retrieval_recall@{k}"
         metrics[name] = int(found.sum()) / num_images
-        chance[name] = chance_of_recall(captions, num_gallery=num_texts, k=k)
+        chance[name] = chance_of_recall(text_ranks.num_right, num_gallery=num_texts, k=k)
         intervals[name] = bootstrap_ratio(found.astype(np.int64), np.ones(num_images, dtype=np.int64))
     if "image_retrieval_recall@1" in metrics:
         for values in (metrics, chance):
@@ -196,8 +197,26 @@ def score(image_ranks: Ranks, text_ranks: Ranks, *, owner: np.ndarray, recall_k:
             "image_retrieval_tied": float(image_ranks.tied.mean()),
             "text_retrieval_tied": float(text_ranks.tied.mean()),
         },
-        predictions={"image_twice_rank": image_ranks.twice_rank, "text_twice_rank": text_ranks.twice_rank},
+        predictions={
+            "image_twice_rank": image_ranks.twice_rank,
+            "text_twice_rank": text_ranks.twice_rank,
+            "image_num_right": image_ranks.num_right,
+        },
     )
+
+
+def _add_lenient(strict: EvaluationResult, lenient: EvaluationResult) -> None:
+    shared = int((lenient.predictions["image_num_right"] > 1).sum())
+    strict.warnings.append(
+        f"{shared} of {strict.details['captions']} captions belong to several pictures, which makes strict recalls low "
+        "for any model; lenient ones take every picture with the caption as right"
+    )
+    for ours, theirs in (
+        (strict.metrics, lenient.metrics),
+        (strict.chance, lenient.chance),
+        (strict.intervals, lenient.intervals),
+    ):
+        ours |= {f"lenient_{name}": value for name, value in theirs.items()}
 
 
 def _collapsed(image_features: Tensor, texts: EncodedTexts) -> str | None:

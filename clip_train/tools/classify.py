@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +26,10 @@ from clip_train.evaluation.prompt_files import fill, load_templates
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from clip_train.interop.loaded_model import LoadedModel
+
 BACKGROUND = ("a photo", "a photo of something else")
 BATCH_SIZE = 32
-
-
-class LoadedModel(Protocol):
-    """What `clip_train.load` returns, as far as it is needed here."""
-
-    logit_scale: Tensor
-    logit_bias: Tensor | None
-
-    def tokenize(self, texts: list[str], /) -> Tensor:
-        """Return tokens [n, L]."""
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Return unit features [n, D]."""
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Return unit features [n, D]."""
 
 
 class LabelScore(NamedTuple):

@@ -24,12 +24,13 @@ from clip_train.metrics.log import read_metrics
 from clip_train.metrics.panel import duration
 from clip_train.tools.charts import HEIGHT, WIDTH, Chart, compact, line_chart, show
 
-HEADLINE_METRICS = ("acc1", "mean_recall@1")
+HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1")
 METRIC_NAMES = {
     "acc1": "zero-shot accuracy",
     "acc5": "accuracy, right class among 5",
     "mean_per_class_recall": "mean per-class recall",
     "mean_recall@1": "mean recall@1",
+    "lenient_mean_recall@1": "mean recall@1, equal captions count",
 }
 SUMMARY_KEYS = (
     "model.name", "data.train", "data.val", "global_batch_size", "steps", "samples", "epochs", "precision", "loss.name",
@@ -125,13 +126,12 @@ def write_report(run_dir: Path) -> Path:
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """Return the newest result of every evaluation under `folder/STEP/NAME.json`, in order of name."""
+    """Return the newest result of every evaluation under `folder/step-STEP/NAME.json`, in order of name."""
     newest: dict[str, tuple[int, Path]] = {}
-    for path in folder.glob("*/*.json"):
-        digits = "".join(c for c in path.parent.name if c.isdigit())
-        step = int(digits) if digits else 0
-        if path.stem not in newest or step >= newest[path.stem][0]:
-            newest[path.stem] = (step, path)
+    for path in folder.glob("step-*/*.json"):
+        name, step = path.stem, int(path.parent.name.removeprefix("step-"))
+        if not name.endswith(".samples") and (name not in newest or step > newest[name][0]):
+            newest[name] = (step, path)
     return [_read_evaluation(path, step=step) for _, (step, path) in sorted(newest.items())]
 
 
@@ -150,7 +150,7 @@ def _read_evaluation(path: Path, *, step: int) -> Evaluation:
         for metric, value in content["metrics"].items()
         if value is not None
     ]
-    samples = path.parent / "samples" / path.name
+    samples = path.with_suffix(".samples.json")
     return Evaluation(
         name=path.stem,
         step=step,

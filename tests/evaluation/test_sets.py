@@ -12,11 +12,10 @@ from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
 from clip_train.evaluation.captioned_images import open_captioned_images
 from clip_train.evaluation.config import ClassifyConfig, RetrieveConfig
-from clip_train.evaluation.files import write_results
 from clip_train.evaluation.labelled_images import open_labelled_images
 from clip_train.evaluation.prompt_files import imagenet_classnames, imagenet_wnids
-from clip_train.evaluation.result import read_result
-from clip_train.evaluation.samples import load_samples
+from clip_train.evaluation.result import read_result, write_result
+from clip_train.evaluation.samples import collect, load_samples, save_samples
 from tests.evaluation.toys import ToyModel, ToyTokenizer, image_features_float64, text_feature_float64
 
 SIZE = 16
@@ -171,15 +170,17 @@ def test_the_files_of_an_evaluation_show_the_pictures_with_their_answers(tmp_pat
     }
     model = ToyModel(size=SIZE)
     results = {name: evaluator.evaluate(model) for name, evaluator in evaluators.items()}
-    write_results(results, tmp_path / "out", evaluators=evaluators, model="toy", pretrained="step 1")
-    assert read_result(tmp_path / "out" / "classes.json")["metrics"]["acc1"] == results["classes"].metrics["acc1"]
+    for name, result in results.items():
+        write_result(result, tmp_path / f"{name}.json", dataset=name, model="toy")
+        save_samples(collect(evaluators[name], result), tmp_path / f"{name}.samples.json")
+    assert read_result(tmp_path / "classes.json")["metrics"]["acc1"] == results["classes"].metrics["acc1"]
 
-    classes = load_samples(tmp_path / "out" / "samples" / "classes.json")
+    classes = load_samples(tmp_path / "classes.samples.json")
     assert [a.truth for a in classes.answers] == [["red fox"], ["cup"], ["boat"], ["red fox"], ["cup"]]
     assert np.mean([a.right for a in classes.answers]) == pytest.approx(results["classes"].metrics["acc1"])
     assert all(a.right == (a.answers[0] in a.truth) for a in classes.answers)
 
-    pairs = load_samples(tmp_path / "out" / "samples" / "pairs.json")
+    pairs = load_samples(tmp_path / "pairs.samples.json")
     assert pairs.pair_captions == captions
     cosines = image_features_float64(model, np.stack([picture(i) for i in range(6)])) @ np.array(
         [text_feature_float64(model, c) for c in captions]

@@ -68,7 +68,7 @@ def write_run(run_dir: Path, *, name: str = "demo", steps: int = 2000, caption: 
                 }
             )
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = run_dir / "evaluation" / f"{steps:08d}"
+    folder = run_dir / "evaluation" / f"step-{steps:08d}"
     _write_classes(folder, rng, caption)
     _write_pairs(folder, rng, caption)
     return run_dir
@@ -119,7 +119,7 @@ def _write_classes(folder: Path, rng: np.random.Generator, caption: str) -> None
         pair_pictures=np.zeros((0, 112, 112, 3), np.uint8),
         pair_cosines=np.zeros((0, 0), np.float32),
     )
-    save_samples(samples, folder / "samples" / "shapes.json")
+    save_samples(samples, folder / "shapes.samples.json")
 
 
 def _write_pairs(folder: Path, rng: np.random.Generator, caption: str) -> None:
@@ -168,4 +168,4 @@ def _write_pairs(folder: Path, rng: np.random.Generator, caption: str) -> None:
         pair_captions=captions,
         pair_cosines=cosines.astype(np.float32),
     )
-    save_samples(samples, folder / "samples" / "val.json")
+    save_samples(samples, folder / "val.samples.json")

@@ -60,7 +60,7 @@ def test_the_page_is_one_small_well_formed_file_without_scripts_or_network(tmp_p
 
 def test_scores_stand_beside_chance_and_the_loss_beside_guessing(tmp_path):
     _, text = parse(write_report(write_run(tmp_path)))
-    results = json.loads((tmp_path / "evaluation" / "00002000" / "shapes.json").read_text())
+    results = json.loads((tmp_path / "evaluation" / "step-00002000" / "shapes.json").read_text())
     assert f"{100 * results['metrics']['acc1']:.1f} %" in text
     assert "chance 5 %" in text
     assert "guessing 5.55" in text
@@ -87,7 +87,7 @@ def test_captions_and_names_cannot_inject_markup(tmp_path):
 
 def test_pictures_of_noise_stay_below_the_limit(tmp_path):
     write_run(tmp_path)
-    for path in (tmp_path / "evaluation").glob("*/samples/*.json"):
+    for path in (tmp_path / "evaluation").glob("*/*.samples.json"):
         samples = load_samples(path)
         rng = np.random.default_rng(0)
         samples.pictures = rng.integers(0, 256, samples.pictures.shape, dtype=np.uint8)
@@ -110,7 +110,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_the_newest_result_of_each_evaluation_is_shown(tmp_path):
     write_run(tmp_path, steps=900)
     write_run(tmp_path, steps=1000)
-    (tmp_path / "evaluation" / "00001000" / "val.json").unlink()
+    (tmp_path / "evaluation" / "step-00001000" / "val.json").unlink()
     assert {e.name: e.step for e in read_evaluations(tmp_path / "evaluation")} == {"shapes": 1000, "val": 900}
 
 
@@ -130,7 +130,7 @@ def test_the_verdict_measures_against_guessing(tmp_path):
 
 
 def test_a_collapsed_or_lucky_result_is_no_success(tmp_path):
-    path = write_run(tmp_path) / "evaluation" / "00002000" / "shapes.json"
+    path = write_run(tmp_path) / "evaluation" / "step-00002000" / "shapes.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"metrics": {"acc1": 0.05}} | {
         "clip_train": content["clip_train"] | {"intervals": {"acc1": [0.03, 0.08]}}
