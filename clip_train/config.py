@@ -38,6 +38,9 @@ CHOICES: dict[str, dict[str, type]] = {
 """Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.
 Where there are several, the `name` field must say which."""
 
+NAMED = ("loss", "optim")
+"""Groups whose dataclass depends on the choice: a written config tells it by `name`."""
+
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
     "data.workers", "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
@@ -109,9 +112,9 @@ class TrainConfig:
             )
         if self.steps is not None:
             self._check_warmup(self.steps)
-        for group, choices in CHOICES.items():
-            chosen: Any = getattr(self, group)
-            if len(choices) > 1 and group != "evaluation" and choices.get(chosen.name) is not type(chosen):
+        for group in NAMED:
+            choices, chosen = CHOICES[group], getattr(self, group)
+            if choices.get(chosen.name) is not type(chosen):
                 raise UserError(
                     f"{group}.name={chosen.name} does not fit its settings: choose one of {', '.join(choices)}"
                 )
@@ -222,9 +225,7 @@ def from_yaml(path: Path, *, root: type = TrainConfig) -> Any:
     try:
         values: Any = OmegaConf.create(path.read_text(encoding="utf-8"))
         schema = OmegaConf.structured(root)
-        for group, choices in CHOICES.items():
-            if group not in values or group == "evaluation" or len(choices) == 1:
-                continue
+        for group in (g for g in NAMED if g in values):
             schema[group] = OmegaConf.structured(_choice(group, values[group].get("name"), path))
         for name, evaluation in values.get("evaluation", {}).items():
             schema.evaluation[name] = OmegaConf.structured(_choice("evaluation", evaluation.get("name"), path))

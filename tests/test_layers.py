@@ -5,7 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "clip_train"
 ROWS = [
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"tools"},
     {"__init__"},
     {"train", "help"},
