@@ -1,0 +1,193 @@
+"""Choices of `data.*`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from clip_train.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clip_train.data.dataset import Tokenizer
+    from clip_train.data.loader import TrainStream
+    from clip_train.data.source import Source
+    from clip_train.distributed.world import World
+
+TRAIN_SOURCE = "train"
+
+
+class Decode(StrEnum):
+    exact = "exact"
+
+
+class Caption(StrEnum):
+    txt = "txt"
+
+
+class OnBad(StrEnum):
+    substitute = "substitute"
+    mask = "mask"
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """Which shards are read, and how their samples become batches."""
+
+    train: Any = None
+    """Training shards: a pattern such as `shards/train-{000..009}.tar`, a folder, a list of these, or a mixture
+    `{name: {shards: PATTERN, weight: SHARE}}`; without weights a mixture is proportional to the sizes."""
+    val: Any = None
+    """Held-out shards, a pattern, a folder or a list. null: none."""
+    caption: Caption = Caption.txt
+    """Member that holds the caption."""
+    workers: int = 2
+    """Loader processes per rank. 0 loads in the trainer's process."""
+    decode: Decode = Decode.exact
+    """`exact` decodes every pixel before the crop."""
+    crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
+    """Smallest and largest share of a picture's area that a training crop keeps. [1, 1] only changes the shape."""
+    flip: bool = False
+    """Mirror half of the training pictures. Wrong where captions say left and right."""
+    on_bad: OnBad = OnBad.substitute
+    """What stands in for a sample that cannot be decoded: another one of its window, or an empty, masked row."""
+    max_bad_fraction: float = 0.01
+    """Share of the last 10,000 samples that may be unusable before the run stops. 1 never stops for it."""
+    lanes: int = 64
+    """Parts of the data that are read side by side. More shuffle better, fewer read fewer shards at a time."""
+    window: int = 32768
+    """Samples of a lane that are shuffled together."""
+
+    def __post_init__(self) -> None:
+        if self.train is not None:
+            _patterns_by_source(self.train)
+        if self.val is not None and not _is_patterns(self.val):
+            raise UserError(f"data.val={self.val!r} must be a pattern or a list of patterns")
+        low, high = self.crop_scale if len(self.crop_scale) == 2 else (0.0, 0.0)
+        if not 0 < low <= high <= 1:
+            raise UserError(f"data.crop_scale={self.crop_scale} must be two shares with 0 < first <= second <= 1")
+        if self.workers < 0:
+            raise UserError(f"data.workers={self.workers} must not be negative")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
+        for name in ("lanes", "window"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)} must be positive")
+
+    def open_train(self, *, world: World) -> list[Source]:
+        """Open the sources of `train`, indexing them where needed. Every rank calls it.
+
+        Raises:
+            UserError: `train` is not set, or shards are missing.
+            IntegrityError: a shard or an index is damaged.
+        """
+        from clip_train.data.source import open_source
+
+        if self.train is None:
+            raise UserError("data.train is not set: name the shards, as in data.train='shards/train-{000..009}.tar'")
+        by_source = _patterns_by_source(self.train)
+        fields = {name: "data.train" if name == TRAIN_SOURCE else f"data.train.{name}.shards" for name in by_source}
+        return [
+            open_source(patterns, name=name, world=world, field=fields[name])
+            for name, (patterns, _) in by_source.items()
+        ]
+
+    def val_shards(self) -> list[Path]:
+        """Return the held-out shards in order.
+
+        Raises:
+            UserError: `val` is not set, or shards are missing.
+        """
+        from clip_train.data.source import expand_shards
+
+        if self.val is None:
+            raise UserError("data.val is not set: name the held-out shards, as in data.val=shards/val")
+        return expand_shards(self.val, field="data.val")
+
+    def build_train(
+        self, *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer, image_size: int
+    ) -> TrainStream:
+        """Open the shards and return this rank's stream of batches. Every rank calls it.
+
+        Raises:
+            UserError: shards are missing, or the batch cannot be cut into equal parts.
+            IntegrityError: a shard or an index is damaged, or there are fewer samples than a batch holds.
+        """
+        from clip_train.data.loader import check_divisible
+
+        check_divisible(global_batch_size, world=world)  # before an index pass that may take minutes
+        sources = self.open_train(world=world)
+        if self.val is not None:
+            _warn_of_shared_shards(sources, self.val_shards())
+        return self.stream(
+            sources, world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer,
+            image_size=image_size,
+        )  # fmt: skip
+
+    def stream(
+        self, sources: list[Source], *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer,
+        image_size: int,
+    ) -> TrainStream:  # fmt: skip
+        """Return a rank's stream over sources that `open_train` opened. Needs no other rank.
+
+        Raises:
+            IntegrityError: there are fewer samples than a batch holds.
+        """
+        from clip_train.data.loader import TrainStream
+        from clip_train.data.transforms import TrainTransform
+
+        weights = [weight for _, weight in _patterns_by_source(self.train).values() if weight is not None]
+        low, high = self.crop_scale
+        return TrainStream(
+            sources,
+            weights=weights or None,
+            world=world,
+            seed=seed,
+            global_batch_size=global_batch_size,
+            tokenizer=tokenizer,
+            transform=TrainTransform(image_size=image_size, crop_scale=(low, high), flip=self.flip),
+            workers=self.workers,
+            lanes=self.lanes,
+            window=self.window,
+            substitute=self.on_bad == OnBad.substitute,
+            max_bad_fraction=self.max_bad_fraction,
+        )
+
+
+def _patterns_by_source(train: object) -> dict[str, tuple[Any, float | None]]:
+    """Return patterns and weight of each source. A bare pattern is the source `train`, which fixes its order."""
+    if _is_patterns(train):
+        return {TRAIN_SOURCE: (train, None)}
+    if not isinstance(train, dict) or not train:
+        raise UserError(f"data.train={train!r} must be a pattern, a list of patterns or {{name: {{shards, weight}}}}")
+    sources: dict[str, tuple[Any, float | None]] = {}
+    for name, row in train.items():
+        if not isinstance(row, dict) or not _is_patterns(row.get("shards")) or row.keys() - {"shards", "weight"}:
+            raise UserError(f"data.train.{name}={row!r} must have `shards` and may have `weight`, nothing else")
+        weight = row.get("weight")
+        if weight is not None and not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+            raise UserError(f"data.train.{name}.weight={weight!r} must be a positive number")
+        sources[str(name)] = (row["shards"], weight)
+    given = [name for name, (_, weight) in sources.items() if weight is not None]
+    if given and len(given) < len(sources):
+        raise UserError(f"data.train: give every source a weight or none; only {', '.join(given)} have one")
+    return sources
+
+
+def _is_patterns(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value)
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item for item in value)
+
+
+def _warn_of_shared_shards(sources: list[Source], val: list[Path]) -> None:
+    import logging
+
+    shared = {shard.path for source in sources for shard in source.shards} & set(val)
+    if shared:
+        logging.getLogger(__name__).warning(
+            "data.val: %d shards are also in data.train, such as %s: held-out results will be too good",
+            len(shared), min(shared),
+        )  # fmt: skip

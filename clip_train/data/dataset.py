@@ -1,0 +1,168 @@
+"""What a loader worker does: turn a few consecutive rows of a batch into pixels and tokens.
+
+A row whose content cannot be used keeps its place. `substitute` shows another sample of the same shuffle window, chosen
+by the order alone; `mask` marks the row as padding. Both depend on the slot and the global batch size only, so every
+machine and every number of workers makes the same choice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from clip_train.data.decode import BadSampleError, decode_image
+from clip_train.data.reader import ShardReader
+from clip_train.data.transforms import TrainTransform, sample_uniforms
+from clip_train.errors import ClipTrainError
+from clip_train.types import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from clip_train.data.order import SlotOrder
+    from clip_train.data.source import Source
+
+_MAX_CAPTION_BYTES = 1 << 16
+
+
+class Tokenizer(Protocol):
+    """What the loader needs of a tokenizer."""
+
+    context_length: int
+
+    def encode_padded(self, text: str) -> tuple[NDArray[np.int64], int, bool]:
+        """Return ids int64 [L], their number, and whether the text was cut."""
+
+
+class Task(NamedTuple):
+    """Consecutive rows of this rank's part of one global batch."""
+
+    consumed: int  # first slot of the global batch
+    slots: NDArray[np.int64]
+
+
+class BadSample(NamedTuple):
+    """A sample whose content could not be used."""
+
+    slot: int
+    key: str
+    reason: str
+
+
+class TaskResult(NamedTuple):
+    """What became of a task: its rows, or the error that must stop the run."""
+
+    consumed: int
+    rows: Batch | None
+    bad: list[BadSample]
+    error: ClipTrainError | None
+
+
+class SampleDataset(Dataset[TaskResult]):
+    """Reads, decodes, crops and tokenises the rows of a task.
+
+    Args:
+        sources: the indexed shards, in the order's order.
+        order: which sample stands at each slot.
+        seed: seed of the run, for crops and flips.
+        global_batch_size: decides which samples may substitute for others.
+        substitute: replace unusable samples where possible, else mask them.
+        transform: geometry of the pictures.
+        tokenizer: turns captions into ids.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], *, order: SlotOrder, seed: int, global_batch_size: int, substitute: bool,
+        transform: TrainTransform, tokenizer: Tokenizer,
+    ) -> None:  # fmt: skip
+        self._readers = [ShardReader(source) for source in sources]
+        self._order = order
+        self._seed = seed
+        self._global_batch_size = global_batch_size
+        self._substitute = substitute
+        self._transform = transform
+        self._tokenizer = tokenizer
+
+    def __getitem__(self, task: Task) -> TaskResult:
+        """Return the rows of a task. Errors travel as values, since workers would wrap them in a traceback."""
+        try:
+            return self._rows(task)
+        except ClipTrainError as error:
+            return TaskResult(task.consumed, None, [], error)
+
+    def close(self) -> None:
+        """Close the shards that this process opened."""
+        for reader in self._readers:
+            reader.close()
+
+    def _rows(self, task: Task) -> TaskResult:
+        n, size = len(task.slots), self._transform.image_size
+        rows = Batch(
+            images=_shared_zeros(n, size, size, 3),
+            tokens=torch.zeros(n, self._tokenizer.context_length, dtype=torch.int64),
+            lengths=torch.zeros(n, dtype=torch.int64),
+            slots=torch.from_numpy(task.slots),
+            valid=torch.zeros(n, dtype=torch.bool),
+        )
+        images, tokens, lengths, _, valid = (tensor.numpy() for tensor in rows)
+        bad: list[BadSample] = []
+        places = zip(*(column.tolist() for column in self._order.locate(task.slots)), strict=True)
+        for row, (slot, (source, shard, index)) in enumerate(zip(task.slots.tolist(), places, strict=True)):
+            try:
+                image, caption = self._read(source, shard, index)
+            except BadSampleError as error:
+                bad.append(BadSample(slot, self._readers[source].key(shard, index), error.reason))
+                substitute = self._find_substitute(slot) if self._substitute else None
+                if substitute is None:
+                    continue
+                image, caption = substitute
+            # A substitute keeps the numbers of its slot.
+            self._transform(image, uniforms=sample_uniforms(self._seed, slot), out=images[row])
+            tokens[row], lengths[row], _ = self._tokenizer.encode_padded(caption)
+            valid[row] = True
+        return TaskResult(task.consumed, rows, bad, None)
+
+    def _read(self, source: int, shard: int, index: int) -> tuple[np.ndarray, str]:
+        image, caption = self._readers[source].read(shard, index)
+        return decode_image(image), decode_caption(caption)
+
+    def _find_substitute(self, slot: int) -> tuple[np.ndarray, str] | None:
+        source, shards, indices = self._order.substitutes(slot, global_batch_size=self._global_batch_size)
+        for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
+            try:
+                return self._read(source, shard, index)
+            except BadSampleError:
+                continue
+        return None
+
+
+def decode_caption(content: bytes) -> str:
+    """Return the caption in a `.txt` member.
+
+    Raises:
+        BadSampleError: it is empty, not UTF-8, or longer than 64 KiB.
+    """
+    if len(content) > _MAX_CAPTION_BYTES:
+        raise BadSampleError("caption_too_long")
+    try:
+        caption = content.decode("utf-8-sig").replace("\0", " ").strip()
+    except UnicodeDecodeError as error:
+        raise BadSampleError("caption_not_utf8") from error
+    if not caption:
+        raise BadSampleError("caption_empty")
+    return caption
+
+
+def _shared_zeros(*shape: int) -> Tensor:
+    """Return uint8 zeros; in a worker in shared memory, so that the trainer receives them without a copy."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))
+    # New shared memory is zero-filled by the system.
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

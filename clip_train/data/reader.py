@@ -1,0 +1,133 @@
+"""Read the bytes of any sample of a source, at any time, from any process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from collections import OrderedDict
+from typing import TYPE_CHECKING, NamedTuple
+
+from clip_train.data.index import HAS_CRC, RECORD, ShardEntry
+from clip_train.data.tar import BLOCK
+from clip_train.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from clip_train.data.source import Source
+
+_RECORD = struct.Struct("<6I2HI")
+_NAME_LENGTH = 100
+
+
+class _OpenShard(NamedTuple):
+    tar: int  # descriptors
+    idx: int
+
+
+class ShardReader:
+    """Reads samples by shard and index with `pread`: no seek state, and open files are bounded.
+
+    Files are opened on first use, so the reader may be pickled or forked before that.
+
+    Args:
+        source: the indexed shards.
+        max_open: shards kept open at a time, two descriptors each.
+    """
+
+    def __init__(self, source: Source, *, max_open: int = 64) -> None:
+        self._shards = source.shards
+        self._max_open = max_open
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._verified: set[int] = set()
+
+    def read(self, shard: int, index: int) -> tuple[bytes, bytes]:
+        """Return the picture's and the caption's bytes of a sample.
+
+        Raises:
+            IntegrityError: a file vanished, changed after indexing, or fails its crc32.
+        """
+        entry = self._shards[shard]
+        try:
+            files = self._files(shard)
+            image_block, caption_block, image_length, caption_length, image_crc, caption_crc, _, flags, _ = (
+                _RECORD.unpack(os.pread(files.idx, _RECORD.size, index * _RECORD.size))
+            )
+            image = os.pread(files.tar, image_length, image_block * BLOCK)
+            caption = os.pread(files.tar, caption_length, caption_block * BLOCK)
+        except (OSError, struct.error) as error:
+            raise IntegrityError(f"{entry.path}, sample {index}: {error}") from error
+        has_crc = bool(flags & HAS_CRC)
+        _check(entry, image_block, image, image_length, image_crc if has_crc else None)
+        _check(entry, caption_block, caption, caption_length, caption_crc if has_crc else None)
+        return image, caption
+
+    def key(self, shard: int, index: int) -> str:
+        """Return `shard.tar/member` of a sample, for messages. Member names are cut at 100 bytes."""
+        files = self._files(shard)
+        image_block = _RECORD.unpack(os.pread(files.idx, _RECORD.size, index * _RECORD.size))[0]
+        header = os.pread(files.tar, _NAME_LENGTH, (image_block - 1) * BLOCK)
+        name = header.split(b"\0", 1)[0].decode(errors="replace")
+        return f"{self._shards[shard].path.name}/{name}"
+
+    def close(self) -> None:
+        """Close all files. The reader may be used again."""
+        while self._open:
+            _close(self._open.popitem()[1])
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave descriptors behind: they mean nothing in another process."""
+        return self.__dict__ | {"_open": OrderedDict(), "_verified": set()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _files(self, shard: int) -> _OpenShard:
+        files = self._open.get(shard)
+        if files is None:
+            while len(self._open) >= self._max_open:
+                _close(self._open.popitem(last=False)[1])
+            files = self._open[shard] = self._open_shard(shard)
+        else:
+            self._open.move_to_end(shard)
+        return files
+
+    def _open_shard(self, shard: int) -> _OpenShard:
+        entry = self._shards[shard]
+        tar = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            idx = os.open(entry.idx_path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(tar)
+            raise
+        files = _OpenShard(tar, idx)
+        try:
+            size = os.fstat(tar).st_size
+            if size != entry.bytes:
+                raise IntegrityError(f"{entry.path} changed after indexing: size {entry.bytes} -> {size} bytes")
+            if shard not in self._verified:
+                self._verify_records(entry, idx)
+                self._verified.add(shard)
+        except BaseException:
+            _close(files)
+            raise
+        return files
+
+    def _verify_records(self, entry: ShardEntry, idx: int) -> None:
+        records = os.pread(idx, entry.n * RECORD.itemsize + 1, 0)
+        if hashlib.sha256(records).hexdigest() != entry.idx_sha256:
+            raise IntegrityError(
+                f"{entry.idx_path} does not match its hash: run `clip-train shards index {entry.path.parent}`"
+            )
+
+
+def _check(entry: ShardEntry, block: int, content: bytes, length: int, crc: int | None) -> None:
+    if len(content) != length:
+        raise IntegrityError(f"{entry.path} at byte {block * BLOCK}: {len(content)} of {length} bytes could be read")
+    if crc is not None and zlib.crc32(content) != crc:
+        raise IntegrityError(f"{entry.path} at byte {block * BLOCK}: the content does not match its crc32")
+
+
+def _close(files: _OpenShard) -> None:
+    os.close(files.tar)
+    os.close(files.idx)

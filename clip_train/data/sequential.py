@@ -1,0 +1,218 @@
+"""Read pictures in order for evaluation: each exactly once, over all ranks, never resampled."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from clip_train.data.decode import BadSampleError, open_image
+from clip_train.data.index import IMAGE_EXTENSIONS
+from clip_train.data.tar import Member, read_samples
+from clip_train.data.transforms import preprocess_pixels
+from clip_train.data.workers import WORKER_START_METHOD, as_is, start_worker, start_worker_server
+from clip_train.errors import ClipTrainError, IntegrityError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from clip_train.distributed.world import World
+
+
+class ImageSource(Protocol):
+    """Pictures with a fixed order."""
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded picture."""
+
+    def key(self, index: int) -> str:
+        """Return the name of the picture, for messages."""
+
+
+class EvaluationBatch(NamedTuple):
+    """A piece of this rank's pictures; every batch of an evaluation has the same shape."""
+
+    images: Tensor  # [B, S, S, 3] uint8
+    indices: Tensor  # [B] int64, place in the source; -1 in padding rows
+    valid: Tensor  # [B] bool, False for padding rows
+
+
+class ShardImages:
+    """The pictures of shards, in shard order; captions and labels are not required.
+
+    Args:
+        shards: tars in order, as from `expand_shards`. Their headers are walked once, here.
+
+    Raises:
+        IntegrityError: a shard is damaged or no sample has a picture.
+    """
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self._samples: list[tuple[Path, str, Member, dict[str, Member]]] = []
+        for shard in shards:
+            for sample in read_samples(shard):
+                extension = next((e for e in IMAGE_EXTENSIONS if e in sample.members), None)
+                if extension is not None:
+                    self._samples.append((shard, sample.key, sample.members[extension], sample.members))
+        if not self._samples:
+            raise IntegrityError(f"no pictures in {', '.join(str(shard) for shard in shards[:5]) or 'no shards'}")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded picture.
+
+        Raises:
+            IntegrityError: the shard cannot be read any more.
+        """
+        shard, _, member, _ = self._samples[index]
+        return _read_member(shard, member)
+
+    def key(self, index: int) -> str:
+        """Return `shard.tar/key` of the picture."""
+        shard, key, _, _ = self._samples[index]
+        return f"{shard.name}/{key}"
+
+    def text(self, index: int, extension: str) -> str:
+        """Return the text member of the picture's sample, such as `txt` or `cls`, without surrounding blanks.
+
+        Raises:
+            IntegrityError: the sample has no such member, or it is not UTF-8.
+        """
+        shard, _, _, members = self._samples[index]
+        member = members.get(extension)
+        if member is None:
+            raise IntegrityError(f"{self.key(index)} has no .{extension} member, only {', '.join(sorted(members))}")
+        try:
+            return _read_member(shard, member).decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise IntegrityError(f"{self.key(index)}.{extension} is not UTF-8 text") from error
+
+
+class FolderImages:
+    """The pictures below a folder, in the order of their paths.
+
+    Raises:
+        UserError: there are none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        pictures = (p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
+        self._paths = sorted(pictures, key=lambda path: os.fsencode(path.relative_to(folder).as_posix()))
+        if not self._paths:
+            raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded picture.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        try:
+            return self._paths[index].read_bytes()
+        except OSError as error:
+            raise UserError(f"{self._paths[index]} cannot be read: {error.strerror or error}") from error
+
+    def key(self, index: int) -> str:
+        """Return the path of the picture below the folder."""
+        return self._paths[index].relative_to(self._folder).as_posix()
+
+
+def evaluation_batches(
+    source: ImageSource, *, world: World, image_size: int, batch_size: int, workers: int = 0
+) -> Iterator[EvaluationBatch]:
+    """Yield this rank's contiguous piece of a source, resized and centre-cropped.
+
+    All ranks yield the same number of batches of the same shape, so collectives may follow each; over all ranks every
+    picture is valid exactly once.
+
+    Args:
+        source: the pictures.
+        world: which piece is this rank's.
+        image_size: side S of the result in pixels.
+        batch_size: rows B of every batch.
+        workers: loader processes of this rank; 0 reads in this process.
+
+    Raises:
+        IntegrityError: a picture cannot be decoded; the message names it.
+    """
+    piece = -(-len(source) // world.size)
+    num_batches = -(-piece // batch_size)
+    first, last = world.rank * piece, min((world.rank + 1) * piece, len(source))
+    batches = [(start, min(start + batch_size, last)) for start in range(first, first + piece, batch_size)]
+    assert len(batches) == num_batches
+    dataset = _EvaluationDataset(source, batches, image_size=image_size, batch_size=batch_size)
+    if workers:
+        start_worker_server()
+        loader = DataLoader(
+            dataset, batch_size=None, collate_fn=as_is, num_workers=workers, worker_init_fn=start_worker,
+            multiprocessing_context=WORKER_START_METHOD,
+        )  # fmt: skip
+    else:
+        loader = DataLoader(dataset, batch_size=None, collate_fn=as_is)
+    for batch in loader:
+        if isinstance(batch, ClipTrainError):
+            raise batch
+        yield batch
+
+
+class _EvaluationDataset(Dataset[EvaluationBatch | ClipTrainError]):
+    """Decodes one batch per item. Errors travel as values, since workers would wrap them in a traceback."""
+
+    def __init__(
+        self, source: ImageSource, batches: list[tuple[int, int]], *, image_size: int, batch_size: int
+    ) -> None:
+        self._source = source
+        self._batches = batches
+        self._image_size = image_size
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> EvaluationBatch | ClipTrainError:
+        try:
+            return self._batch(*self._batches[number])
+        except ClipTrainError as error:
+            return error
+
+    def _batch(self, first: int, last: int) -> EvaluationBatch:
+        size = self._image_size
+        images = np.zeros((self._batch_size, size, size, 3), dtype=np.uint8)
+        indices = np.full(self._batch_size, -1, dtype=np.int64)
+        for row, index in enumerate(range(first, last)):
+            images[row] = self._pixels(index)
+            indices[row] = index
+        return EvaluationBatch(torch.from_numpy(images), torch.from_numpy(indices), torch.from_numpy(indices >= 0))
+
+    def _pixels(self, index: int) -> np.ndarray:
+        try:
+            return preprocess_pixels(open_image(self._source.read(index)), image_size=self._image_size)
+        except (BadSampleError, OSError, ValueError, SyntaxError, EOFError) as error:
+            raise IntegrityError(f"{self._source.key(index)} cannot be decoded for evaluation: {error}") from error
+
+
+def _read_member(shard: Path, member: Member) -> bytes:
+    try:
+        with shard.open("rb") as file:
+            file.seek(member.offset)
+            content = file.read(member.size)
+    except OSError as error:
+        raise IntegrityError(f"{shard}: {error.strerror or error}") from error
+    if len(content) != member.size:
+        raise IntegrityError(f"{shard} at byte {member.offset}: {len(content)} of {member.size} bytes could be read")
+    return content

@@ -1,0 +1,98 @@
+"""Write image-caption shards with webdataset: reproducible bytes, atomic publication, an index with checksums."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, BinaryIO, Self
+
+import webdataset
+
+from clip_train.data.index import INDEX_NAME, IndexSummary, index_shards
+from clip_train.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+SAMPLES_PER_SHARD = 10_000
+
+
+class ShardSetWriter:
+    """Writes samples into numbered shards of a folder, and their index when it closes without an error.
+
+    A shard appears under its name only when it is complete. The same samples give the same bytes.
+
+    Args:
+        folder: made if needed; must hold no shards yet.
+        samples_per_shard: samples of all shards but the last.
+
+    Raises:
+        UserError: the folder already holds shards or cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, samples_per_shard: int = SAMPLES_PER_SHARD) -> None:
+        if samples_per_shard < 1:
+            raise UserError(f"samples_per_shard={samples_per_shard} must be positive")
+        self.folder = folder
+        self.num_samples = 0
+        self.shards: list[Path] = []
+        self._samples_per_shard = samples_per_shard
+        self._file: BinaryIO | None = None
+        self._tar: webdataset.TarWriter | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.glob("*.tar")) or (folder / INDEX_NAME).exists():
+                raise UserError(f"{folder} already holds shards: remove them or choose another folder")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self.close()
+        elif self._tar is not None and self._file is not None:
+            self._tar.close()
+            self._file.close()  # what was written stays a .part
+
+    def write(self, key: str, parts: Mapping[str, bytes | str]) -> None:
+        """Append one sample.
+
+        Args:
+            key: name of the sample, unique in its shard, without a dot in its last component.
+            parts: content by extension, such as `{"png": ..., "txt": "a red circle", "cls": "3"}`.
+        """
+        assert key and "." not in key.rsplit("/", 1)[-1], f"key {key!r} would be read back as another one"
+        if self.num_samples % self._samples_per_shard == 0:
+            self._finish_shard()
+            self._start_shard()
+        assert self._tar is not None
+        content = {name: part.encode() if isinstance(part, str) else part for name, part in parts.items()}
+        self._tar.write({"__key__": key, **content})
+        self.num_samples += 1
+
+    def close(self) -> IndexSummary | None:
+        """Finish the last shard and write the index; None if there were no samples."""
+        self._finish_shard()
+        return index_shards(self.shards, crc=True) if self.shards else None
+
+    def _start_shard(self) -> None:
+        self.shards.append(self.folder / f"{len(self.shards):06d}.tar")
+        self._file = self._part(self.shards[-1]).open("wb")
+        # No encoder: bytes are written as they are. A fixed time makes the tar reproducible.
+        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
+
+    def _finish_shard(self) -> None:
+        if self._tar is None or self._file is None:
+            return
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._part(self.shards[-1]).replace(self.shards[-1])
+        self._tar = self._file = None
+
+    @staticmethod
+    def _part(shard: Path) -> Path:
+        return shard.with_name(f"{shard.name}.part")
