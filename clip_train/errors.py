@@ -17,3 +17,15 @@ class IntegrityError(ClipTrainError):
     """Damaged or changed data, or a damaged checkpoint. Exit code 3."""
 
     exit_code = 3
+
+
+class TrainingFailed(ClipTrainError):
+    """The run cannot go on: non-finite numbers, a dead peer, no memory. Exit code 1."""
+
+    exit_code = 1
+
+
+class Preempted(ClipTrainError):
+    """The run was asked to stop and saved everything: start it again. Exit code 85."""
+
+    exit_code = 85

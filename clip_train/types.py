@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
 
 
@@ -31,9 +32,9 @@ class Batch(NamedTuple):
     slots: Tensor  # [B] int64, place of each row in the endless sequence of samples
     valid: Tensor  # [B] bool, False for padding rows, which must not influence anything
 
-    def to(self, device: object, *, non_blocking: bool = True) -> Batch:
-        """Return the batch on `device`."""
-        return Batch(*(t.to(device, non_blocking=non_blocking) for t in self))
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`; from pinned memory the copy does not wait."""
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 
 class Features(NamedTuple):

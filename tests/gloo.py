@@ -20,7 +20,9 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.get_context("spawn")
+    # Ranks are forked from a server that has torch loaded: each would need seconds to load it.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint.state_dict"])
     queue = context.SimpleQueue()
     processes = [
         context.Process(target=_main, args=(rank, world_size, port, queue, function, args), daemon=True)

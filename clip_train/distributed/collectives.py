@@ -1,10 +1,11 @@
 """What the ranks exchange. Every function is called by every rank, and with one process returns at once.
 
-torch 2.13 renamed two collectives and warns of the old names; 2.11 knows only the old ones. The choice is made here, once.
+torch 2.13 renamed two collectives and warns of the old names; 2.11 knows only the old ones. The choice is made here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -32,6 +33,23 @@ class Done:
 
     def wait(self) -> None:
         """Return at once."""
+
+
+class All:
+    """Several collectives under way."""
+
+    def __init__(self, works: Iterable[Work]) -> None:
+        self._works = list(works)
+
+    def wait(self) -> None:
+        """Return when all results may be read."""
+        for work in self._works:
+            work.wait()
+
+
+def new_group(*, world: World) -> dist.ProcessGroup | None:
+    """Return another process group of all ranks, whose collectives never queue behind those of the others."""
+    return dist.new_group() if world.size > 1 else None
 
 
 def all_gather_async(rows: Tensor, *, world: World, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Work]:
@@ -62,6 +80,29 @@ def all_reduce(values: Tensor, *, world: World, op: str = "sum", group: dist.Pro
     """Combine `values` over the ranks in place with `sum`, `max` or `min`, and return them."""
     if world.size > 1:
         dist.all_reduce(values, op=_OPS[op], group=group)
+    return values
+
+
+def ring_shift_async(values: Tensor, *, world: World, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Work]:
+    """Start sending `values` to the next rank; what the previous rank sent arrives in the returned tensor.
+
+    Keep `values` unchanged and alive until the work is done.
+    """
+    if world.size == 1:
+        return values, Done()
+    received = torch.empty_like(values)
+    to, source = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    operations = [
+        dist.P2POp(dist.isend, values, group=group, group_peer=to),
+        dist.P2POp(dist.irecv, received, group=group, group_peer=source),
+    ]
+    return received, All(dist.batch_isend_irecv(operations))
+
+
+def broadcast(values: Tensor, *, world: World) -> Tensor:
+    """Overwrite `values` with rank 0's on every rank, and return them."""
+    if world.size > 1:
+        dist.broadcast(values, src=0)
     return values
 
 

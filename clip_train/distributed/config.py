@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from clip_train.distributed.world import World
 
 
 class Strategy(StrEnum):
     ddp = "ddp"
+    fsdp = "fsdp"
 
 
 class Backend(StrEnum):
@@ -27,7 +30,11 @@ class DistributedConfig:
     """How the ranks of one run work together. Ranks come from torchrun's environment variables."""
 
     strategy: Strategy = Strategy.ddp
-    """`ddp`: every rank holds the whole model, gradients are averaged."""
+    """`ddp`: every rank holds the whole model, gradients are averaged. `fsdp`: every rank holds a part of each parameter,
+    its gradient and its optimizer state, for models that do not fit otherwise."""
+    shard_ranks: int | None = None
+    """With `fsdp`: ranks that share one copy of the model, as a divisor of all; null for all ranks. Set it to the ranks
+    of one node, and nodes exchange gradients only."""
     backend: Backend = Backend.auto
     """`auto` takes nccl on CUDA and gloo on CPU."""
     timeout_seconds: float = 300.0
@@ -37,8 +44,26 @@ class DistributedConfig:
         if not self.timeout_seconds > 0:
             raise UserError(f"distributed.timeout_seconds={self.timeout_seconds} must be positive")
 
+        if self.shard_ranks is not None and (self.shard_ranks < 1 or self.strategy is not Strategy.fsdp):
+            raise UserError(f"distributed.shard_ranks={self.shard_ranks} must be positive and go with strategy=fsdp")
+
     def build(self, *, device: str) -> World:
         """Join the process group that the launcher describes, or stay alone without one."""
         from clip_train.distributed.world import start_world
 
         return start_world(device=device, backend=self.backend.value, timeout_seconds=self.timeout_seconds)
+
+    def parallelize(self, model: nn.Module, *, world: World, precision: str, compile_blocks: bool) -> nn.Module:
+        """Return what to call in place of `model` to train it on all ranks. Called by every rank."""
+        from clip_train.distributed.parallel import parallelize
+
+        if self.shard_ranks is not None and world.size % self.shard_ranks:
+            raise UserError(f"distributed.shard_ranks={self.shard_ranks} must divide the {world.size} ranks")
+        return parallelize(
+            model,
+            world=world,
+            strategy=self.strategy.value,
+            precision=precision,
+            shard_ranks=self.shard_ranks,
+            compile_blocks=compile_blocks,
+        )

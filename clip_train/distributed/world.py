@@ -20,6 +20,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
+    host_group: dist.ProcessGroup | None = None
+    """Group for small messages between the hosts' processors, so that agreeing on something never waits for a GPU."""
 
     @property
     def is_main(self) -> bool:
@@ -42,13 +44,15 @@ def start_world(*, device: str = "auto", backend: str = "auto", timeout_seconds:
     chosen = _choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    host_group = None
     if size > 1:
         name = backend if backend != "auto" else ("nccl" if chosen.type == "cuda" else "gloo")
         dist.init_process_group(
             name, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds),
             device_id=chosen if name == "nccl" else None,
         )  # fmt: skip
-    return World(rank=rank, size=size, local_rank=local_rank, device=chosen)
+        host_group = dist.new_group(backend="gloo") if name == "nccl" else None
+    return World(rank=rank, size=size, local_rank=local_rank, device=chosen, host_group=host_group)
 
 
 def stop_world() -> None:
@@ -64,7 +68,9 @@ def _ranks_from_environment() -> tuple[int, int, int]:
         return 0, 1, 0
     missing = [name for name in names if name not in found]
     if missing:
-        raise UserError(f"{', '.join(found)} set but {', '.join(missing)} missing: start several processes with torchrun")
+        raise UserError(
+            f"{', '.join(found)} set but {', '.join(missing)} missing: start several processes with torchrun"
+        )
     try:
         rank, size, local_rank = (int(found[name]) for name in names)
     except ValueError as error:

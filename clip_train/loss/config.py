@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clip_train.distributed.world import World
+    from clip_train.loss.base import ContrastiveLoss
     from clip_train.loss.clip import ClipLoss
+    from clip_train.loss.siglip import SigLipLoss
+
+
+class Duplicates(StrEnum):
+    negatives = "negatives"
+    ignore = "ignore"
+
+
+class Exchange(StrEnum):
+    gather = "gather"
+    ring = "ring"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -15,6 +28,13 @@ class LossConfig:
     """Fields that every loss has."""
 
     name: str = "???"
+    duplicates: Duplicates = Duplicates.negatives
+    """Equal captions elsewhere in the global batch: `negatives` treats them as mismatches, as published recipes do;
+    `ignore` leaves them out."""
+
+    def build(self, *, world: World) -> ContrastiveLoss:
+        """Make the loss for the ranks of `world`. Called by every rank."""
+        raise NotImplementedError
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,7 +44,27 @@ class ClipLossConfig(LossConfig):
     name: str = "clip"
 
     def build(self, *, world: World) -> ClipLoss:
-        """Make the loss for the ranks of `world`."""
+        """Make the loss for the ranks of `world`. Called by every rank."""
         from clip_train.loss.clip import ClipLoss
 
-        return ClipLoss(world=world)
+        return ClipLoss(world=world, ignore_duplicates=self.duplicates is Duplicates.ignore)
+
+
+@dataclass(slots=True, kw_only=True)
+class SigLipLossConfig(LossConfig):
+    """Pairwise sigmoid loss with a learned temperature and bias (SigLIP, Zhai et al. 2023, §3.2)."""
+
+    name: str = "siglip"
+    exchange: Exchange = Exchange.gather
+    """`gather` brings the text features of all ranks to each behind the image tower; `ring` passes them from rank to
+    rank during the loss and holds those of two ranks only."""
+
+    def build(self, *, world: World) -> SigLipLoss:
+        """Make the loss for the ranks of `world`. Called by every rank."""
+        from clip_train.loss.siglip import SigLipLoss
+
+        return SigLipLoss(
+            world=world,
+            ring=self.exchange is Exchange.ring,
+            ignore_duplicates=self.duplicates is Duplicates.ignore,
+        )

@@ -29,7 +29,12 @@ _RADII = {"small": (0.105, 0.135), "large": (0.17, 0.215)}  # fractions of the p
 _NUMBERS = ("zero", "one", "two", "three", "four")
 _PREFIXES = ("a picture of ", "a drawing of ", "an image of ", "this shows ", "we see ")
 _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-_TEXTURE_WORDS = {"striped": ("striped",), "dotted": ("dotted", "spotted"), "outlined": ("outlined",), "solid": ("solid",)}
+_TEXTURE_WORDS = {
+    "striped": ("striped",),
+    "dotted": ("dotted", "spotted"),
+    "outlined": ("outlined",),
+    "solid": ("solid",),
+}
 
 
 class Detail(StrEnum):

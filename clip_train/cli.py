@@ -1,0 +1,196 @@
+"""The `clip-train` command. Starts fast: torch and everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clip_train import __version__
+from clip_train.errors import ClipTrainError, UserError
+
+EXAMPLES = """\b
+  clip-train train experiment=demo
+      train a model, evaluate it, write runs/demo/report.html
+  clip-train classify cat.jpg --labels "a corgi,a cat" --model runs/demo
+      say which label fits a picture
+  clip-train shards make PICTURES SHARDS
+      turn a folder of pictures, each with a .txt, into shards
+
+`clip-train COMMAND --help` explains a command, `clip-train help KEY` a config key."""
+
+KEY_VALUE = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+app = typer.Typer(
+    help=f"Train, evaluate and use CLIP models.\n\n{EXAMPLES}", no_args_is_help=True, add_completion=False,
+    rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+shards = typer.Typer(help="Make and index shards of image-caption pairs.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(shards, name="shards")
+
+
+def main() -> None:
+    """Run the command line and exit with its code: 2 for a user's mistake, 3 for damaged data or checkpoints."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except ClipTrainError as error:
+        if debug:
+            traceback.print_exc()
+        _print_error(str(error))
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not a usage error of the command line, but a bug of ours
+            raise
+        _print_error(error.format_message())
+        code = 2
+    sys.exit(code or 0)
+
+
+def _print_error(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    where = f" [rank {rank}]" if rank != "0" else ""
+    print(f"error{where}: {message}", file=sys.stderr)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"clip-train {__version__}")
+        raise typer.Exit
+
+
+@app.command(context_settings=KEY_VALUE, add_help_option=False, short_help="Train a model, or continue a run.")
+def train(context: typer.Context) -> None:
+    """Train a model, or continue a run. Takes KEY=VALUE."""
+    overrides = _overrides(context, command="train")
+    if overrides is None:
+        return
+    from clip_train.config import load
+
+    config = load("train", overrides)
+    from clip_train.tools.report import write_report
+    from clip_train.train import train as run
+
+    run(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"report: {write_report(Path(config.run_dir))}")
+
+
+@app.command(context_settings=KEY_VALUE, add_help_option=False, short_help="Evaluate a model or a run.")
+def evaluate(context: typer.Context) -> None:
+    """Evaluate a model or a run. Takes KEY=VALUE."""
+    overrides = _overrides(context, command="evaluate")
+    if overrides is None:
+        return
+    from clip_train.config import load
+
+    config = load("evaluate", overrides)
+    from clip_train.evaluate import evaluate as run
+
+    run(config)
+
+
+def _overrides(context: typer.Context, *, command: str) -> list[str] | None:
+    """Return the KEY=VALUE arguments, or None when a flag was answered here."""
+    arguments = list(context.args)
+    flags = {a for a in arguments if a.startswith("-")}
+    overrides = [a for a in arguments if a not in flags]
+    if flags & {"-h", "--help"}:
+        from clip_train.help import describe
+
+        print(describe(command))
+    elif "--cfg" in flags:
+        from clip_train.config import load, to_yaml
+
+        print(to_yaml(load(command, overrides)), end="")
+    elif flags:
+        raise UserError(
+            f"unknown option {sorted(flags)[0]}: `clip-train {command}` takes KEY=VALUE, --cfg, --debug and --help"
+        )
+    else:
+        return overrides
+    return None
+
+
+@app.command(name="help", short_help="Explain one config key.")
+def help_key(key: Annotated[str, typer.Argument(help="A key such as optim.lr")]) -> None:
+    """Explain one config key: its type, default and meaning."""
+    from clip_train.help import explain
+
+    print(explain(key))
+
+
+@shards.command(name="make", epilog="clip-train shards make ~/pictures shards/mine --val 0.01")
+def shards_make(
+    source: Annotated[Path, typer.Argument(help="Folder of pictures, each with a .txt of the same name beside it.")],
+    out: Annotated[Path, typer.Argument(help="Folder that gets train/ and val/.")],
+    val: Annotated[
+        float, typer.Option(help="Share of the pictures for validation, chosen by a hash of the picture.")
+    ] = 0.0,
+    resize: Annotated[
+        int | None, typer.Option(help="Shrink so that the short side has at most this many pixels.")
+    ] = None,
+    samples_per_shard: Annotated[int, typer.Option(help="Pairs in one shard.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
+) -> None:
+    """Turn a folder of pictures and captions into shuffled, indexed WebDataset shards."""
+    from clip_train.data.shards.make import make_shards
+
+    print(make_shards(source, out, val=val, resize=resize, samples_per_shard=samples_per_shard, seed=seed))
+
+
+@shards.command(name="index", epilog="clip-train shards index shards/mine/train")
+def shards_index(
+    source: Annotated[str, typer.Argument(help="Folder of .tar files, or a pattern such as 'data/{000..331}.tar'.")],
+    crc: Annotated[bool, typer.Option(help="Read every image and caption once and record its checksum.")] = False,
+    jobs: Annotated[int, typer.Option(help="Shards read at a time.")] = os.cpu_count() or 1,
+) -> None:
+    """Walk the headers of shards, check them and write the index that training reads."""
+    from clip_train.data.shards.index import index_source
+
+    print(index_source(source, crc=crc, jobs=jobs))
+
+
+@shards.command(name="scenes", epilog="clip-train shards scenes shards/demo")
+def shards_scenes(
+    out: Annotated[Path, typer.Argument(help="Folder that gets train/, val/ and classes/.")],
+    train: Annotated[int, typer.Option(help="Training pairs.")] = 20_000,
+    val: Annotated[int, typer.Option(help="Validation pairs.")] = 1_000,
+    seed: Annotated[int, typer.Option(help="Seed of the drawings.")] = 0,
+) -> None:
+    """Draw compositional pictures with captions; 20 combinations of shape and colour are kept out of training."""
+    from clip_train.data.scenes.write import write_scenes
+
+    print(write_scenes(out, num_train=train, num_val=val, seed=seed))
+
+
+@app.command(epilog='clip-train classify cat.jpg --labels "a corgi,a cat" --model runs/demo')
+def classify(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    labels: Annotated[str, typer.Option(help="Labels, separated by commas.")],
+    model: Annotated[str, typer.Option(help="A run directory or anything that clip_train.load takes.")],
+    top: Annotated[int, typer.Option(help="Labels shown for each picture.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a picture.")] = False,
+) -> None:
+    """Say which label fits each picture: probability and raw cosine."""
+    from clip_train.tools.classify import classify_command
+
+    raise typer.Exit(classify_command(images, labels=labels, model=model, top=top, as_json=as_json))
+
+
+@app.command(epilog="clip-train report runs/demo")
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write RUN/report.html: one self-contained page with curves, results and pictures."""
+    from clip_train.tools.report import write_report
+
+    print(write_report(run))

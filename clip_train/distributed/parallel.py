@@ -1,0 +1,127 @@
+"""Spread one model over the ranks: compile its blocks, then wrap it in DDP or shard it with FSDP2.
+
+The two scalars of a CLIP model, temperature and bias, stay outside: FSDP2 cannot shard a scalar, and a wrapper would wait
+for a gradient that micro-batches do not have. They are averaged explicitly, once a step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from clip_train.distributed.collectives import all_reduce, broadcast
+
+if TYPE_CHECKING:
+    from clip_train.distributed.world import World
+    from clip_train.types import Features
+
+SCALARS = ("logit_scale", "logit_bias")
+# torch 2.13 renamed the argument and warns of the old name; 2.11 knows only the old one.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BUFFER_SYNC = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+_BLOCK_LISTS = ("resblocks", "blocks")
+_SHORT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parallelize(
+    model: nn.Module,
+    *,
+    world: World,
+    strategy: str = "ddp",
+    precision: str = "fp32",
+    shard_ranks: int | None = None,
+    compile_blocks: bool = False,
+) -> nn.Module:
+    """Return what to call in place of `model` [on its rank's device] to train it on all ranks. Called by every rank.
+
+    Rank 0's weights become those of all. The model's own object keeps its state-dict keys; `fsdp` shards it in place, so
+    make the optimizer afterwards.
+
+    strategy: `ddp` or `fsdp`.
+    precision: type in which `fsdp` gathers and multiplies parameters; gradients are summed in float32.
+    shard_ranks: `fsdp` shards over so many neighbouring ranks and replicates these groups; all ranks by default.
+    compile_blocks: compile each transformer block by itself; equal blocks share one compilation.
+    """
+    if compile_blocks:
+        for block in transformer_blocks(model):
+            block.compile(fullgraph=True, dynamic=False)
+    if world.size == 1:
+        return model
+    with torch.no_grad():
+        for value in model.state_dict(keep_vars=True).values():
+            broadcast(value.detach(), world=world)
+    if strategy == "fsdp":
+        return _shard(model, world=world, precision=precision, shard_ranks=shard_ranks or world.size)
+    assert strategy == "ddp", strategy
+    # DDP looks up a root parameter under its name in one place and under "." + name in another.
+    ignored = [prefix + name for name in _scalars(model) for prefix in ("", ".")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False, **_NO_BUFFER_SYNC)
+
+
+def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the repeated blocks of both towers."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential):
+            yield from module
+
+
+def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+    """Return a context for one forward and backward pass that averages gradients over ranks, or leaves them local."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(enabled)
+        wrapped.set_is_last_backward(enabled)
+    elif isinstance(wrapped, DistributedDataParallel) and not enabled:
+        return wrapped.no_sync()
+    return nullcontext()
+
+
+@torch.no_grad()
+def average_scalars(model: nn.Module, *, world: World, with_them: list[Tensor]) -> list[Tensor]:
+    """Average the gradients of the model's scalars over the ranks in place, and the 0-d tensors `with_them` on the way.
+
+    Called by every rank, after backward; one collective for all. Returns the averages of `with_them`.
+    """
+    gradients = [p.grad for p in (model.get_parameter(name) for name in _scalars(model)) if p.grad is not None]
+    mean = all_reduce(torch.stack([t.double() for t in (*gradients, *with_them)]), world=world) / world.size
+    for gradient, value in zip(gradients, mean, strict=False):
+        gradient.copy_(value)
+    return list(mean[len(gradients) :])
+
+
+def _scalars(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters(recurse=False) if name in SCALARS]
+
+
+def _shard(model: nn.Module, *, world: World, precision: str, shard_ranks: int) -> nn.Module:
+    if shard_ranks == world.size:
+        mesh = init_device_mesh(world.device.type, (world.size,))
+    else:
+        shape = (world.size // shard_ranks, shard_ranks)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    short = _SHORT_TYPES.get(precision)
+    policy = MixedPrecisionPolicy(param_dtype=short, reduce_dtype=torch.float32 if short else None)
+    ignored = {model.get_parameter(name) for name in _scalars(model)}
+    # FSDP2 hangs a hook on each tensor that a module returns; on a parameter itself the hooks would pile up.
+    model.register_forward_hook(_copy_scalars)
+    for block in transformer_blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    for method in ("encode_image", "encode_text"):
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def _copy_scalars(model: nn.Module, inputs: object, features: Features) -> Features:
+    bias = features.logit_bias
+    return features._replace(
+        logit_scale=features.logit_scale.clone(), logit_bias=None if bias is None else bias.clone()
+    )

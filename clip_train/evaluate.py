@@ -1,0 +1,87 @@
+"""Evaluate a model: during training on the live weights, afterwards on anything that `clip_train.load` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_train.config import EvaluateConfig, TrainConfig, from_yaml
+from clip_train.distributed.world import World, stop_world
+from clip_train.errors import UserError
+from clip_train.evaluation.result import write_result
+from clip_train.evaluation.samples import collect, save_samples
+from clip_train.evaluation.table import print_results
+
+if TYPE_CHECKING:
+    from clip_train.evaluation.config import EvaluationConfig
+    from clip_train.evaluation.features import DualEncoder
+
+
+def run_evaluations(
+    evaluators: Mapping[str, Any],
+    model: DualEncoder,
+    *,
+    world: World,
+    out: Path,
+    name: str,
+    weights: str,
+    samples: bool,
+) -> dict[str, float]:
+    """Run every evaluator on all ranks and return its metrics as `NAME/metric`. Rank 0 writes and prints the results.
+
+    Args:
+        evaluators: by name.
+        model: the towers; left in the mode it came in.
+        world: the ranks.
+        out: folder that gets NAME.json and NAME.npz.
+        name: the model's name, for the files.
+        weights: which weights of it, for the files.
+        samples: also keep pictures with their answers, for the report.
+    """
+    scores: dict[str, float] = {}
+    results = {}
+    for key, evaluator in evaluators.items():
+        result = results[key] = evaluator.evaluate(model)
+        scores |= {f"{key}/{metric}": value for metric, value in result.metrics.items()}
+        if world.is_main:
+            write_result(result, out / f"{key}.json", dataset=key, model=name, pretrained=weights)
+            if samples:
+                save_samples(collect(evaluator, result), out / "samples" / f"{key}.json")
+    if world.is_main:
+        print_results(results)
+    return scores
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, float]:
+    """Evaluate `config.checkpoint` as `config` says and return every metric as `NAME/metric`.
+
+    Raises:
+        UserError: the checkpoint or an evaluation set is not there, or there is nothing to evaluate.
+        IntegrityError: they are damaged.
+    """
+    from clip_train.interop.load import load
+
+    with ExitStack() as stack:
+        world = config.distributed.build(device=config.device)
+        stack.callback(stop_world)
+        run = Path(config.checkpoint)
+        evaluations: dict[str, EvaluationConfig] = dict(config.evaluation)
+        if not evaluations and (run / "config.yaml").exists():
+            trained: TrainConfig = from_yaml(run / "config.yaml")
+            evaluations = trained.evaluation
+        if not evaluations:
+            raise UserError(
+                f"nothing to evaluate: {run} was trained without evaluations; name some, as in evaluation=[imagenet]"
+            )
+        model, _ = load(config.checkpoint, device=world.device)
+        tokenizer = model.tokenize
+        evaluators = {
+            name: one.build(world=world, tokenizer=tokenizer, image_size=model.config.vision.image_size)
+            for name, one in evaluations.items()
+        }
+        out = Path(config.output) if config.output else (run / "evaluation" if run.is_dir() else Path())
+        return run_evaluations(
+            evaluators, model, world=world, out=out, name=config.checkpoint, weights=config.checkpoint, samples=False
+        )

@@ -1,0 +1,1 @@
+"""Evaluators: zero-shot classification and retrieval on all ranks, their results and report samples."""

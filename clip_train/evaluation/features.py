@@ -1,0 +1,165 @@
+"""Features of a whole evaluation set, computed on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from clip_train.distributed.collectives import all_gather, gather_objects
+from clip_train.errors import IntegrityError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from clip_train.distributed.world import World
+
+TEXT_BATCH_SIZE = 256
+
+
+class EvaluationBatch(Protocol):
+    """One batch of `data/sequential.py`."""
+
+    @property
+    def images(self) -> Tensor:
+        """[B, S, S, 3] uint8."""
+
+    @property
+    def indices(self) -> Tensor:
+        """[B] int64, places in the source."""
+
+    @property
+    def valid(self) -> Tensor:
+        """[B] bool, False for padding rows."""
+
+
+Batches = Callable[[], Iterable[EvaluationBatch]]
+
+
+class Tokenizer(Protocol):
+    """What the evaluators need of a tokenizer."""
+
+    @property
+    def end_id(self) -> int:
+        """The token at which the text tower reads its feature."""
+
+    def __call__(self, texts: list[str], *, truncate: bool = False) -> Tensor:
+        """Return tokens [n, L] int64, zero-padded after the end token."""
+
+
+class DualEncoder(Protocol):
+    """What the evaluators need of a model; `CLIP` and what `load` returns both have it."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        """Set training or evaluation mode."""
+
+    def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
+        """Return features [B, D] of raw pixels [B, H, W, 3] uint8."""
+
+    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+        """Return features [B, D] of tokens [B, L]."""
+
+
+class EncodedTexts(NamedTuple):
+    """Features of distinct texts, and which of them each asked-for text has."""
+
+    features: Tensor  # [U, D] float32, unit length
+    rows: Tensor  # [n] int64 in [0, U)
+
+
+@contextmanager
+def evaluating(model: DualEncoder, *, world: World, precision: str) -> Iterator[None]:
+    """Put the model in evaluation mode without gradients, its towers under `precision`, and restore its mode after."""
+    use_bf16 = precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
+    was_training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad(), torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=use_bf16):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def similarity(queries: Tensor, gallery: Tensor) -> Tensor:
+    """Return the cosines [Q, G] of unit rows [Q, D] and [G, D] in full float32, whatever the run allows elsewhere."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(queries.device.type, enabled=False):
+            return queries.float() @ gallery.float().T
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def encode_texts(
+    model: DualEncoder, tokenizer: Tokenizer, texts: Sequence[str], *, world: World, batch_size: int = TEXT_BATCH_SIZE
+) -> EncodedTexts:
+    """Return the features of `texts` on every rank, each distinct text encoded once on one rank.
+
+    Texts are sorted by length and a batch is cut to its longest: exact, since the tower is causal and reads its feature
+    at the end token. Texts longer than the context are cut.
+
+    Raises:
+        UserError: there is no text.
+    """
+    if not texts:
+        raise UserError("there is no text to encode")
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    tokens = tokenizer(list(place), truncate=True)  # [U, L]
+    lengths = (tokens == tokenizer.end_id).int().argmax(dim=1) + 1
+    order = lengths.argsort(stable=True)
+    per_rank = -(-len(order) // world.size)
+    padding = order[-1].expand(per_rank * world.size - len(order))
+    by_rank = torch.cat([order, padding]).view(per_rank, world.size).T.contiguous()  # [ranks, per_rank]
+    own = []
+    for rows in by_rank[world.rank].split(batch_size):
+        batch = tokens[rows, : int(lengths[rows].max())].to(world.device)
+        own.append(model.encode_text(batch).float())
+    gathered = all_gather(torch.cat(own), world=world)
+    features = torch.empty(len(place), gathered.shape[1], device=world.device)
+    features[by_rank.flatten().to(world.device)] = gathered
+    return EncodedTexts(features, torch.tensor([place[text] for text in texts], device=world.device))
+
+
+def encode_images(model: DualEncoder, batches: Batches, *, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield this rank's image features [B, D] float32, indices [B] and valid [B], batch after batch."""
+    for batch in batches():
+        features = model.encode_image(batch.images.to(world.device, non_blocking=True)).float()
+        yield features, batch.indices.to(world.device), batch.valid.to(world.device)
+
+
+def gather_items(
+    indices: Tensor, columns: dict[str, Tensor], *, valid: Tensor, num_items: int, world: World
+) -> dict[str, Tensor]:
+    """Return the valid rows of all ranks in index order, on every rank.
+
+    Args:
+        indices: [K] int64, the place of each row in the evaluation set.
+        columns: tensors [K, ...] whose rows belong to `indices`.
+        valid: [K] bool, False for padding rows.
+        num_items: size of the evaluation set.
+
+    Raises:
+        IntegrityError: the rows are not exactly the `num_items` items, each once.
+    """
+    rows_per_rank = gather_objects(len(indices), world=world)
+    if len(set(rows_per_rank)) > 1:
+        raise IntegrityError(f"the ranks evaluated different numbers of rows: {rows_per_rank}")
+    seen = all_gather(torch.where(valid, indices, -1), world=world)
+    order = seen.argsort(stable=True)[int((seen < 0).sum()) :]
+    if not torch.equal(seen[order], torch.arange(num_items, device=seen.device)):
+        raise IntegrityError(
+            f"the evaluation saw {len(order)} images ({len(seen[order].unique())} different) of a set of {num_items}: "
+            "no score is given for another set than the one asked for"
+        )
+    return {name: all_gather(column, world=world)[order] for name, column in columns.items()}
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return the values in host memory."""
+    return tensor.detach().cpu().numpy()

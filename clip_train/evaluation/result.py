@@ -1,0 +1,120 @@
+"""What an evaluator returns, and its files in clip-benchmark's shape."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from clip_train.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from clip_train.evaluation.features import DualEncoder
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluationResult:
+    """The scores of one evaluation and what they rest on. Equal on every rank."""
+
+    task: str
+    """`zeroshot_classification` or `zeroshot_retrieval`."""
+    num_items: int
+    """Images evaluated: all of the set."""
+    metrics: dict[str, float]
+    """Scores in [0, 1]; empty when collapsed."""
+    chance: dict[str, float]
+    """What guessing would score on average, for each metric."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % intervals: Wilson for accuracies, bootstrap over images for the rest."""
+    collapsed: str | None = None
+    """Why the features are worth no score, or None."""
+    warnings: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    """Further values for the JSON file."""
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    """Per-item arrays, for paired comparisons and the report."""
+    seconds: float = 0.0
+
+
+class Evaluator(Protocol):
+    """An evaluation set with its scores."""
+
+    def run(self, model: DualEncoder) -> dict[str, float]:
+        """Return the metrics. All ranks take part."""
+
+    def evaluate(self, model: DualEncoder) -> EvaluationResult:
+        """Return metrics, chance, intervals and predictions. All ranks take part."""
+
+
+def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: str, pretrained: str = "") -> None:
+    """Write `path` (.json, clip-benchmark's keys and ours under `clip_train`) and its `.npz` of predictions.
+
+    Args:
+        path: the JSON file; its folder is made.
+        dataset: name of the evaluation, e.g. `imagenet`.
+        model: name of the model, e.g. `ViT-B-32`.
+        pretrained: which weights, e.g. a checkpoint's name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics: dict[str, float | None] = dict(result.metrics)
+    if result.task == "zeroshot_classification" and metrics:
+        metrics.setdefault("acc5", None)  # below five classes; the key is part of the format
+    content = {
+        "dataset": dataset,
+        "model": model,
+        "pretrained": pretrained,
+        "task": result.task,
+        "metrics": metrics,
+        "language": "en",
+        "clip_train": {
+            "status": "collapsed" if result.collapsed else "ok",
+            "reason": result.collapsed,
+            "warnings": result.warnings,
+            "n": result.num_items,
+            "chance": result.chance,
+            "intervals": result.intervals,
+            "normalised": {name: _above_chance(value, result.chance[name]) for name, value in result.metrics.items()},
+            "seconds": round(result.seconds, 3),
+            **result.details,
+        },
+    }
+    if result.predictions:
+        arrays: dict[str, Any] = dict(result.predictions)  # numpy's own annotation confuses names with its flags
+        np.savez_compressed(path.with_suffix(".npz"), **arrays)
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file, ours or clip-benchmark's, whose bare `NaN` becomes None.
+
+    Raises:
+        IntegrityError: it is not such a file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} cannot be read as an evaluation result: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
+        raise IntegrityError(f"{path} has no `metrics`: it is not an evaluation result")
+    metrics: Mapping[str, Any] = content["metrics"]
+    return {**content, "metrics": {k: None if _is_nan(v) else v for k, v in metrics.items()}}
+
+
+def evenly_spaced(num_items: int, *, count: int) -> np.ndarray:
+    """Return up to `count` places spread evenly over [0, num_items): a sample that nobody has picked."""
+    return np.unique(np.linspace(0, num_items - 1, min(count, num_items)).round().astype(np.int64))
+
+
+def _above_chance(value: float, chance: float) -> float | None:
+    return (value - chance) / (1 - chance) if chance < 1 else None
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)

@@ -1,0 +1,230 @@
+"""Image-to-text and text-to-image recall on all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clip_train.distributed.world import World
+from clip_train.evaluation.collapse import TowerStatistics
+from clip_train.evaluation.confidence import bootstrap_ratio
+from clip_train.evaluation.features import (
+    Batches,
+    DualEncoder,
+    EncodedTexts,
+    Tokenizer,
+    encode_images,
+    encode_texts,
+    evaluating,
+    gather_items,
+    similarity,
+    to_numpy,
+)
+from clip_train.evaluation.ranking import Ranks, Side, chance_of_recall, pad_ids, rank_right_answers
+from clip_train.evaluation.result import EvaluationResult, evenly_spaced
+
+if TYPE_CHECKING:
+    from clip_train.evaluation.captioned_images import CaptionedImages
+
+CHUNK_ELEMENTS = 2**24  # similarities held at once: 64 MiB
+NUM_TOP = 5  # nearest captions kept for the pictures of the report
+NUM_PICTURES = 24
+NUM_PAIRS = 16  # rows of the report's similarity matrix
+
+
+class Retrieve:
+    """Recall@k both ways on pictures with one or more captions each.
+
+    `image_retrieval_recall@k` searches images by caption, `text_retrieval_recall@k` captions by image (a hit if any of
+    the image's captions is found), as in clip-benchmark. A tie with a wrong answer counts half a place.
+
+    Args:
+        images: the captioned set, the same on every rank.
+        world: the ranks that share the work.
+        tokenizer: the model's own.
+        batches: makes one pass over this rank's piece of the set; padded so that all ranks see equally many rows.
+        recall_k: the k of recall@k.
+        precision: of the towers, `auto`, `fp32` or `bf16`.
+        chunk_elements: most similarities held at once on a device.
+    """
+
+    def __init__(
+        self,
+        images: CaptionedImages,
+        *,
+        world: World,
+        tokenizer: Tokenizer,
+        batches: Batches,
+        recall_k: Sequence[int] = (1, 5, 10),
+        precision: str = "auto",
+        chunk_elements: int = CHUNK_ELEMENTS,
+    ) -> None:
+        self.images = images
+        self._world = world
+        self._tokenizer = tokenizer
+        self._batches = batches
+        self._recall_k = sorted(set(recall_k))
+        self._precision = precision
+        self._chunk_elements = chunk_elements
+
+    def run(self, model: DualEncoder) -> dict[str, float]:
+        """Return the metrics; none if the features have collapsed. All ranks take part."""
+        return self.evaluate(model).metrics
+
+    def evaluate(self, model: DualEncoder) -> EvaluationResult:
+        """Return metrics, chance, intervals, ranks and a few pictures' nearest captions. All ranks take part.
+
+        Raises:
+            IntegrityError: not every image of the set was seen exactly once.
+        """
+        started = time.monotonic()
+        with evaluating(model, world=self._world, precision=self._precision):
+            texts = encode_texts(model, self._tokenizer, self.images.captions, world=self._world)
+            image_features = self._image_features(model)
+        image_ranks, text_ranks = self._search(image_features, texts)
+        result = score(image_ranks, text_ranks, owner=self.images.owner, recall_k=self._recall_k)
+        if len(texts.features) < len(texts.rows):
+            lenient = score(
+                *self._search(image_features, texts, lenient=True), owner=self.images.owner, recall_k=self._recall_k
+            )
+            _add_lenient(result, lenient)
+        result.predictions |= self._samples(image_features, texts)
+        result.collapsed = _collapsed(image_features, texts)
+        if result.collapsed:
+            result.metrics, result.intervals = {}, {}
+        result.seconds = time.monotonic() - started
+        return result
+
+    def _image_features(self, model: DualEncoder) -> Tensor:
+        """Return the features [N, D] of all images, on every rank."""
+        rows = list(encode_images(model, self._batches, world=self._world))
+        features, indices, valid = (torch.cat(column) for column in zip(*rows, strict=True))
+        columns = {"features": features}
+        num_items = len(self.images.source)
+        return gather_items(indices, columns, valid=valid, num_items=num_items, world=self._world)["features"]
+
+    def _search(self, image_features: Tensor, texts: EncodedTexts, *, lenient: bool = False) -> tuple[Ranks, Ranks]:
+        """Return the ranks of images by caption and of captions by image.
+
+        Right is an image with its own captions; lenient, also another image that has the very same caption.
+        """
+        device = image_features.device
+        image_index = torch.arange(len(image_features), device=device)
+        if lenient:
+            text_ids = texts.rows[:, None]
+            ids_per_image: list[list[int]] = [[] for _ in range(len(image_features))]
+            for text_id, image in zip(texts.rows.tolist(), self.images.owner.tolist(), strict=True):
+                ids_per_image[image].append(text_id)
+            image_ids = pad_ids(ids_per_image).to(device)
+        else:
+            text_ids = torch.from_numpy(self.images.owner).to(device)[:, None]
+            image_ids = image_index[:, None]
+        image_side = Side(image_features, image_index, image_ids)
+        text_side = Side(texts.features, texts.rows, text_ids)
+        image_ranks = rank_right_answers(
+            text_side, image_side, world=self._world, chunk_elements=self._chunk_elements
+        )  # fmt: skip
+        text_ranks = rank_right_answers(
+            image_side, text_side, world=self._world, chunk_elements=self._chunk_elements
+        )  # fmt: skip
+        return image_ranks, text_ranks
+
+    def _samples(self, image_features: Tensor, texts: EncodedTexts) -> dict[str, np.ndarray]:
+        """Return nearest captions of a few pictures, and the similarities of a few pairs, for the report."""
+        num_images = len(image_features)
+        first_caption = np.unique(self.images.owner, return_index=True)[1]  # [N]
+        pictures = evenly_spaced(num_images, count=NUM_PICTURES)
+        cosine, nearest = similarity(image_features[pictures], texts.features).sort(dim=1, descending=True, stable=True)
+        caption_of_text = np.unique(to_numpy(texts.rows), return_index=True)[1]  # [U]
+        distinct = np.unique(to_numpy(texts.rows)[first_caption], return_index=True)[1]
+        pairs = np.sort(distinct)[evenly_spaced(len(distinct), count=NUM_PAIRS)]
+        pair_texts = texts.features[texts.rows[first_caption[pairs]]]
+        return {
+            "picture": pictures,
+            "picture_top": caption_of_text[to_numpy(nearest[:, :NUM_TOP])],
+            "picture_cosine": to_numpy(cosine[:, :NUM_TOP]),
+            "pair_image": pairs,
+            "pair_caption": first_caption[pairs],
+            "pair_cosine": to_numpy(similarity(image_features[pairs], pair_texts)),
+        }
+
+
+def score(image_ranks: Ranks, text_ranks: Ranks, *, owner: np.ndarray, recall_k: Sequence[int]) -> EvaluationResult:
+    """Turn ranks into recalls by integer counts.
+
+    Args:
+        image_ranks: of the right image, for each of T captions.
+        text_ranks: of the best right caption, for each of N images.
+        owner: [T] the image of each caption.
+        recall_k: the k of recall@k; one above the size of the gallery is left out with a warning.
+    """
+    num_images, num_texts = len(text_ranks.twice_rank), len(owner)
+    captions = np.bincount(owner, minlength=num_images)  # [N]
+    metrics, chance, intervals, warnings = {}, {}, {}, []
+    for k in recall_k:
+        if k > num_images:
+            warnings.append(f"recall@{k} is left out: the set has only {num_images} images")
+            continue
+        found = image_ranks.twice_rank <= 2 * k
+        name = f"image_retrieval_recall@{k}"
+        metrics[name] = int(found.sum()) / num_texts
+        chance[name] = chance_of_recall(image_ranks.num_right, num_gallery=num_images, k=k)
+        intervals[name] = bootstrap_ratio(np.bincount(owner[found], minlength=num_images), captions)
+        found = text_ranks.twice_rank <= 2 * k
+        name = f"text_retrieval_recall@{k}"
+        metrics[name] = int(found.sum()) / num_images
+        chance[name] = chance_of_recall(text_ranks.num_right, num_gallery=num_texts, k=k)
+        intervals[name] = bootstrap_ratio(found.astype(np.int64), np.ones(num_images, dtype=np.int64))
+    if "image_retrieval_recall@1" in metrics:
+        for values in (metrics, chance):
+            values["mean_recall@1"] = (values["image_retrieval_recall@1"] + values["text_retrieval_recall@1"]) / 2
+    return EvaluationResult(
+        task="zeroshot_retrieval",
+        num_items=num_images,
+        metrics=metrics,
+        chance=chance,
+        intervals=intervals,
+        warnings=warnings,
+        details={
+            "captions": num_texts,
+            "image_retrieval_median_rank": float(np.median(image_ranks.twice_rank)) / 2,
+            "text_retrieval_median_rank": float(np.median(text_ranks.twice_rank)) / 2,
+            "image_retrieval_tied": float(image_ranks.tied.mean()),
+            "text_retrieval_tied": float(text_ranks.tied.mean()),
+        },
+        predictions={
+            "image_twice_rank": image_ranks.twice_rank,
+            "text_twice_rank": text_ranks.twice_rank,
+            "image_num_right": image_ranks.num_right,
+        },
+    )
+
+
+def _add_lenient(strict: EvaluationResult, lenient: EvaluationResult) -> None:
+    shared = int((lenient.predictions["image_num_right"] > 1).sum())
+    strict.warnings.append(
+        f"{shared} of {strict.details['captions']} captions belong to several pictures, which makes strict recalls low "
+        "for any model; lenient ones take every picture with the caption as right"
+    )
+    for ours, theirs in (
+        (strict.metrics, lenient.metrics),
+        (strict.chance, lenient.chance),
+        (strict.intervals, lenient.intervals),
+    ):
+        ours |= {f"lenient_{name}": value for name, value in theirs.items()}
+
+
+def _collapsed(image_features: Tensor, texts: EncodedTexts) -> str | None:
+    # The features are complete on every rank: nothing is left to add up between ranks.
+    alone = World(device=image_features.device)
+    for tower, features in (("image", image_features), ("text", texts.features)):
+        statistics = TowerStatistics(embed_dim=features.shape[1], world=alone)
+        statistics.add(features)
+        if reason := statistics.reason(tower):
+            return reason
+    return None

@@ -1,0 +1,45 @@
+"""Show results to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clip_train.evaluation.result import EvaluationResult
+
+
+def print_results(results: Mapping[str, EvaluationResult], *, console: Console | None = None) -> None:
+    """Print scores in percent with their 95 % interval, the chance level and n; a collapsed result has no score.
+
+    Args:
+        results: by name of the evaluation.
+        console: where to; standard output if None.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("evaluation", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    for heading in ("score %", "95 % interval", "chance %", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    notes = []
+    for name, result in results.items():
+        if result.collapsed:
+            table.add_row(name, Text("collapsed", style="bold red"), "–", "–", "–", f"{result.num_items:,}")
+            notes.append(f"{name}: {result.collapsed}")
+        for i, (metric, value) in enumerate(result.metrics.items()):
+            interval = result.intervals.get(metric)
+            table.add_row(
+                name if i == 0 else "",
+                metric,
+                Text(f"{100 * value:.2f}", style="bold"),
+                f"{100 * interval[0]:.2f} – {100 * interval[1]:.2f}" if interval else "",
+                f"{100 * result.chance[metric]:.2f}",
+                f"{result.num_items:,}" if i == 0 else "",
+            )
+        notes += [f"{name}: {warning}" for warning in result.warnings]
+    console = console or Console()
+    console.print(table)
+    for note in notes:
+        console.print(note, style="yellow", markup=False)

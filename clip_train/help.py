@@ -1,0 +1,85 @@
+"""Help for the commands that take `KEY=VALUE`, read from the config dataclasses and their fields' docstrings."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import itertools
+import textwrap
+from dataclasses import MISSING, Field, fields
+
+from clip_train.config import ROOTS, known_keys
+from clip_train.config_dir import config_dir
+from clip_train.errors import UserError
+
+EXAMPLES = {
+    "train": """\
+  clip-train train experiment=demo                      a whole recipe (configs/experiment/demo.yaml)
+  clip-train train experiment=demo steps=200 seed=1     the same with other values
+  clip-train train data.train='shards/train/{000..331}.tar' model=ViT-B-32 samples=12_800_000 name=first
+  torchrun --nproc-per-node 8 -m clip_train train experiment=demo          one process per GPU
+Run the same command again and it continues with the next sample.""",
+    "evaluate": """\
+  clip-train evaluate checkpoint=runs/demo              the evaluations that the run was trained with
+  clip-train evaluate checkpoint=runs/demo evaluation=[imagenet] evaluation.imagenet.root=/data/imagenet
+  clip-train evaluate checkpoint=ViT-B/32 evaluation=[imagenet] precision=bf16""",
+}
+
+
+def describe(command: str) -> str:
+    """Return the help of `train` or `evaluate`: examples, the choices of each group, every key with its default."""
+    lines = [f"usage: clip-train {command} [KEY=VALUE ...] [--cfg] [--debug]", "", EXAMPLES[command], "", "choices:"]
+    for group in sorted(p for p in config_dir().iterdir() if p.is_dir()):
+        names = ", ".join(sorted(p.stem for p in group.glob("*.yaml")))
+        lines.append(textwrap.fill(f"{group.name}={names}", 110, initial_indent="  ", subsequent_indent="      "))
+    lines += ["", "keys (clip-train help KEY explains one):"]
+    for key, (schema, name) in known_keys(ROOTS[command]).items():
+        if default := _default(schema, name):
+            lines.append(f"  {f'{key}={default}':<44} {_first_sentence(_docstrings(schema).get(name, ''))}")
+    lines += ["", "  --cfg    print the resolved config and stop", "  --debug  show tracebacks"]
+    return "\n".join(lines)
+
+
+def explain(key: str) -> str:
+    """Return type, default and meaning of one config key.
+
+    Raises:
+        UserError: there is no such key; the nearest is named.
+    """
+    for command, root in ROOTS.items():
+        keys = known_keys(root)
+        if key in keys:
+            schema, name = keys[key]
+            kind = next(f.type for f in fields(schema) if f.name == name)
+            text = _docstrings(schema).get(name, "")
+            return f"{key}: {kind} = {_default(schema, name)}    (clip-train {command})\n{textwrap.indent(text, '  ')}"
+    near = difflib.get_close_matches(key, known_keys(ROOTS["train"]), n=3, cutoff=0.4)
+    raise UserError(f"unknown key '{key}'" + (f": did you mean {' or '.join(near)}?" if near else ""))
+
+
+def _docstrings(schema: type) -> dict[str, str]:
+    """A string literal below a field is its docstring: Python drops it, the source keeps it."""
+    found: dict[str, str] = {}
+    for base in reversed(schema.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for item, following in itertools.pairwise(body):
+            if (
+                isinstance(item, ast.AnnAssign)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                found[item.target.id] = inspect.cleandoc(str(following.value.value))  # type: ignore[union-attr]
+    return found
+
+
+def _default(schema: type, name: str) -> str:
+    item: Field = next(f for f in fields(schema) if f.name == name)
+    if item.default is not MISSING:
+        return "null" if item.default is None else str(getattr(item.default, "value", item.default))
+    value = item.default_factory() if item.default_factory is not MISSING else "???"
+    return str(value) if isinstance(value, (list, str)) else ""
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split()).split(". ")[0].rstrip(".")

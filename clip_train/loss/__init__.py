@@ -1,0 +1,1 @@
+"""Contrastive losses over all ranks, without a quadratic matrix."""

@@ -1,0 +1,30 @@
+"""Choices of `logging.*`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from clip_train.errors import UserError
+
+
+class WandbMode(StrEnum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(slots=True, kw_only=True)
+class LoggingConfig:
+    """What is reported and how often. `metrics.jsonl` in the run directory is always written."""
+
+    every: int = 20
+    """Steps between two log rows; the only moments at which the trainer waits for the device."""
+    wandb: WandbMode = WandbMode.disabled
+    """`offline` writes files to upload later with `wandb sync`; `online` needs a login from `wandb login`."""
+    wandb_project: str = "clip-train"
+    """Project that wandb rows go to."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"logging.every={self.every} must be at least 1 step")

@@ -1,0 +1,1 @@
+"""The two towers of CLIP and the named architectures."""

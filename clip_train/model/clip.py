@@ -1,0 +1,73 @@
+"""CLIP: two towers, one embedding space, one temperature (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_train.model.config import ModelConfig
+from clip_train.model.modified_resnet import ModifiedResNet
+from clip_train.model.text_transformer import TextTransformer
+from clip_train.model.vision_transformer import VisionTransformer
+from clip_train.types import Features
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class CLIP(TextTransformer):
+    """An image tower `visual`, and a text tower at the root, where the state-dict keys of OpenAI CLIP have it.
+
+    Attributes:
+        logit_scale: [] log of the inverse temperature.
+        logit_bias: [] bias of the logits for sigmoid losses, or None.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        self.visual = ModifiedResNet(config) if config.vision.resnet_stages else VisionTransformer(config)
+        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        bias = config.init_logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+
+    def forward(self, images: Tensor, tokens: Tensor, on_text: Callable[[Tensor], Tensor] | None = None) -> Features:
+        """Embed one batch of pairs.
+
+        Args:
+            images: uint8 [B, H, W, 3] or float [B, 3, H, W], see `encode_image`.
+            tokens: int64 [B, L].
+            on_text: receives the text features [B, D] before the image tower runs, and returns them; a loss starts its
+                gather here, so that the exchange happens behind the image tower.
+        """
+        text = self.encode_text(tokens)
+        if on_text is not None:
+            text = on_text(text)
+        return Features(self.encode_image(images), text, self.logit_scale, self.logit_bias)
+
+    def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
+        """Embed images, [B, D].
+
+        Args:
+            images: uint8 [B, H, W, 3] raw pixels, normalised here, or float [B, 3, H, W] already normalised.
+            normalize: divide by the length, in float32 also under autocast.
+        """
+        return _finish(self.visual(images), normalize)
+
+    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+        """Embed captions int64 [B, L], zero-padded after the end token, to [B, D], by default of unit length."""
+        return _finish(self.embed_text(tokens), normalize)
+
+    @torch.no_grad()
+    def clamp_logit_scale_(self) -> None:
+        """Keep the log inverse temperature in [0, ln 100], in place (call it after each optimizer step)."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def _finish(features: Tensor, normalize: bool) -> Tensor:
+    if features.dtype != torch.float64:
+        features = features.float()
+    return F.normalize(features, dim=-1) if normalize else features

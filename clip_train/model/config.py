@@ -1,0 +1,152 @@
+"""Choices of `model=`. The rows are the YAML files in `configs/model/`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from clip_train.errors import UserError
+
+if TYPE_CHECKING:
+    from clip_train.model.clip import CLIP
+
+
+class Ragged(StrEnum):
+    auto = "auto"
+    buckets = "buckets"
+    off = "off"
+
+
+@dataclass(slots=True, kw_only=True)
+class VisionConfig:
+    """Image tower on square images: a vision transformer (ViT-B-32's by default), or with `resnet_stages` a ResNet."""
+
+    image_size: int = 224
+    """Height and width of the input, pixels."""
+    patch_size: int = 32
+    """Height and width of a transformer's patch, pixels; divides `image_size`."""
+    width: int = 768
+    """Channels of the residual stream; of a ResNet, of its first stage."""
+    layers: int = 12
+    """Transformer blocks; a ResNet has `resnet_stages` instead."""
+    heads: int = 12
+    """Attention heads; divides `width`. Of a ResNet, those of its attention pool; divides 32 times `width`."""
+    resnet_stages: list[int] = field(default_factory=list)
+    """Blocks of the four stages of a ResNet; empty for a vision transformer."""
+    mlp_ratio: float = 4.0
+    """Hidden channels of a block's MLP over `width`, rounded down."""
+    layer_scale: float | None = None
+    """Start value of a learned gain per channel on each residual branch; null for none."""
+
+    def __post_init__(self) -> None:
+        if self.resnet_stages:
+            self._check_resnet()
+            return
+        _check_tower(self.width, self.layers, self.heads, tower="vision")
+        if self.patch_size < 1 or self.image_size % self.patch_size:
+            raise UserError(
+                f"model.vision.image_size={self.image_size} must be a multiple of "
+                f"model.vision.patch_size={self.patch_size}"
+            )
+        if not self.mlp_ratio > 0:
+            raise UserError(f"model.vision.mlp_ratio={self.mlp_ratio} must be positive")
+
+    def _check_resnet(self) -> None:
+        if len(self.resnet_stages) != 4 or min(self.resnet_stages) < 1:
+            raise UserError(f"model.vision.resnet_stages={self.resnet_stages} must be four positive numbers of blocks")
+        if self.image_size < 32 or self.image_size % 32:
+            raise UserError(f"model.vision.image_size={self.image_size} of a ResNet must be a multiple of 32")
+        if self.width < 2 or self.width % 2 or self.heads < 1 or 32 * self.width % self.heads:
+            raise UserError(
+                f"model.vision.width={self.width} of a ResNet must be even, and model.vision.heads={self.heads} must "
+                "divide 32 times the width"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class TextConfig:
+    """Text tower: a causal transformer read at the end token. The defaults are those of ViT-B-32."""
+
+    context_length: int = 77
+    """Tokens of the longest caption, start and end token included."""
+    vocab_size: int = 49408
+    """Rows of the token embedding; the tokenizer's vocabulary."""
+    width: int = 512
+    """Channels of the residual stream."""
+    layers: int = 12
+    """Transformer blocks."""
+    heads: int = 8
+    """Attention heads; divides `width`."""
+
+    def __post_init__(self) -> None:
+        _check_tower(self.width, self.layers, self.heads, tower="text")
+        if self.context_length < 3:
+            raise UserError(
+                f"model.text.context_length={self.context_length} must be at least 3: start token, one token, end token"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """An image tower and a text tower that meet in one embedding space."""
+
+    name: str = "???"
+    """The row's name, as in `configs/model/`."""
+    embed_dim: int = 512
+    """Width of the shared embedding."""
+    quick_gelu: bool = False
+    """x * sigmoid(1.702 x) in place of GELU, in both towers. OpenAI's weights need it."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    """Subtracted from the pixels in [0, 1], per channel (RGB)."""
+    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    """Divides the pixels after `mean`, per channel (RGB)."""
+    init_logit_scale: float = math.log(1 / 0.07)
+    """Start value of the log inverse temperature."""
+    init_logit_bias: float | None = None
+    """Start value of the bias on the logits, for sigmoid losses; null for none."""
+    ragged: Ragged = Ragged.auto
+    """How captions shorter than the context are computed: `buckets` groups them by length (exact), `off` keeps all
+    padding. `auto` is `buckets` on CPU and `off` on CUDA."""
+    patch_dropout: float = 0.0
+    """Share of the patches that each training image loses (FLIP); 0 keeps all. For vision transformers."""
+    checkpointing: int = 0
+    """Recompute every k-th transformer block in the backward pass to save memory; 0 recomputes none, 1 all. A ResNet
+    is never recomputed: its batch norms would count the batch twice."""
+    compile: bool = False
+    """Compile each transformer block with torch.compile: minutes at the start, then faster steps on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.embed_dim < 1:
+            raise UserError(f"model.embed_dim={self.embed_dim} must be positive")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"model.mean={self.mean} and model.std={self.std} need three values each, std positive")
+        if not 0 <= self.patch_dropout < 1:
+            raise UserError(f"model.patch_dropout={self.patch_dropout} must lie in [0, 1)")
+        if self.patch_dropout > 0 and self.vision.resnet_stages:
+            raise UserError(
+                f"model.patch_dropout={self.patch_dropout} needs a vision transformer; a ResNet has no patches"
+            )
+        if self.checkpointing < 0:
+            raise UserError(f"model.checkpointing={self.checkpointing} must be 0 or a positive number of blocks")
+
+    def build(self, *, seed: int) -> CLIP:
+        """Make the model on the CPU with random weights that depend on `seed` alone."""
+        import torch
+
+        from clip_train.model.clip import CLIP
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return CLIP(self)
+
+
+def _check_tower(width: int, layers: int, heads: int, *, tower: str) -> None:
+    for field_name, value in (("width", width), ("layers", layers), ("heads", heads)):
+        if value < 1:
+            raise UserError(f"model.{tower}.{field_name}={value} must be positive")
+    if width % heads:
+        raise UserError(f"model.{tower}.width={width} must be a multiple of model.{tower}.heads={heads}")

@@ -1,0 +1,172 @@
+"""The pre-norm transformer that both towers share.
+
+Both towers read one position of the last block (the class token, the end token), so the last block computes only that
+position's query, MLP and residual, and keys and values of all: features and gradients are the same, the block's cost
+falls to a sixth.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class QuickGELU(nn.Module):
+    """Approximate GELU by x * sigmoid(1.702 x), as OpenAI trained CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class LayerScale(nn.Module):
+    """Multiply each channel by a learned gain (CaiT, Touvron et al. 2021)."""
+
+    def __init__(self, width: int, *, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused input projection; the parameters of `nn.MultiheadAttention`."""
+
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
+        """Attend from every position: [n, T, width] to [n, T, width]."""
+        n, length, width = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # [n, heads, T, w]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(out.transpose(1, 2).reshape(n, length, width))
+
+    def from_one(self, query: Tensor, x: Tensor, *, mask: Tensor | None) -> Tensor:
+        """Attend from one position per row: query [n, width], x [n, T, width], mask bool [n, T] of what it sees."""
+        n, length, width = x.shape
+        q = F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
+        kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        q = q.view(n, 1, self.heads, width // self.heads).transpose(1, 2)  # [n, heads, 1, w]
+        k, v = kv.view(n, length, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+        return self.out_proj(out.reshape(n, width))
+
+
+class MLP(nn.Module):
+    """Two linear layers around GELU or QuickGELU, position by position."""
+
+    def __init__(self, width: int, *, hidden: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, width: int, *, heads: int, mlp_width: int, quick_gelu: bool, layer_scale: float | None = None
+    ) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads=heads)
+        self.ls_1 = nn.Identity() if layer_scale is None else LayerScale(width, init=layer_scale)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, hidden=mlp_width, quick_gelu=quick_gelu)
+        self.ls_2 = nn.Identity() if layer_scale is None else LayerScale(width, init=layer_scale)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """Return all positions: [n, T, width] to [n, T, width]."""
+        x = x + self.ls_1(self.attn(self.ln_1(x), causal=causal))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+    def read(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return one position per row, [n, width]: `positions` [n], each seeing the past, or the first, seeing all."""
+        normed = self.ln_1(x)
+        if positions is None:
+            residual, query, mask = x[:, 0], normed[:, 0], None
+        else:
+            rows = torch.arange(len(x), device=x.device)
+            residual, query = x[rows, positions], normed[rows, positions]
+            mask = torch.arange(x.shape[1], device=x.device) <= positions[:, None]
+        residual = residual + self.ls_1(self.attn.from_one(query, normed, mask=mask))
+        return residual + self.ls_2(self.mlp(self.ln_2(residual)))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks.
+
+    Args:
+        mlp_ratio: hidden over residual channels, rounded down.
+        checkpointing: recompute every k-th block in the backward pass, 0 for none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        layers: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        quick_gelu: bool = False,
+        layer_scale: float | None = None,
+        checkpointing: int = 0,
+    ) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(
+                width, heads=heads, mlp_width=int(width * mlp_ratio), quick_gelu=quick_gelu, layer_scale=layer_scale
+            )
+            for _ in range(layers)
+        )
+
+    def forward(self, x: Tensor, *, causal: bool = False, positions: Tensor | None = None) -> Tensor:
+        """Run all blocks and read one position per row: [n, T, width] to [n, width].
+
+        Args:
+            causal: each position sees only itself and what precedes it.
+            positions: int64 [n], what to read of a causal stack; None reads the first position, which sees all.
+        """
+        recompute = self.checkpointing if self.training and torch.is_grad_enabled() else 0
+        *blocks, last = self.blocks()
+        for i, block in enumerate(blocks):
+            if recompute and i % recompute == 0:
+                x = checkpoint(block, x, causal, use_reentrant=False)
+            else:
+                x = block(x, causal)
+        return last.read(x, positions)
+
+    def blocks(self) -> list[ResidualAttentionBlock]:
+        """Return the blocks, first to last."""
+        return cast("list[ResidualAttentionBlock]", list(self.resblocks))
+
+    def init_as_text_tower(self) -> None:
+        """Draw the block weights as OpenAI CLIP does for text (`CLIP.initialize_parameters`).
+
+        Residual projections shrink with depth, std = width^-0.5 (2 layers)^-0.5. The image tower keeps the layers' own
+        defaults.
+        """
+        for block in self.blocks():
+            width = block.attn.out_proj.in_features
+            projection_std = width**-0.5 * (2 * len(self.resblocks)) ** -0.5
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=projection_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=projection_std)

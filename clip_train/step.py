@@ -1,0 +1,228 @@
+"""One global batch: forward, loss, backward, update. With micro-batches the gradient stays that of the whole batch.
+
+A contrastive loss needs all features at once, but not all activations. So a batch cut into k micro-batches takes (Gao et
+al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"):
+    1. features of the first k - 1 without a graph, of the last one with it
+    2. the loss of all features, once, and its backward pass, which runs on through the last micro-batch's graph
+    3. the features of the others once more, with a graph, each receiving the feature gradients found in 2
+Random numbers depend on (seed, step, rank, micro-batch) only, so 3 repeats the masks of 1. k = 1 is the ordinary step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from clip_train.distributed.parallel import average_scalars, gradient_sync
+from clip_train.errors import UserError
+from clip_train.loss.captions import caption_ids
+from clip_train.types import Batch, Features
+
+if TYPE_CHECKING:
+    from clip_train.distributed.world import World
+    from clip_train.loss.base import ContrastiveLoss
+    from clip_train.optim.ema import Ema
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepResult(NamedTuple):
+    """What happened in one step, as detached device tensors: reading one waits for the device."""
+
+    loss: Tensor  # [] this rank's share: the mean over ranks is the loss of the global batch
+    in_batch_recall: Tensor  # [] share of images that their own caption fits best, averaged over ranks like the loss
+    grad_norm: Tensor  # [] of the global gradient over all parameters, before clipping; equal on all ranks
+    logit_scale: Tensor  # [] after the update, a logarithm
+    skipped: Tensor  # [] bool, equal on all ranks: the update was dropped, weights and optimizer are as before
+    finite: Tensor  # [] bool, equal on all ranks: False for a fault; float16 overflow skips but is none
+
+
+class TrainStep:
+    """Trains a model by one global batch per call. Every rank calls it with its own rows of the same batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        wrapped: nn.Module,
+        loss_fn: ContrastiveLoss,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        seed: int,
+        precision: str = "fp32",
+        max_grad_norm: float | None = None,
+        micro_batch_size: int | None = None,
+        ema: Ema | None = None,
+    ) -> None:
+        """Take the parts.
+
+        model: the CLIP model; wrapped: what `parallelize` made of it; optimizer: fused, over the model's parameters.
+        precision: `fp32`, or autocast in `bf16` or `fp16`, the latter with loss scaling.
+        micro_batch_size: rows of this rank that the towers see at a time; None for all.
+        """
+        self._model, self._wrapped, self._loss_fn, self._optimizer = model, wrapped, loss_fn, optimizer
+        self._world, self._seed, self._ema = world, seed, ema
+        self._type, self._max_grad_norm, self._micro_batch_size = _TYPES[precision], max_grad_norm, micro_batch_size
+        self.loss_scale = LossScale(device=world.device, enabled=precision == "fp16")
+
+    def __call__(self, batch: Batch, *, learning_rate: float, step: int) -> StepResult:
+        """Make one update.
+
+        batch: this rank's rows, on its device. step: counts updates from 0 and decides all random numbers.
+
+        Raises:
+            UserError: the batch cannot be cut into equal micro-batches.
+        """
+        self._wrapped.train()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self._backward(batch, step=step)
+        grad_norm, skipped, finite = self._update(loss)
+        self._model.clamp_logit_scale_()
+        if self._ema is not None:
+            self._ema.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(
+            loss=loss,
+            in_batch_recall=self._loss_fn.metrics()["in_batch_recall@1"],
+            grad_norm=grad_norm,
+            logit_scale=self._model.logit_scale.detach().clone(),
+            skipped=skipped,
+            finite=finite,
+        )
+
+    def _backward(self, batch: Batch, *, step: int) -> Tensor:
+        """Leave the averaged gradient of the global batch in the parameters, and return the loss as a share."""
+        parts = self._cut(batch)
+        last = len(parts) - 1
+        cached: list[Features] = []
+        with torch.no_grad():
+            for j in range(last):
+                cached.append(self._forward(parts[j], step=step, j=j))
+        # Alone, the last micro-batch's text is gathered behind its image tower; otherwise the loss gathers all texts.
+        with gradient_sync(self._wrapped, enabled=last == 0):
+            attached = self._forward(
+                parts[last], step=step, j=last, on_text=self._loss_fn.on_text if last == 0 else None
+            )
+            leaves = [_leaves(features, like=attached) for features in cached]
+            loss = self._loss(_joined([*leaves, attached]), batch)
+            (loss * self.loss_scale.value).backward()
+        for j, leaf in enumerate(leaves):
+            with gradient_sync(self._wrapped, enabled=j == last - 1):
+                features = self._forward(parts[j], step=step, j=j)
+                towers = [
+                    (f, g.grad)
+                    for f, g in ((features.image, leaf.image), (features.text, leaf.text))
+                    if f.requires_grad
+                ]
+                torch.autograd.backward([f for f, _ in towers], [g for _, g in towers])
+        return loss.detach()
+
+    def _forward(self, part: Batch, *, step: int, j: int, on_text: Any = None) -> Features:
+        torch.manual_seed(_random_seed(self._seed, step, self._world.rank, j))
+        with self._autocast():
+            features: Features = self._wrapped(part.images, part.tokens, on_text)
+        return features
+
+    def _loss(self, features: Features, batch: Batch) -> Tensor:
+        features = features._replace(logit_scale=self._model.logit_scale, logit_bias=self._model.logit_bias)
+        ids = caption_ids(batch.tokens) if self._loss_fn.needs_caption_ids else None
+        with self._autocast():
+            losses = self._loss_fn(features, valid=batch.valid, caption_ids=ids)
+        return torch.stack(list(losses.values())).sum()
+
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip and apply the gradient, unless something is not finite; decided on the device, alike on all ranks."""
+        (bad_loss,) = average_scalars(self._model, world=self._world, with_them=[~loss.isfinite()])
+        scale = self.loss_scale.value
+        norm = _gradient_norm(self._model) / scale
+        finite_loss = bad_loss == 0
+        skipped = ~(norm.isfinite() & finite_loss)
+        shrink = torch.ones_like(norm)
+        if self._max_grad_norm is not None:
+            shrink = (norm / self._max_grad_norm).clamp(min=1.0)
+        # The fused optimizers divide gradients by the one and do nothing if the other is 1, as for loss scaling.
+        self._optimizer.grad_scale = (scale * shrink).float()
+        self._optimizer.found_inf = skipped.float()
+        self._optimizer.step()
+        finite = finite_loss & (~skipped | self.loss_scale.may_shrink())
+        self.loss_scale.update(overflow=skipped)
+        return norm, skipped, finite
+
+    def _cut(self, batch: Batch) -> list[Batch]:
+        rows = len(batch.images)
+        size = self._micro_batch_size or rows
+        if rows % size:
+            raise UserError(f"micro_batch_size={size} must divide the {rows} pairs of each rank")
+        return [Batch(*(t[i : i + size] for t in batch)) for i in range(0, rows, size)]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._world.device.type, dtype=self._type, enabled=self._type is not torch.float32)
+
+
+class LossScale:
+    """Factor that keeps float16 gradients in range: halved on overflow, doubled after 2000 good steps. Stateful.
+
+    Disabled it is 1 and stays so.
+    """
+
+    def __init__(self, *, device: torch.device, enabled: bool) -> None:
+        self._enabled = enabled
+        self.value = torch.tensor(2.0**16 if enabled else 1.0, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def may_shrink(self) -> Tensor:
+        """Return [] bool: an overflow may be the scale's fault."""
+        return self.value > 1.0
+
+    def update(self, *, overflow: Tensor) -> None:
+        """Follow one step, on the device."""
+        if self._enabled:
+            torch._amp_update_scale_(self.value, self._good_steps, overflow.float(), 2.0, 0.5, 2000)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the scale and its count of good steps."""
+        return {"value": self.value.item(), "good_steps": self._good_steps.item()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore what `state_dict` returned."""
+        self.value.fill_(state["value"])
+        self._good_steps.fill_(state["good_steps"])
+
+
+def _leaves(features: Features, *, like: Features) -> Features:
+    """Return cached features that collect a gradient where those of a graph do."""
+    return features._replace(
+        image=features.image.detach().requires_grad_(like.image.requires_grad),
+        text=features.text.detach().requires_grad_(like.text.requires_grad),
+    )
+
+
+def _joined(parts: list[Features]) -> Features:
+    if len(parts) == 1:
+        return parts[0]  # as it came: the text features belong to the gather that is under way
+    return parts[-1]._replace(image=torch.cat([p.image for p in parts]), text=torch.cat([p.text for p in parts]))
+
+
+def _gradient_norm(model: nn.Module) -> Tensor:
+    """Return the 2-norm [] of all gradients together. Called by every rank: parts of sharded ones are summed."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    norms = [torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])]
+    if sharded:
+        norms.append(torch.nn.utils.get_total_norm(sharded).full_tensor())
+    return torch.stack(norms).norm()
+
+
+def _random_seed(*parts: int) -> int:
+    """Return 63 bits that depend on every part (splitmix64, Steele et al. 2014)."""
+    state, mask = 0, 2**64 - 1
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1

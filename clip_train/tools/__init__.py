@@ -1,0 +1,1 @@
+"""Commands on top of the public API: classify pictures, write a run's report."""

@@ -1,0 +1,310 @@
+"""Write a run's report: one page that needs neither network nor scripts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from omegaconf import OmegaConf
+from PIL import Image
+
+from clip_train.errors import UserError
+from clip_train.evaluation.result import read_result
+from clip_train.evaluation.samples import ReportSamples, load_samples
+from clip_train.metrics.log import read_metrics
+from clip_train.metrics.panel import duration
+from clip_train.tools.charts import HEIGHT, WIDTH, Chart, compact, line_chart, show
+
+HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1")
+METRIC_NAMES = {
+    "acc1": "zero-shot accuracy",
+    "acc5": "accuracy, right class among 5",
+    "mean_per_class_recall": "mean per-class recall",
+    "mean_recall@1": "mean recall@1",
+    "lenient_mean_recall@1": "mean recall@1, equal captions count",
+}
+SUMMARY_KEYS = (
+    "model.name", "data.train", "data.val", "global_batch_size", "steps", "samples", "epochs", "precision", "loss.name",
+    "optim.name", "optim.lr", "optim.warmup", "optim.schedule", "optim.weight_decay", "seed",
+)  # fmt: skip
+PACKAGES = ("clip-train", "torch", "torchvision", "numpy", "pillow")
+NO_BETTER_THAN_GUESSING = 0.98  # share of ln N
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One row of the table of results."""
+
+    evaluation: str
+    metric: str
+    value: float
+    interval: list[float] | None
+    chance: float | None
+    num_items: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The newest result of one evaluation."""
+
+    name: str
+    step: int
+    scores: list[Score]
+    collapsed: str | None
+    warnings: list[str]
+    samples: ReportSamples | None
+
+    @property
+    def headline(self) -> Score | None:
+        """The score that stands for the evaluation."""
+        by_metric = {score.metric: score for score in self.scores}
+        return next((by_metric[m] for m in HEADLINE_METRICS if m in by_metric), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The first line of the page."""
+
+    kind: str
+    """`good`, `bad` or `open`."""
+    text: str
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` from the run's metrics, config and newest evaluations, and return its path.
+
+    Raises:
+        UserError: `run_dir` is not the directory of a run.
+        IntegrityError: a result file is damaged.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} has no config.yaml: it is not a run directory")
+    text = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    config = OmegaConf.create(text)
+    rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
+    evaluations = read_evaluations(run_dir / "evaluation")
+    training = [row for row in rows if "train/loss" in row]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"picture": data_uri, "show": show, "percent": lambda v: f"{100 * v:.1f}"}
+    page = environment.get_template("report.html.j2").render(
+        name=OmegaConf.select(config, "name") or run_dir.resolve().name,
+        verdict=judge(training, evaluations),
+        progress=describe_progress(training, total_steps=OmegaConf.select(config, "steps")),
+        tiles=key_numbers(training, evaluations),
+        charts=training_charts(training),
+        evaluation_charts=evaluation_charts(rows, evaluations),
+        evaluations=evaluations,
+        metric_names=METRIC_NAMES,
+        matrices=[similarity_matrix(e) for e in evaluations if e.samples and len(e.samples.pair_pictures)],
+        summary=[(key, value) for key in SUMMARY_KEYS if (value := OmegaConf.select(config, key)) is not None],
+        config_text=text,
+        environment=describe_environment(),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        box=(WIDTH, HEIGHT),
+    )
+    path = run_dir / "report.html"
+    partial = run_dir / "report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """Return the newest result of every evaluation under `folder/step-STEP/NAME.json`, in order of name."""
+    newest: dict[str, tuple[int, Path]] = {}
+    for path in folder.glob("step-*/*.json"):
+        name, step = path.stem, int(path.parent.name.removeprefix("step-"))
+        if not name.endswith(".samples") and (name not in newest or step > newest[name][0]):
+            newest[name] = (step, path)
+    return [_read_evaluation(path, step=step) for _, (step, path) in sorted(newest.items())]
+
+
+def _read_evaluation(path: Path, *, step: int) -> Evaluation:
+    content = read_result(path)
+    extras = content.get("clip_train", {})
+    scores = [
+        Score(
+            evaluation=path.stem,
+            metric=metric,
+            value=value,
+            interval=extras.get("intervals", {}).get(metric),
+            chance=extras.get("chance", {}).get(metric),
+            num_items=extras.get("n"),
+        )
+        for metric, value in content["metrics"].items()
+        if value is not None
+    ]
+    samples = path.with_suffix(".samples.json")
+    return Evaluation(
+        name=path.stem,
+        step=step,
+        scores=scores,
+        collapsed=extras.get("reason"),
+        warnings=extras.get("warnings", []),
+        samples=load_samples(samples) if samples.is_file() else None,
+    )
+
+
+def judge(rows: list[dict[str, Any]], evaluations: list[Evaluation]) -> Verdict:
+    """Say in one line how the run stands, measured against guessing."""
+    loss = rows[-1]["train/loss"] if rows else None
+    guessing = rows[-1].get("train/loss_of_guessing") if rows else None
+    collapsed = [e for e in evaluations if e.collapsed]
+    headlines = [e.headline for e in evaluations if e.headline]
+    lost = [s for s in headlines if s.chance is not None and (s.interval[0] if s.interval else s.value) <= s.chance]
+    if collapsed:
+        kind, text = "bad", f"collapsed on {collapsed[0].name}: {collapsed[0].collapsed}"
+    elif rows and (loss is None or not math.isfinite(loss)):
+        kind, text = "bad", "the last loss is not finite"
+    elif guessing and loss > NO_BETTER_THAN_GUESSING * guessing:
+        kind, text = "bad", f"no better than guessing yet: the loss is {loss:.3f}, guessing gives {guessing:.3f}"
+    elif lost:
+        kind, text = "bad", f"{_sentence(lost[0])}: no better than guessing on this set"
+    elif headlines:
+        kind, text = "good", "; ".join(_sentence(score) for score in headlines)
+    elif rows:
+        against = f" against {guessing:.3f} for guessing" if guessing else ""
+        kind, text = "open", f"learning: the loss is {loss:.3f}{against}; nothing has been evaluated yet"
+    else:
+        kind, text = "open", "nothing has been logged yet"
+    return Verdict(kind=kind, text=f"{text[0].upper()}{text[1:]}.")
+
+
+def _sentence(score: Score) -> str:
+    chance = f", chance {100 * score.chance:.2g} %" if score.chance is not None else ""
+    name = METRIC_NAMES.get(score.metric, score.metric)
+    return f"{name} on {score.evaluation} {100 * score.value:.1f} %{chance}"
+
+
+def describe_progress(rows: list[dict[str, Any]], *, total_steps: int | None) -> str:
+    """Return steps, samples and time as one phrase."""
+    if not rows:
+        return "no step logged"
+    last = rows[-1]
+    of = f" of {total_steps:,}" if total_steps else ""
+    seconds = last["time"] - rows[0]["time"]
+    return f"step {last['step']:,}{of} · {compact(last['samples_seen'])} samples seen · {duration(seconds)} logged"
+
+
+def key_numbers(rows: list[dict[str, Any]], evaluations: list[Evaluation]) -> list[dict[str, str]]:
+    """Return the few numbers at the top: label, value and what to compare it with."""
+    tiles = []
+    for evaluation in evaluations:
+        if score := evaluation.headline:
+            note = f"chance {100 * score.chance:.2g} %" if score.chance is not None else ""
+            label = f"{evaluation.name} · {METRIC_NAMES.get(score.metric, score.metric)}"
+            tiles.append({"label": label, "value": f"{100 * score.value:.1f} %", "note": note})
+    if not rows:
+        return tiles
+    last = rows[-1]
+    for key, label, unit, note in (
+        ("train/loss", "loss", "", f"guessing {show(last.get('train/loss_of_guessing') or math.nan)}"),
+        ("train/in_batch_recall@1", "recall@1 in the batch", "%", ""),
+        ("train/logit_scale", "temperature (logit scale)", "", "at most 100"),
+        ("perf/samples_per_second", "samples per second", "", f"waits for data {_share(last.get('perf/data_wait'))}"),
+    ):
+        if last.get(key) is not None:
+            tiles.append({"label": label, "value": show(last[key], unit=unit), "note": note})
+    return tiles
+
+
+def training_charts(rows: list[dict[str, Any]]) -> list[Chart]:
+    """Return the curves of training; those with too few points are left out."""
+    guessing = rows[-1].get("train/loss_of_guessing") if rows else None
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
+        ("train/loss", "Loss", {"reference": ("guessing, ln N", guessing) if guessing else None, "from_zero": True}),
+        ("train/in_batch_recall@1", "Recall@1 in the batch", {"unit": "%", "from_zero": True}),
+        ("train/logit_scale", "Temperature (logit scale)", {}),
+        ("train/learning_rate", "Learning rate", {"from_zero": True}),
+        ("perf/samples_per_second", "Samples per second", {"from_zero": True}),
+        ("perf/data_wait", "Share of time waiting for data", {"unit": "%", "from_zero": True}),
+    ]
+    charts = [
+        line_chart([(row["samples_seen"], row.get(key)) for row in rows], title=title, **how)
+        for key, title, how in kinds
+    ]
+    return [chart for chart in charts if chart]
+
+
+def evaluation_charts(rows: list[dict[str, Any]], evaluations: list[Evaluation]) -> list[Chart]:
+    """Return each evaluation's headline score over training, with its chance level."""
+    charts = []
+    for evaluation in evaluations:
+        if score := evaluation.headline:
+            key = f"{evaluation.name}/{score.metric}"
+            charts.append(
+                line_chart(
+                    [(row["samples_seen"], row[key]) for row in rows if key in row],
+                    title=f"{evaluation.name} · {METRIC_NAMES.get(score.metric, score.metric)}",
+                    unit="%",
+                    reference=("chance", score.chance) if score.chance is not None else None,
+                    from_zero=True,
+                )
+            )
+    return [chart for chart in charts if chart]
+
+
+def similarity_matrix(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the matrix of held-out pairs: its cells' cosines and their place between the extremes, in [0, 1]."""
+    samples = evaluation.samples
+    assert samples is not None
+    cosines = samples.pair_cosines
+    low, high = float(cosines.min()), float(cosines.max())
+    best = cosines.argmax(axis=1)
+    shade = (cosines - low) / ((high - low) or 1)
+    return {
+        "name": evaluation.name,
+        "pictures": samples.pair_pictures,
+        "captions": samples.pair_captions,
+        "cosines": cosines.tolist(),
+        "shade": shade.round(3).tolist(),
+        "best": best.tolist(),
+        "low": low,
+        "high": high,
+        "on_diagonal": int((best == np.arange(len(best))).sum()),
+    }
+
+
+def describe_environment() -> list[tuple[str, str]]:
+    """Return what the report was written with."""
+    found = [("Python", platform.python_version()), ("system", f"{platform.system()} {platform.machine()}")]
+    for package in PACKAGES:
+        try:
+            found.append((package, version(package)))
+        except PackageNotFoundError:
+            continue  # a bare checkout has no metadata of its own
+    return found
+
+
+def data_uri(pixels: np.ndarray, size: int | None = None) -> str:
+    """Return uint8 [S, S, 3] as the address of an embedded PNG, or of a JPEG where that is smaller (photographs)."""
+    image = Image.fromarray(pixels)
+    if size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    encoded = []
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
+        buffer = io.BytesIO()
+        image.save(buffer, format=kind, **options)
+        encoded.append((len(buffer.getvalue()), kind, buffer.getvalue()))
+    _, kind, content = min(encoded)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,222 @@
+"""Train a CLIP model. Read this first: the whole run is the one function `train`, from top to bottom.
+
+shard -> Batch -> model(images, tokens) -> Features -> loss -> optimizer -> Progress -> log / evaluate / save
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
+from clip_train.config import OnNonfinite, TrainConfig, changes, to_yaml
+from clip_train.distributed.collectives import broadcast_object
+from clip_train.distributed.stop import StopReason, StopRequest
+from clip_train.distributed.world import World, stop_world
+from clip_train.errors import Preempted, TrainingFailed, UserError
+from clip_train.evaluate import run_evaluations
+from clip_train.metrics.log import Metrics
+from clip_train.metrics.panel import say
+from clip_train.step import StepResult, TrainStep
+
+if TYPE_CHECKING:
+    from clip_train.data.loader import TrainStream
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class Progress:
+    """How far the run is. `samples_seen` alone decides which sample comes next."""
+
+    def __init__(self, stream: TrainStream) -> None:
+        self.step = 0
+        self.samples_seen = 0
+        self.stream = stream
+
+    def advance(self, num_samples: int) -> None:
+        """Count one step over `num_samples` pairs of all ranks."""
+        self.step += 1
+        self.samples_seen += num_samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: two counters and the identity of the data they count."""
+        return {"step": self.step, "samples_seen": self.samples_seen, "data": self.stream.state_dict(self.samples_seen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`; the data must be what it was."""
+        self.stream.check(state["data"])
+        self.step, self.samples_seen = state["step"], state["samples_seen"]
+
+
+def train(config: TrainConfig) -> dict[str, float]:
+    """Train as `config` says, continuing where its run directory stands. Returns the newest value of every metric.
+
+    Raises:
+        UserError: the config cannot work, or contradicts the run that it would continue.
+        IntegrityError: data or every checkpoint is damaged.
+        TrainingFailed: numbers are no longer finite.
+        Preempted: a signal asked for a stop; everything is saved.
+    """
+    with ExitStack() as stack:
+        # Build the parts. Every rank builds the same ones; only its device and its rows of a batch differ.
+        world = config.distributed.build(device=config.device)
+        stack.callback(stop_world)
+        stop = stack.enter_context(StopRequest(max_hours=config.max_hours))
+        run_dir = Path(config.run_dir)
+        require_same_run(config, run_dir=run_dir, world=world)
+        tokenizer = config.tokenizer.build(context_length=config.model.text.context_length)
+        image_size = config.model.vision.image_size
+        stream = config.data.build_train(
+            world=world,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            tokenizer=tokenizer,
+            image_size=image_size,
+        )
+        stack.callback(stream.close)
+        total_steps = config.total_steps(stream.num_samples)
+        model = config.model.build(seed=config.seed).to(world.device)
+        precision = config.precision.value
+        wrapped = config.distributed.parallelize(
+            model, world=world, precision=precision, compile_blocks=config.model.compile
+        )
+        optimizer = config.optim.build(model)
+        ema = config.optim.build_ema(model)
+        train_step = TrainStep(
+            model, wrapped=wrapped, loss_fn=config.loss.build(world=world), optimizer=optimizer, ema=ema, world=world,
+            seed=config.seed, precision=precision, max_grad_norm=config.optim.max_grad_norm,
+            micro_batch_size=config.micro_batch_size,
+        )  # fmt: skip
+        evaluators = {
+            name: evaluation.build(world=world, tokenizer=tokenizer, image_size=image_size)
+            for name, evaluation in config.evaluation.items()
+        }
+        progress = Progress(stream)
+
+        # Resume. Rank 0 chooses the checkpoint, every rank loads it; without one, step 0 is where the run begins.
+        tensors: dict[str, Stateful] = {"model": ModelState(wrapped), "optimizer": OptimizerState(wrapped, optimizer)}
+        if ema is not None:
+            tensors["ema"] = ema
+        checkpointer = config.checkpoint.build(
+            run_dir=run_dir, world=world, tensors=tensors, say=say,
+            state={"progress": progress, "loss_scale": train_step.loss_scale},
+        )  # fmt: skip
+        stack.callback(checkpointer.close)
+        resumed = checkpointer.resume(config.resume)
+        metrics = Metrics(
+            run_dir, world=world, config=config.logging, name=config.name, total_steps=total_steps,
+            global_batch_size=config.global_batch_size, start_step=progress.step, settings=asdict(config),
+        )  # fmt: skip
+        stack.callback(metrics.close)
+        if world.is_main:
+            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {run_dir}"
+            say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
+            where = f"{world.size} x {world.device.type}, {precision}"
+            say(f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
+        batches = stream.batches(progress.samples_seen)
+        skips = SkippedSteps(config.on_nonfinite)
+        newest: dict[str, float] = {}
+        reason = StopReason.none
+
+        while progress.step < total_steps and not reason:
+            # One global batch: each rank its own rows, negatives from all ranks.
+            asked = time.monotonic()
+            batch = next(batches).to(world.device)
+            seconds_waiting = time.monotonic() - asked
+            rate = config.optim.learning_rate(progress.step, total_steps=total_steps)
+            result = train_step(batch, learning_rate=rate, step=progress.step)
+            progress.advance(config.global_batch_size)
+            metrics.add(measures(result), seconds_waiting=seconds_waiting)
+            skips.watch(result, step=progress.step)
+
+            # All ranks reach each of these at the same step; only rank 0 writes.
+            if due(progress.step, every=config.logging.every, total=total_steps):
+                faults = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
+                values = {"train/learning_rate": rate, "train/skipped_steps": skips.total, **faults}
+                newest |= metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
+            chosen = {
+                n: e
+                for n, e in evaluators.items()
+                if due(progress.step, every=config.evaluation[n].every, total=total_steps)
+            }
+            if chosen:
+                scores = run_evaluations(
+                    chosen, model, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
+                    name=config.model.name, weights=f"{config.name}, step {progress.step}",
+                    samples=progress.step == total_steps,
+                )  # fmt: skip
+                metrics.write(scores, step=progress.step, samples_seen=progress.samples_seen)
+                newest |= scores
+            reason = stop.agreed(world=world)
+            if reason or due(progress.step, every=config.checkpoint.every, total=total_steps):
+                checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
+            if chosen or reason:
+                metrics.restart_window()
+        checkpointer.wait()
+    if reason is StopReason.preempted:
+        raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
+    return newest
+
+
+def due(step: int, *, every: int | None, total: int) -> bool:
+    """Return whether a periodic action is due after `step` steps: every so many (null or 0: not), and at the end."""
+    return step == total or (every is not None and every > 0 and step % every == 0)
+
+
+def measures(result: StepResult) -> dict[str, Any]:
+    """Return the logged values of one step, still on the device."""
+    return {
+        "loss": result.loss,
+        "in_batch_recall@1": result.in_batch_recall,
+        "grad_norm": result.grad_norm,
+        "logit_scale": result.logit_scale.exp(),
+    }
+
+
+class SkippedSteps:
+    """Watches for updates that were dropped because something was not finite. Alike on all ranks.
+
+    The flag of a step is read when the next one is under way, so that no step waits for the device; weights stay finite
+    in any case.
+    """
+
+    def __init__(self, on_nonfinite: OnNonfinite) -> None:
+        self.on_nonfinite = on_nonfinite
+        self.total = 0
+        self.in_a_row = 0
+        self.pending: tuple[int, Any] | None = None
+
+    def watch(self, result: StepResult, *, step: int) -> None:
+        """Judge the step before this one.
+
+        Raises:
+            TrainingFailed: it was not finite, and the run is to stop for that or this is the tenth in a row.
+        """
+        if self.pending is not None:
+            former, finite = self.pending
+            self.in_a_row = 0 if bool(finite) else self.in_a_row + 1
+            self.total += self.in_a_row > 0
+            if self.in_a_row and (self.on_nonfinite is OnNonfinite.stop or self.in_a_row >= MAX_SKIPPED_IN_A_ROW):
+                raise TrainingFailed(
+                    f"loss or gradient is not finite at step {former}; the weights are still good. Lower optim.lr, set "
+                    "optim.max_grad_norm=1, or skip such steps with on_nonfinite=skip_step"
+                )
+        self.pending = (step, result.finite.to("cpu", non_blocking=True))
+
+
+def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:
+    """Refuse a config that would turn the run in `run_dir` into another one. Rank 0 reads for all.
+
+    Raises:
+        UserError: naming every key that differs and may not.
+    """
+    path = run_dir / "config.yaml"
+    former = path.read_text(encoding="utf-8") if world.is_main and path.exists() and config.resume != "never" else ""
+    differences = changes(former, to_yaml(config)) if (former := broadcast_object(former, world=world)) else []
+    if differences:
+        shown = "\n  ".join(differences[:10]) + ("\n  …" if len(differences) > 10 else "")
+        raise UserError(f"{run_dir} holds a run with another config; give a new name=, or resume=never:\n  {shown}")

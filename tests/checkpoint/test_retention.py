@@ -1,0 +1,101 @@
+"""What stays on disk."""
+
+import random
+
+import pytest
+
+from clip_train.checkpoint.config import CheckpointConfig
+from clip_train.checkpoint.retention import list_checkpoints, step_of
+from clip_train.errors import UserError
+from tests.checkpoint.parts import open_fixed, save_steps
+
+
+def steps_on_disk(run_dir) -> list[int]:
+    return [step_of(path) for path in list_checkpoints(run_dir)][::-1]
+
+
+def damage(run_dir, step):
+    (run_dir / "checkpoints" / f"step-{step:08d}" / "model.safetensors").write_bytes(b"x")
+
+
+def test_the_newest_and_every_milestone_stay(tmp_path):
+    save_steps(tmp_path, *range(10, 101, 10), every=10, keep=3, milestone_every=40)
+    assert steps_on_disk(tmp_path) == [40, 80, 90, 100]
+
+
+def test_the_checkpoint_resumed_from_stays(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    checkpointer, _ = open_fixed(tmp_path)
+    with checkpointer:
+        assert checkpointer.resume("auto").step == 2
+        for step in (3, 4, 5, 6):
+            checkpointer.save(step=step, consumed=step, config_yaml="")
+    assert steps_on_disk(tmp_path) == [2, 5, 6]
+
+
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path):
+    save_steps(tmp_path, 1, 2, 3, 4, keep=4)
+    damage(tmp_path, 3)
+    damage(tmp_path, 4)
+    save_steps(tmp_path, 5)
+    assert steps_on_disk(tmp_path) == [2, 3, 4, 5]
+    save_steps(tmp_path, 6)
+    assert steps_on_disk(tmp_path) == [5, 6]
+
+
+def test_the_last_two_verified_and_the_milestones_survive_any_history(quick_path):
+    for seed in range(20):
+        generator = random.Random(seed)
+        run_dir = quick_path / str(seed)
+        milestone_every = generator.choice([None, 4])
+        good: set[int] = set()
+        for step in range(1, 13):
+            checkpointer, part = open_fixed(
+                run_dir, every=1, keep=generator.choice([2, 3]), milestone_every=milestone_every
+            )
+            with checkpointer:
+                part.fill(step)
+                checkpointer.save(step=step, consumed=step, config_yaml="")
+            good.add(step)
+            assert set(sorted(good)[-2:]) <= set(steps_on_disk(run_dir))
+            if milestone_every:
+                assert {s for s in good if s % 4 == 0} <= set(steps_on_disk(run_dir))
+            if generator.random() < 0.3:
+                victim = generator.choice(steps_on_disk(run_dir))
+                damage(run_dir, victim)
+                good.discard(victim)
+            good &= set(steps_on_disk(run_dir))
+
+
+def test_no_checkpoint_is_deleted_by_a_save_that_failed(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    checkpointer, part = open_fixed(tmp_path)
+    part.fill(float("nan"))
+    with checkpointer, pytest.raises(Exception, match="NaN"):
+        checkpointer.save(step=3, consumed=3, config_yaml="")
+    assert steps_on_disk(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"every": 0}, "checkpoint.every=0 must be at least 1"),
+        ({"keep": 1}, "checkpoint.keep=1 must be at least 2"),
+        ({"every": 10, "milestone_every": 15}, "checkpoint.milestone_every=15 must be null or a multiple of"),
+        ({"milestone_every": 0}, "checkpoint.milestone_every=0"),
+    ],
+)
+def test_values_out_of_range_are_rejected(values, message):
+    with pytest.raises(UserError, match=message):
+        CheckpointConfig(**values)
+
+
+def test_the_config_is_typed():
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ValidationError
+
+    config = OmegaConf.structured(CheckpointConfig)
+    config.milestone_every = 2000
+    assert OmegaConf.to_object(config) == CheckpointConfig(milestone_every=2000)
+    with pytest.raises(ValidationError):
+        config.every = "often"

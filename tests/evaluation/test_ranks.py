@@ -1,0 +1,40 @@
+"""Any number of ranks gives the scores of one, on sets that they cannot share evenly."""
+
+import numpy as np
+import pytest
+
+from tests.evaluation import test_classify, test_retrieve
+from tests.evaluation.toys import ToyModel
+from tests.gloo import run_on_ranks
+
+
+def _evaluate(world, sizes):
+    results = []
+    for num_images in sizes:
+        for kind in (test_classify, test_retrieve):
+            result = kind.make(num_images, world=world)[0].evaluate(ToyModel())
+            results.append((result.metrics, result.intervals, result.collapsed, result.predictions))
+    return results
+
+
+def assert_ranks_agree_with_one_process(sizes, *, world_size):
+    from clip_train.distributed.world import World
+
+    alone = _evaluate(World(), sizes)
+    for of_rank in run_on_ranks(_evaluate, sizes, world_size=world_size):
+        for (*scores, predictions), (*expected_scores, expected) in zip(of_rank, alone, strict=True):
+            assert scores == expected_scores
+            for name, values in expected.items():
+                if values.dtype.kind == "f":
+                    np.testing.assert_allclose(predictions[name], values, atol=1e-6)
+                else:
+                    np.testing.assert_array_equal(predictions[name], values)
+
+
+def test_two_ranks_give_the_scores_of_one():
+    assert_ranks_agree_with_one_process([37, 10], world_size=2)
+
+
+@pytest.mark.slow
+def test_three_ranks_give_the_scores_of_one_even_if_one_has_no_image():
+    assert_ranks_agree_with_one_process([10, 37], world_size=3)

@@ -1,0 +1,98 @@
+"""The command line answers fast, explains itself, and refuses mistakes without a traceback."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def clip_train(*arguments, env=None, cwd=None):
+    """Return the finished process and the processor seconds it took, which do not depend on what else runs."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "clip_train", *arguments], capture_output=True, text=True, timeout=60, check=False,
+        cwd=cwd, env={**os.environ, "PYTHONPATH": str(Path.cwd()), **(env or {})},
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def imported_by(*arguments):
+    """Names of the modules that a command imports."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "clip_train", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["--version"], ["help", "optim.lr"], ["shards", "--help"]]
+)
+def test_help_answers_without_importing_torch(arguments):
+    assert "torch" not in imported_by(*arguments)
+    done, seconds = clip_train(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert seconds < 1.0
+
+
+def test_help_of_train_names_every_key_with_an_explanation():
+    done, _ = clip_train("train", "--help")
+    for expected in (
+        "experiment=demo",
+        "optim.lr=",
+        "global_batch_size=",
+        "checkpoint.every=",
+        "model=",
+        "data.train=",
+    ):
+        assert expected in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lrr=1", "optim.lr"),
+        ("otpim.lr=1", "optim.lr"),
+        ("global_batchsize=8", "global_batch_size"),
+        ("data.trian=x", "data.train"),
+        ("model=ViT-B-33", "ViT-B-32"),
+        ("optim.lr=fast", "optim.lr"),
+        ("optim.lr=-1", "optim.lr=-1"),
+        ("steps=0", "steps=0"),
+        ("precision=fp17", "precision"),
+        ("loss=clap", "clip"),
+        ("+foo=3", "foo"),
+        ("optim.warmup=900", "optim.warmup=900 must be below steps=500"),
+        ("epochs=2", "exactly one of"),
+        ("seed=${nope}", "nope"),
+        ("wandb_api_key=x", "wandb_api_key"),
+        ("loss._target_=os.system", "_target_"),
+    ],
+)
+def test_a_mistake_is_refused_with_the_right_key_exit_code_2_and_no_traceback(override, expected):
+    done, _ = clip_train("train", "steps=500", "data.train=nowhere", "--cfg", override)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_misspelt_key_is_refused_in_under_two_seconds_without_torch():
+    assert "torch" not in imported_by("train", "steps=500", "optim.lrr=1")
+    _, seconds = clip_train("train", "steps=500", "optim.lrr=1")
+    assert seconds < 2.0
+
+
+def test_cfg_prints_a_config_that_reads_back():
+    from clip_train.config import load, to_yaml
+
+    done, _ = clip_train("train", "steps=5", "optim.warmup=1", "data.train=x", "--cfg")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == to_yaml(load("train", ["steps=5", "optim.warmup=1", "data.train=x"]))

@@ -1,0 +1,78 @@
+"""Every shipped config composes, and a config survives being written and read."""
+
+from pathlib import Path
+
+import pytest
+
+from clip_train.config import TrainConfig, changes, from_yaml, load, to_yaml
+from clip_train.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+BASE = ["steps=100", "optim.warmup=1", "data.train=x"]
+EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
+CHOICES = [
+    f"{group.name}={p.stem}" if group.name != "evaluation" else f"evaluation=[{p.stem}]"
+    for group in sorted(CONFIGS.iterdir())
+    if group.is_dir() and group.name != "experiment"
+    for p in sorted(group.glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_and_reads_back(choice, tmp_path):
+    config = load("train", [*BASE, choice])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert from_yaml(path) == config
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_recipe_composes_and_carries_its_own_name(experiment):
+    config = load("train", [f"experiment={experiment}"])
+    assert config.name == experiment
+    assert config.run_dir == f"runs/{experiment}"
+
+
+def test_a_command_line_beats_the_recipe_and_the_recipe_beats_the_defaults():
+    plain, recipe, mine = (load("train", x) for x in (BASE, ["experiment=demo"], ["experiment=demo", "optim.lr=0.125"]))
+    assert recipe.optim.lr != plain.optim.lr
+    assert mine.optim.lr == 0.125
+    assert mine.global_batch_size == recipe.global_batch_size
+
+
+def test_the_environment_never_reaches_a_saved_config(monkeypatch):
+    monkeypatch.setenv("CLIP_TRAIN_TEST_VALUE", "hunter2")
+    with pytest.raises(UserError, match="password"):
+        load("train", [*BASE, "data.password=${oc.env:CLIP_TRAIN_TEST_VALUE}"])
+
+
+def test_a_changed_model_shows_as_a_change_and_a_longer_run_does_not():
+    old = to_yaml(load("train", BASE))
+    assert changes(old, to_yaml(load("train", [*BASE, "steps=200", "data.workers=1"]))) == []
+    shown = changes(old, to_yaml(load("train", [*BASE, "model=tiny"])))
+    assert any(line.startswith("model.embed_dim: 512 -> 64") for line in shown)
+
+
+def test_a_config_of_another_version_names_the_unknown_key(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(load("train", BASE)) + "shiny_new_key: 3\n")
+    with pytest.raises(UserError, match="shiny_new_key"):
+        from_yaml(path)
+
+
+def test_yaml_that_is_not_yaml_names_the_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("a: b: c\n\t- x")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        from_yaml(path)
+
+
+def test_samples_and_epochs_become_steps():
+    config = load("train", ["samples=10240", "optim.warmup=1", "data.train=x"])
+    assert config.total_steps(123) == 10
+    config = load("train", ["epochs=2", "optim.warmup=1", "data.train=x", "global_batch_size=100"])
+    assert config.total_steps(1000) == 20
+    config.optim.warmup = 20
+    with pytest.raises(UserError, match="must be below steps=20"):
+        config.total_steps(1000)
+    assert isinstance(config, TrainConfig)

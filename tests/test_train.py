@@ -1,0 +1,150 @@
+"""The trainer as a whole: it learns, it can be killed, it continues with the next sample on any number of processes."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from clip_train.data.scenes.write import write_scenes
+
+from clip_train.config import load
+from clip_train.errors import UserError
+from clip_train.metrics.log import read_metrics
+from clip_train.train import train
+
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes")
+    write_scenes(out, num_train=400, num_val=30, seed=0)
+    return out
+
+
+def overrides(scenes: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        f"data.train={scenes}/train", f"run_dir={run_dir}", "model=tiny", "data.workers=0", "device=cpu", "precision=fp32",
+        f"steps={STEPS}", "global_batch_size=12", "optim.warmup=5", "optim.lr=1e-3", "logging.every=1",
+        "checkpoint.every=10", *more,
+    ]  # fmt: skip
+
+
+def start(arguments: list[str], *, processes: int = 1) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "clip_train", "train", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def final_weights(run_dir: Path) -> str:
+    path = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {row["step"]: row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scenes, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    train(load("train", overrides(scenes, run_dir)))
+    return run_dir
+
+
+def test_the_loss_falls_below_that_of_guessing(undisturbed):
+    values = losses(undisturbed)
+    assert list(values) == list(range(1, STEPS + 1))
+    assert sum(list(values.values())[-5:]) / 5 < 0.9 * values[1]
+
+
+def test_a_run_killed_with_sigkill_ends_in_bit_identical_weights(scenes, undisturbed, tmp_path):
+    arguments = overrides(scenes, tmp_path, "data.workers=1")
+    first = start(arguments)
+    deadline = time.monotonic() + 60
+    while len(losses(tmp_path)) < 23 and time.monotonic() < deadline:
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert not (tmp_path / "checkpoints" / f"step-{STEPS:08d}").exists()
+    second = start(arguments)
+    _, said = second.communicate(timeout=90)
+    assert second.returncode == 0, said
+    assert "step 20" in said, said
+    assert final_weights(tmp_path) == final_weights(undisturbed)
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_two_processes_continue_a_run_of_one_with_the_same_losses(scenes, undisturbed, tmp_path):
+    train(load("train", overrides(scenes, tmp_path, "steps=10", "optim.schedule=constant")))
+    two = start(overrides(scenes, tmp_path, "optim.schedule=constant"), processes=2)
+    _, said = two.communicate(timeout=120)
+    assert two.returncode == 0, said
+    alone = tmp_path / "alone"
+    train(load("train", overrides(scenes, alone, "optim.schedule=constant")))
+    together, apart = losses(tmp_path), losses(alone)
+    assert together.keys() == apart.keys()
+    assert max(abs(together[s] - apart[s]) for s in apart) < 1e-5
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(scenes, undisturbed, tmp_path):
+    arguments = overrides(scenes, tmp_path, "checkpoint.every=1000")
+    first = start(arguments)
+    deadline = time.monotonic() + 60
+    while len(losses(tmp_path)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 85, said
+    assert "Traceback" not in said
+    train(load("train", arguments))
+    assert final_weights(tmp_path) == final_weights(undisturbed)
+
+
+def test_a_finished_run_started_again_changes_nothing(scenes, undisturbed):
+    before = final_weights(undisturbed), losses(undisturbed)
+    train(load("train", overrides(scenes, undisturbed)))
+    assert (final_weights(undisturbed), losses(undisturbed)) == before
+
+
+def test_another_model_in_the_same_run_directory_is_refused_with_the_difference(scenes, undisturbed):
+    with pytest.raises(UserError, match=r"model\.vision\.layers: 2 -> 3"):
+        train(load("train", overrides(scenes, undisturbed, "model.vision.layers=3", f"steps={STEPS + 10}")))
+
+
+def test_gradient_caching_gives_the_losses_of_the_whole_batch(scenes, undisturbed, tmp_path):
+    train(load("train", overrides(scenes, tmp_path, "micro_batch_size=4", "steps=10", "optim.schedule=constant")))
+    whole = tmp_path / "whole"
+    train(load("train", overrides(scenes, whole, "steps=10", "optim.schedule=constant")))
+    cached, plain = losses(tmp_path), losses(whole)
+    assert max(abs(cached[s] - plain[s]) for s in plain) < 1e-5
+
+
+def test_wandb_offline_writes_the_run_and_no_source_code(scenes, tmp_path):
+    train(load("train", overrides(scenes, tmp_path, "steps=6", "logging.wandb=offline")))
+    files = [p for p in (tmp_path / "wandb").rglob("*") if p.is_file()]
+    written = next(p for p in files if p.suffix == ".wandb")
+    assert b"train/loss" in written.read_bytes()
+    assert not [p for p in files if p.suffix in {".py", ".patch"}]
+
+
+def test_metrics_are_json_lines_with_steps_and_samples(undisturbed):
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    logged = [r for r in rows if "train/loss" in r]
+    assert all(r["samples_seen"] == 12 * r["step"] for r in logged)
+    expected = {
+        "train/logit_scale",
+        "train/in_batch_recall@1",
+        "train/learning_rate",
+        "perf/samples_per_second",
+        "perf/data_wait",
+    }
+    assert expected <= logged[-1].keys()

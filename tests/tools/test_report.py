@@ -1,0 +1,145 @@
+"""The report is one safe file that tells the truth about a run."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from clip_train.errors import UserError
+from clip_train.evaluation.samples import load_samples, save_samples
+from clip_train.tools.report import judge, read_evaluations, write_report
+from tests.tools.synthetic_run import write_run
+
+VOID = {"meta", "img", "br", "line", "path", "circle", "link"}
+
+
+class Tags(HTMLParser):
+    """Collects elements and checks that they close in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(path):
+    parser = Tags()
+    parser.feed(path.read_text(encoding="utf-8"))
+    assert parser.open == []
+    return parser, " ".join("".join(parser.text).split())
+
+
+def test_the_page_is_one_small_well_formed_file_without_scripts_or_network(tmp_path):
+    path = write_report(write_run(tmp_path))
+    tags, _ = parse(path)
+    assert path.stat().st_size < 3_000_000
+    names = {name for name, _ in tags.tags}
+    assert not names & {"script", "link", "iframe", "object", "embed"}
+    for _, attributes in tags.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert not re.search(r"url\(|@import|https?://", path.read_text(encoding="utf-8"))
+    assert "prefers-color-scheme: dark" in path.read_text(encoding="utf-8")
+
+
+def test_scores_stand_beside_chance_and_the_loss_beside_guessing(tmp_path):
+    _, text = parse(write_report(write_run(tmp_path)))
+    results = json.loads((tmp_path / "evaluation" / "step-00002000" / "shapes.json").read_text())
+    assert f"{100 * results['metrics']['acc1']:.1f} %" in text
+    assert "chance 5 %" in text
+    assert "guessing 5.55" in text
+    assert "step 2,000 of 2,000" in text
+
+
+def test_every_curve_of_training_and_of_evaluation_is_drawn(tmp_path):
+    tags, _ = parse(write_report(write_run(tmp_path)))
+    titles = [a["aria-label"].partition(",")[0] for name, a in tags.tags if name == "svg"]
+    assert titles == [
+        "shapes · zero-shot accuracy", "val · mean recall@1", "Loss", "Recall@1 in the batch",
+        "Temperature (logit scale)", "Learning rate", "Samples per second", "Share of time waiting for data",
+    ]  # fmt: skip
+
+
+def test_captions_and_names_cannot_inject_markup(tmp_path):
+    attack = "\"><script>alert(1)</script><img src=x onerror=alert(1)>' {{ 7*7 }}"
+    tags, text = parse(write_report(write_run(tmp_path, name=attack, caption=attack)))
+    assert "script" not in {name for name, _ in tags.tags}
+    assert not any("onerror" in attributes for _, attributes in tags.tags)
+    assert "<script>alert(1)</script>" in text
+    assert "{{ 7*7 }}" in text
+
+
+def test_pictures_of_noise_stay_below_the_limit(tmp_path):
+    write_run(tmp_path)
+    for path in (tmp_path / "evaluation").glob("*/*.samples.json"):
+        samples = load_samples(path)
+        rng = np.random.default_rng(0)
+        samples.pictures = rng.integers(0, 256, samples.pictures.shape, dtype=np.uint8)
+        samples.pair_pictures = rng.integers(0, 256, samples.pair_pictures.shape, dtype=np.uint8)
+        save_samples(samples, path)
+    assert write_report(tmp_path).stat().st_size < 3_000_000
+
+
+def test_a_run_without_metrics_or_evaluations_gets_a_page_too(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: fresh\n")
+    _, text = parse(write_report(tmp_path))
+    assert "Nothing has been logged yet." in text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        write_report(tmp_path)
+
+
+def test_the_newest_result_of_each_evaluation_is_shown(tmp_path):
+    write_run(tmp_path, steps=900)
+    write_run(tmp_path, steps=1000)
+    (tmp_path / "evaluation" / "step-00001000" / "val.json").unlink()
+    assert {e.name: e.step for e in read_evaluations(tmp_path / "evaluation")} == {"shapes": 1000, "val": 900}
+
+
+def row(loss):
+    return {"train/loss": loss, "train/loss_of_guessing": 5.0}
+
+
+def test_the_verdict_measures_against_guessing(tmp_path):
+    good = read_evaluations(write_run(tmp_path) / "evaluation")
+    assert judge([row(2.0)], good).kind == "good"
+    assert (
+        judge([row(2.0)], []).text
+        == "Learning: the loss is 2.000 against 5.000 for guessing; nothing has been evaluated yet."
+    )
+    assert judge([row(4.99)], good).text.startswith("No better than guessing yet")
+    assert judge([row(None)], good).text == "The last loss is not finite."
+
+
+def test_a_collapsed_or_lucky_result_is_no_success(tmp_path):
+    path = write_run(tmp_path) / "evaluation" / "step-00002000" / "shapes.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"metrics": {"acc1": 0.05}} | {
+        "clip_train": content["clip_train"] | {"intervals": {"acc1": [0.03, 0.08]}}
+    }))  # fmt: skip
+    assert "no better than guessing on this set" in judge([row(2.0)], read_evaluations(tmp_path / "evaluation")).text
+    path.write_text(json.dumps(content | {"metrics": {}} | {
+        "clip_train": content["clip_train"] | {"status": "collapsed", "reason": "mean cosine too high"}
+    }))  # fmt: skip
+    verdict = judge([row(2.0)], read_evaluations(tmp_path / "evaluation"))
+    assert (verdict.kind, verdict.text) == ("bad", "Collapsed on shapes: mean cosine too high.")
+    _, text = parse(write_report(tmp_path))
+    assert "mean cosine too high" in text
