@@ -1,0 +1,133 @@
+"""Write generated scenes as shards: training pairs, held-out pairs, and labelled pictures of held-out classes."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import webdataset
+
+from clip_train.data.scenes.compose import Detail, Draw, compose, describe, held_out_combination, one_group
+from clip_train.data.scenes.draw import Scene, draw_scene
+from clip_train.data.scenes.vocabulary import BACKGROUNDS, COMBINATIONS, HELD_OUT, TEMPLATES
+from clip_train.data.shards.writer import ShardSetWriter
+from clip_train.errors import UserError
+
+T = TypeVar("T")
+
+PICTURES_PER_CLASS = 40
+_CHUNK = 64  # pictures that a process draws before it hands them over
+
+
+class ScenePair(NamedTuple):
+    """A picture as PNG and its caption."""
+
+    png: bytes
+    caption: str
+
+
+class LabelledScene(NamedTuple):
+    """A picture as PNG and the index of its class in `COMBINATIONS`."""
+
+    png: bytes
+    label: int
+
+
+def training_pair(index: int, *, seed: int, image_size: int) -> ScenePair:
+    """Draw the training pair `index`: no held-out combination, captions that vary. A pure function of its arguments."""
+    draw = Draw("scenes", seed, "train", index)
+    scene, description = compose(draw)
+    caption = describe(description, draw, detail=Detail.varied)
+    return ScenePair(_png(scene, image_size=image_size), caption)
+
+
+def held_out_pair(index: int, *, seed: int, image_size: int) -> ScenePair:
+    """Draw the validation pair `index`: a held-out combination, alone or beside another, told in full."""
+    draw = Draw("scenes", seed, "val", index)
+    scene, description = compose(draw, first=held_out_combination(index))
+    caption = describe(description, draw, detail=Detail.full)
+    return ScenePair(_png(scene, image_size=image_size), caption)
+
+
+def labelled_scene(index: int, *, seed: int, image_size: int) -> LabelledScene:
+    """Draw the classification picture `index`: one to four equal shapes of a held-out combination."""
+    draw = Draw("scenes", seed, "classes", index)
+    combination = held_out_combination(index)
+    scene, _ = one_group(draw, combination=combination, background=draw.pick(tuple(BACKGROUNDS)))
+    return LabelledScene(_png(scene, image_size=image_size), COMBINATIONS.index(combination))
+
+
+def write_scenes(
+    out: Path, *, num_train: int, num_val: int, seed: int, image_size: int = 64, workers: int = 2
+) -> None:
+    """Write `out/train` and `out/val` (picture and caption) and `out/classes` (clip-benchmark's layout) as shards.
+
+    The files depend on `seed`, `image_size` and the numbers only, not on `workers`.
+
+    Args:
+        out: new folder.
+        num_train: training pairs.
+        num_val: pairs of held-out combinations, no two with the same caption.
+        seed: of all pictures and captions.
+        image_size: side of the pictures, pixels.
+        workers: processes that draw.
+
+    Raises:
+        UserError: a number is out of range, or there are too few different scenes for `num_val`.
+    """
+    for name, value, least in (("num_train", num_train, 1), ("num_val", num_val, 1), ("image_size", image_size, 32)):
+        if value < least:
+            raise UserError(f"{name}={value} must be at least {least}")
+    if workers < 1:
+        raise UserError(f"workers={workers} must be at least 1")
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        draw = partial(_draw_in_order, pool, seed=seed, image_size=image_size)
+        with ShardSetWriter(out / "train") as shards:
+            for index, pair in enumerate(draw(training_pair, num_train)):
+                shards.write(f"{index:08d}", {"png": pair.png, "txt": pair.caption})
+        with ShardSetWriter(out / "val") as shards:
+            for index, pair in enumerate(_distinct(draw(held_out_pair, 4 * num_val), num_val)):
+                shards.write(f"{index:08d}", {"png": pair.png, "txt": pair.caption})
+        _write_classes(out / "classes", draw(labelled_scene, PICTURES_PER_CLASS * len(HELD_OUT)))
+
+
+def _draw_in_order(
+    pool: Pool, draw: Callable[..., T], number: int, *, seed: int, image_size: int
+) -> Iterator[T]:
+    return pool.imap(partial(draw, seed=seed, image_size=image_size), range(number), chunksize=_CHUNK)
+
+
+def _distinct(pairs: Iterator[ScenePair], number: int) -> Iterator[ScenePair]:
+    """Yield the first `number` pairs with different captions: with equal ones no retrieval could be right."""
+    captions: set[str] = set()
+    for pair in pairs:
+        if pair.caption not in captions:
+            captions.add(pair.caption)
+            yield pair
+        if len(captions) == number:
+            return
+    raise UserError(f"num_val={number} is more than the different scenes that were found ({len(captions)})")
+
+
+def _write_classes(folder: Path, pictures: Iterator[LabelledScene]) -> None:
+    """Write one shard and the files that clip-benchmark's `wds` reader expects beside it."""
+    (folder / "test").mkdir(parents=True)
+    names = "".join(f"{combination.class_name}\n" for combination in COMBINATIONS)
+    (folder / "classnames.txt").write_text(names, encoding="utf-8")
+    templates = "".join(f"{template.replace('{}', '{c}')}\n" for template in TEMPLATES)
+    (folder / "zeroshot_classification_templates.txt").write_text(templates, encoding="utf-8")
+    (folder / "test" / "nshards.txt").write_text("1\n", encoding="utf-8")
+    with webdataset.TarWriter(str(folder / "test" / "0.tar"), encoder=False, mtime=0) as shard:
+        for index, picture in enumerate(pictures):
+            shard.write({"__key__": f"{index:08d}", "png": picture.png, "cls": str(picture.label).encode()})
+
+
+def _png(scene: Scene, *, image_size: int) -> bytes:
+    buffer = io.BytesIO()
+    draw_scene(scene, image_size=image_size).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
