@@ -9,6 +9,12 @@ from clip_train.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASE = ["steps=100", "optim.warmup=1", "data.train=x"]
+NEEDED = {  # what a choice leaves to the user
+    "evaluation=[classify]": "evaluation.classify.root=x",
+    "evaluation=[imagenet]": "evaluation.imagenet.root=x",
+    "evaluation=[retrieve]": "evaluation.retrieve.shards=x",
+    "evaluation=[val]": "data.val=x",
+}
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 CHOICES = [
     f"{group.name}={p.stem}" if group.name != "evaluation" else f"evaluation=[{p.stem}]"
@@ -20,7 +26,7 @@ CHOICES = [
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_reads_back(choice, tmp_path):
-    config = load("train", [*BASE, choice])
+    config = load("train", [*BASE, choice, *filter(None, [NEEDED.get(choice)])])
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert from_yaml(path) == config
