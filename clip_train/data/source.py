@@ -61,7 +61,9 @@ def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> li
     found: list[Path] = []
     missing: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for name in [pattern] if Path(pattern).expanduser().exists() else expand_urls(pattern):
+        # An existing path may hold any character; os.path also takes patterns too long to be a path.
+        literal = os.path.exists(os.path.expanduser(pattern))  # noqa: PTH110, PTH111
+        for name in [pattern] if literal else expand_urls(pattern):
             _refuse_remote(name, field=field)
             path = Path(name).expanduser()
             if path.is_dir():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
+import threading
 from multiprocessing import forkserver
 
 # Workers are forked from a server that has no threads, no CUDA and no process group; the trainer has all three.
@@ -19,7 +21,21 @@ def start_worker_server() -> None:
 
 
 def start_worker(_: int) -> None:
-    """Keep freed picture buffers in the worker's heap: giving 4 MB back per picture costs 2,000 page faults each."""
+    """Prepare a loader process: it ends with its trainer, and its memory is tuned for pictures."""
+    threading.Thread(target=_exit_with_trainer, daemon=True).start()
+    _keep_freed_memory()
+
+
+def _exit_with_trainer() -> None:
+    """DataLoader's workers watch their parent, which here is the server, and the server lives as long as they do."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
+
+
+def _keep_freed_memory() -> None:
+    """Keep freed picture buffers in the heap: giving 4 MB back per picture costs 2,000 page faults each."""
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)

@@ -190,3 +190,9 @@ def test_all_ranks_raise_the_error_that_rank_0_found(tmp_path):
     first, second = run_on_ranks(_open_on_a_rank, str(tmp_path))
     assert "cut off" in first
     assert first == second
+
+
+def test_a_list_of_shards_too_long_for_a_path_is_understood(tmp_path):
+    numbered_shards(tmp_path, [1])
+    with pytest.raises(UserError, match=r"not found: .* and 395 more"):
+        expand_shards("::".join(f"{i}.tar" for i in range(400)))
