@@ -34,8 +34,7 @@ class VisionConfig:
     heads: int = 12
     """Attention heads; divides `width`. Of a ResNet, those of its attention pool; divides 32 times `width`."""
     resnet_stages: list[int] = field(default_factory=list)
-    """Blocks of the four stages of a ResNet; empty for a vision transformer. A ResNet is never recomputed, whatever
-    `checkpointing` says: its batch norms would count the batch twice."""
+    """Blocks of the four stages of a ResNet; empty for a vision transformer."""
     mlp_ratio: float = 4.0
     """Hidden channels of a block's MLP over `width`, rounded down."""
     layer_scale: float | None = None
@@ -113,9 +112,10 @@ class ModelConfig:
     """How captions shorter than the context are computed: `buckets` groups them by length (exact), `off` keeps all
     padding. `auto` is `buckets` on CPU and `off` on CUDA."""
     patch_dropout: float = 0.0
-    """Share of the patches that each training image loses (FLIP); 0 keeps all."""
+    """Share of the patches that each training image loses (FLIP); 0 keeps all. For vision transformers."""
     checkpointing: int = 0
-    """Recompute every k-th transformer block in the backward pass to save memory; 0 recomputes none, 1 all."""
+    """Recompute every k-th transformer block in the backward pass to save memory; 0 recomputes none, 1 all. A ResNet
+    is never recomputed: its batch norms would count the batch twice."""
 
     def __post_init__(self) -> None:
         if self.embed_dim < 1:
