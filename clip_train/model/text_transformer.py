@@ -7,6 +7,7 @@ end token, so computing it without the padding changes neither features nor grad
 from __future__ import annotations
 
 import bisect
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -66,19 +67,22 @@ class TextTransformer(nn.Module):
         """Make one call per bucket of lengths, each as wide as its longest caption, and restore the order of rows."""
         lengths = (ends + 1).tolist()
         rows_of: dict[int, list[int]] = {}
+        if _is_sharded(self.transformer.resblocks[0]):
+            # Each call gathers sharded parameters: every rank must make the same calls, also for buckets it lacks.
+            rows_of = {bucket: [] for bucket in range(bisect.bisect_left(BUCKETS, self.context_length) + 1)}
         for row, length in enumerate(lengths):
             rows_of.setdefault(bisect.bisect_left(BUCKETS, length), []).append(row)
-        order = torch.tensor([row for rows in rows_of.values() for row in rows], device=tokens.device)
-        widths = [max(lengths[row] for row in rows) for rows in rows_of.values()]
-        groups = [
-            tokens[index, :width]  # [n, width of the bucket]
-            for index, width in zip(order.split([len(rows) for rows in rows_of.values()]), widths, strict=True)
+        buckets = [rows for _, rows in sorted(rows_of.items())]
+        order = torch.tensor([row for rows in buckets for row in rows], device=tokens.device)
+        groups = [  # [n, longest of the bucket]; a bucket without captions computes one token, and drops it below
+            tokens[index, : max(lengths[row] for row in rows)] if rows else tokens[:1, :1]
+            for index, rows in zip(order.split([len(rows) for rows in buckets]), buckets, strict=True)
         ]
         # One lookup for all buckets: each would otherwise make its own gradient as large as the vocabulary.
         embedded = self.token_embedding(torch.cat([group.flatten() for group in groups]))
         read = [
-            self._read(x.view(*group.shape, -1), group.argmax(dim=1))
-            for x, group in zip(embedded.split([group.numel() for group in groups]), groups, strict=True)
+            self._read(x.view(*group.shape, -1), group.argmax(dim=1))[: len(rows)]
+            for x, group, rows in zip(embedded.split([g.numel() for g in groups]), groups, buckets, strict=True)
         ]
         return torch.cat(read)[order.argsort()]
 
@@ -92,3 +96,9 @@ class TextTransformer(nn.Module):
                 f"tokenize with context_length={self.context_length}, truncate=True"
             )
         return tokens[:, : self.context_length]
+
+
+def _is_sharded(block: nn.Module) -> bool:
+    # Importing FSDP takes seconds; whoever sharded the block has done it.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(block, fsdp.FSDPModule)

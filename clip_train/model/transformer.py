@@ -96,8 +96,12 @@ class ResidualAttentionBlock(nn.Module):
         x = x + self.ls_1(self.attn(self.ln_1(x), causal=causal))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
-    def read(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return one position per row, [n, width]: `positions` [n], each seeing the past, or the first, seeing all."""
+
+class ReadingBlock(ResidualAttentionBlock):
+    """The last block of a stack, computed at the one position per row that is read."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Return [n, width]: `positions` [n], each seeing what precedes it, or the first position, seeing all."""
         normed = self.ln_1(x)
         if positions is None:
             residual, query, mask = x[:, 0], normed[:, 0], None
@@ -130,11 +134,10 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
+        kinds = [ResidualAttentionBlock] * (layers - 1) + [ReadingBlock]
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(
-                width, heads=heads, mlp_width=int(width * mlp_ratio), quick_gelu=quick_gelu, layer_scale=layer_scale
-            )
-            for _ in range(layers)
+            kind(width, heads=heads, mlp_width=int(width * mlp_ratio), quick_gelu=quick_gelu, layer_scale=layer_scale)
+            for kind in kinds
         )
 
     def forward(self, x: Tensor, *, causal: bool = False, positions: Tensor | None = None) -> Tensor:
@@ -151,7 +154,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, causal, use_reentrant=False)
             else:
                 x = block(x, causal)
-        return last.read(x, positions)
+        return last(x, positions)
 
     def blocks(self) -> list[ResidualAttentionBlock]:
         """Return the blocks, first to last."""
