@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_train.evaluation.features import DualEncoder, Tokenizer, encode_texts, similarity
+from clip_train.evaluation.features import (
+    DualEncoder,
+    TokenizedTexts,
+    Tokenizer,
+    encode_texts,
+    similarity,
+    tokenize_texts,
+)
 from clip_train.evaluation.prompt_files import fill
 
 if TYPE_CHECKING:
@@ -26,16 +33,27 @@ class ZeroShotClassifier(NamedTuple):
         return similarity(image_features, self.vectors)[:, self.rows]
 
 
+def tokenize_prompts(tokenizer: Tokenizer, *, classnames: Sequence[str], templates: Sequence[str]) -> TokenizedTexts:
+    """Tokenize every template of every distinct name, name after name."""
+    names = dict.fromkeys(classnames)
+    return tokenize_texts(tokenizer, [fill(template, classname=name) for name in names for template in templates])
+
+
 def build_classifier(
-    model: DualEncoder, tokenizer: Tokenizer, *, classnames: Sequence[str], templates: Sequence[str], world: World
+    model: DualEncoder, prompts: TokenizedTexts, *, classnames: Sequence[str], world: World
 ) -> ZeroShotClassifier:
-    """Encode every class under every template, average the unit features per class and normalise again.
+    """Encode the prompts, average the unit features per class and normalise again.
 
     All ranks take part and hold the same result (CLIP, Radford et al. 2021, §3.1.4).
+
+    Args:
+        model: with its text tower.
+        prompts: of `tokenize_prompts` for the same names.
+        classnames: C names in class order.
+        world: the ranks.
     """
     place = {name: i for i, name in enumerate(dict.fromkeys(classnames))}
-    prompts = [fill(template, classname=name) for name in place for template in templates]
-    texts = encode_texts(model, tokenizer, prompts, world=world)
-    per_class = texts.features[texts.rows].unflatten(0, (len(place), len(templates)))  # [U, P, D]
+    texts = encode_texts(model, prompts, world=world)
+    per_class = texts.features[texts.rows].unflatten(0, (len(place), -1))  # [U, P, D]
     vectors = F.normalize(per_class.mean(dim=1), dim=-1)
     return ZeroShotClassifier(vectors, texts.rows.new_tensor([place[name] for name in classnames]))

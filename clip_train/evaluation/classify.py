@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from clip_train.distributed.world import World
-from clip_train.evaluation.classifier import ZeroShotClassifier, build_classifier
+from clip_train.evaluation.classifier import ZeroShotClassifier, build_classifier, tokenize_prompts
 from clip_train.evaluation.collapse import TowerStatistics
 from clip_train.evaluation.confidence import bootstrap_mean_per_class, wilson_interval
 from clip_train.evaluation.features import (
     Batches,
     DualEncoder,
+    TokenizedTexts,
     Tokenizer,
     encode_images,
     evaluating,
@@ -68,9 +70,7 @@ class Classify:
         started = time.monotonic()
         images = self.images
         with evaluating(model, world=self._world, precision=self._precision):
-            classifier = build_classifier(
-                model, self._tokenizer, classnames=images.classnames, templates=images.templates, world=self._world
-            )
+            classifier = build_classifier(model, self._prompts, classnames=images.classnames, world=self._world)
             predictions, collapsed = self._predict(model, classifier)
         predictions["label"] = images.labels
         result = score(images.labels, predictions["top"], num_classes=len(images.classnames))
@@ -80,6 +80,13 @@ class Classify:
             result.collapsed, result.metrics, result.intervals = collapsed, {}, {}
         result.seconds = time.monotonic() - started
         return result
+
+    @cached_property
+    def _prompts(self) -> TokenizedTexts:
+        # ImageNet has 80,000: once per run, not once per evaluation.
+        return tokenize_prompts(
+            self._tokenizer, classnames=self.images.classnames, templates=self.images.templates
+        )  # fmt: skip
 
     def _predict(self, model: DualEncoder, classifier: ZeroShotClassifier) -> tuple[dict[str, np.ndarray], str | None]:
         """Return `top` [N, K] and its `cosine` [N, K], in index order, and why a tower counts as collapsed."""

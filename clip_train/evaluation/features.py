@@ -65,6 +65,14 @@ class DualEncoder(Protocol):
         """Return features [B, D] of tokens [B, L]."""
 
 
+class TokenizedTexts(NamedTuple):
+    """Distinct texts as tokens, and which of them each asked-for text is."""
+
+    tokens: Tensor  # [U, L] int64, L the length of the longest
+    lengths: Tensor  # [U] int64, up to and including the end token
+    rows: Tensor  # [n] int64 in [0, U)
+
+
 class EncodedTexts(NamedTuple):
     """Features of distinct texts, and which of them each asked-for text has."""
 
@@ -96,13 +104,8 @@ def similarity(queries: Tensor, gallery: Tensor) -> Tensor:
         torch.set_float32_matmul_precision(allowed)
 
 
-def encode_texts(
-    model: DualEncoder, tokenizer: Tokenizer, texts: Sequence[str], *, world: World, batch_size: int = TEXT_BATCH_SIZE
-) -> EncodedTexts:
-    """Return the features of `texts` on every rank, each distinct text encoded once on one rank.
-
-    Texts are sorted by length and a batch is cut to its longest: exact, since the tower is causal and reads its feature
-    at the end token. Texts longer than the context are cut.
+def tokenize_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenizedTexts:
+    """Tokenize each distinct text once. Texts longer than the context are cut.
 
     Raises:
         UserError: there is no text.
@@ -112,18 +115,30 @@ def encode_texts(
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     tokens = tokenizer(list(place), truncate=True)  # [U, L]
     lengths = (tokens == tokenizer.end_id).int().argmax(dim=1) + 1
-    order = lengths.argsort(stable=True)
+    tokens = tokens[:, : int(lengths.max())].contiguous()
+    return TokenizedTexts(tokens, lengths, torch.tensor([place[text] for text in texts]))
+
+
+def encode_texts(
+    model: DualEncoder, texts: TokenizedTexts, *, world: World, batch_size: int = TEXT_BATCH_SIZE
+) -> EncodedTexts:
+    """Return the features of `texts` on every rank, each distinct text encoded once on one rank.
+
+    Texts are sorted by length and a batch is cut to its longest: exact, since the tower is causal and reads its feature
+    at the end token.
+    """
+    order = texts.lengths.argsort(stable=True)
     per_rank = -(-len(order) // world.size)
     padding = order[-1].expand(per_rank * world.size - len(order))
     by_rank = torch.cat([order, padding]).view(per_rank, world.size).T.contiguous()  # [ranks, per_rank]
     own = []
     for rows in by_rank[world.rank].split(batch_size):
-        batch = tokens[rows, : int(lengths[rows].max())].to(world.device)
+        batch = texts.tokens[rows, : int(texts.lengths[rows].max())].to(world.device)
         own.append(model.encode_text(batch).float())
     gathered = all_gather(torch.cat(own), world=world)
-    features = torch.empty(len(place), gathered.shape[1], device=world.device)
+    features = torch.empty(len(order), gathered.shape[1], device=world.device)
     features[by_rank.flatten().to(world.device)] = gathered
-    return EncodedTexts(features, torch.tensor([place[text] for text in texts], device=world.device))
+    return EncodedTexts(features, texts.rows.to(world.device))
 
 
 def encode_images(model: DualEncoder, batches: Batches, *, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from clip_train.evaluation.features import (
     Batches,
     DualEncoder,
     EncodedTexts,
+    TokenizedTexts,
     Tokenizer,
     encode_images,
     encode_texts,
@@ -24,6 +26,7 @@ from clip_train.evaluation.features import (
     gather_items,
     similarity,
     to_numpy,
+    tokenize_texts,
 )
 from clip_train.evaluation.ranking import Ranks, Side, chance_of_recall, pad_ids, rank_right_answers
 from clip_train.evaluation.result import EvaluationResult, evenly_spaced
@@ -84,7 +87,7 @@ class Retrieve:
         """
         started = time.monotonic()
         with evaluating(model, world=self._world, precision=self._precision):
-            texts = encode_texts(model, self._tokenizer, self.images.captions, world=self._world)
+            texts = encode_texts(model, self._texts, world=self._world)
             image_features = self._image_features(model)
         image_ranks, text_ranks = self._search(image_features, texts)
         result = score(image_ranks, text_ranks, owner=self.images.owner, recall_k=self._recall_k)
@@ -99,6 +102,10 @@ class Retrieve:
             result.metrics, result.intervals = {}, {}
         result.seconds = time.monotonic() - started
         return result
+
+    @cached_property
+    def _texts(self) -> TokenizedTexts:
+        return tokenize_texts(self._tokenizer, self.images.captions)
 
     def _image_features(self, model: DualEncoder) -> Tensor:
         """Return the features [N, D] of all images, on every rank."""
@@ -211,12 +218,9 @@ def _add_lenient(strict: EvaluationResult, lenient: EvaluationResult) -> None:
         f"{shared} of {strict.details['captions']} captions belong to several pictures, which makes strict recalls low "
         "for any model; lenient ones take every picture with the caption as right"
     )
-    for ours, theirs in (
-        (strict.metrics, lenient.metrics),
-        (strict.chance, lenient.chance),
-        (strict.intervals, lenient.intervals),
-    ):
-        ours |= {f"lenient_{name}": value for name, value in theirs.items()}
+    strict.metrics |= {f"lenient_{name}": value for name, value in lenient.metrics.items()}
+    strict.chance |= {f"lenient_{name}": value for name, value in lenient.chance.items()}
+    strict.intervals |= {f"lenient_{name}": interval for name, interval in lenient.intervals.items()}
 
 
 def _collapsed(image_features: Tensor, texts: EncodedTexts) -> str | None:
