@@ -25,7 +25,11 @@ _PLACES: dict[str, tuple[float, float]] = {
     "bottom right": (0.75, 0.75),
 }
 _RELATIONS = ("left of", "above", "beside")
-_RADII = {"small": (0.105, 0.135), "large": (0.17, 0.215)}  # fractions of the picture's side
+_RADII = {"small": (0.135, 0.15), "large": (0.2, 0.225)}  # fractions of the picture's side
+_SHARE_OF_TWO_SHAPES = 0.2
+_SHARE_OF_SOLID = 0.4  # the rest goes to all textures alike
+_DETAIL = 0.2  # chance that a varied caption tells size, place or texture; with more of them the words for shapes are
+# learned later, because the other words tell most captions of a batch apart
 _NUMBERS = ("zero", "one", "two", "three", "four")
 _PREFIXES = ("a picture of ", "a drawing of ", "an image of ", "this shows ", "we see ")
 _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
@@ -88,7 +92,7 @@ def compose(draw: Draw, *, first: Combination | None = None) -> tuple[Scene, Des
     second shape, a combination that training shows too.
     """
     background = draw.pick(tuple(BACKGROUNDS))
-    if draw.chance(0.35):
+    if draw.chance(_SHARE_OF_TWO_SHAPES):
         return _two_shapes(draw, first=first or draw.pick(SEEN), background=background)
     return one_group(draw, combination=first or draw.pick(SEEN), background=background)
 
@@ -96,35 +100,39 @@ def compose(draw: Draw, *, first: Combination | None = None) -> tuple[Scene, Des
 def one_group(draw: Draw, *, combination: Combination, background: str) -> tuple[Scene, Description]:
     """Compose a scene of one to four equal shapes."""
     count = draw.pick((1, 1, 1, 1, 1, 2, 3, 4))
-    group = Group(combination, draw.pick(TEXTURES), draw.pick(tuple(_RADII)), count)
+    group = Group(combination, _texture(draw), draw.pick(tuple(_RADII)), count)
     radius = _radius(draw, group)
     if count == 1:
         place = draw.pick(tuple(_PLACES))
         points = [_PLACES[place]]
     else:
         place = ""
-        cells = (0.26, 0.74) if group.size == "large" else (0.2, 0.5, 0.8)
+        cells = (0.25, 0.75) if group.size == "large" else (0.17, 0.5, 0.83)
         points = draw.shuffled([(x, y) for x in cells for y in cells])[:count]
-    items = tuple(_item(draw, group, radius=radius, point=point, jitter=0.03) for point in points)
+    items = tuple(_item(draw, group, radius=radius, point=point, jitter=0.015) for point in points)
     return Scene(items, background), Description((group,), place, background)
 
 
 def _two_shapes(draw: Draw, *, first: Combination, background: str) -> tuple[Scene, Description]:
     others = [other for other in SEEN if other != first]
-    groups = [Group(c, draw.pick(TEXTURES), draw.pick(tuple(_RADII)), 1) for c in (first, draw.pick(others))]
+    groups = [Group(c, _texture(draw), draw.pick(tuple(_RADII)), 1) for c in (first, draw.pick(others))]
     groups = draw.shuffled(groups)  # either one may be named first
     relation = draw.pick(_RELATIONS)
     across = draw.between(0.35, 0.65)
     points = {
-        "left of": ((0.26, across), (0.74, across)),
-        "above": ((across, 0.26), (across, 0.74)),
-        "beside": draw.pick((((0.26, 0.26), (0.74, 0.74)), ((0.74, 0.26), (0.26, 0.74)))),
+        "left of": ((0.25, across), (0.75, across)),
+        "above": ((across, 0.25), (across, 0.75)),
+        "beside": draw.pick((((0.25, 0.25), (0.75, 0.75)), ((0.75, 0.25), (0.25, 0.75)))),
     }[relation]
     items = tuple(
-        _item(draw, group, radius=_radius(draw, group), point=point, jitter=0.02)
+        _item(draw, group, radius=_radius(draw, group), point=point, jitter=0.015)
         for group, point in zip(groups, points, strict=True)
     )
     return Scene(items, background), Description(tuple(groups), relation, background)
+
+
+def _texture(draw: Draw) -> str:
+    return "solid" if draw.chance(_SHARE_OF_SOLID) else draw.pick(TEXTURES)
 
 
 def _radius(draw: Draw, group: Group) -> float:
@@ -143,11 +151,11 @@ def describe(description: Description, draw: Draw, *, detail: Detail) -> str:
     full = detail is Detail.full
     if len(phrases) == 2:
         caption = _relate(phrases, description.place, draw, full=full)
-    elif description.place and (full or draw.chance(0.5)):
+    elif description.place and (full or draw.chance(_DETAIL)):
         caption = f"{phrases[0]} {_place_phrase(description.place, draw, full=full)}"
     else:
         caption = phrases[0]
-    if full or draw.chance(0.15):
+    if full or draw.chance(0.3 * _DETAIL):
         caption = f"{caption} on a {description.background} background"
     if not full and draw.chance(0.4):
         caption = draw.pick(_PREFIXES) + caption
@@ -160,9 +168,9 @@ def _noun_phrase(group: Group, draw: Draw, *, detail: Detail) -> str:
     if detail is Detail.full:
         words = [group.size, group.texture]
     else:
-        if draw.chance(0.5):
+        if draw.chance(_DETAIL):
             words.append(draw.pick(_SIZE_WORDS[group.size]))
-        if draw.chance(0.2 if group.texture == "solid" else 0.6):
+        if draw.chance((0.4 if group.texture == "solid" else 1.2) * _DETAIL):
             words.append(draw.pick(_TEXTURE_WORDS[group.texture]))
     words += [colour, shape]
     if group.count > 1:

@@ -38,6 +38,20 @@ class LabelledScene(NamedTuple):
     label: int
 
 
+class WrittenScenes(NamedTuple):
+    """What `write_scenes` wrote."""
+
+    num_train: int
+    num_val: int
+    num_labelled: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_train} training pairs, {self.num_val} held-out pairs and {self.num_labelled} labelled pictures "
+            f"of {len(HELD_OUT)} held-out combinations of shape and colour (of {len(COMBINATIONS)})"
+        )
+
+
 def training_pair(index: int, *, seed: int, image_size: int) -> ScenePair:
     """Draw the training pair `index`: no held-out combination, captions that vary. A pure function of its arguments."""
     draw = Draw("scenes", seed, "train", index)
@@ -64,7 +78,7 @@ def labelled_scene(index: int, *, seed: int, image_size: int) -> LabelledScene:
 
 def write_scenes(
     out: Path, *, num_train: int, num_val: int, seed: int, image_size: int = 64, workers: int = 2
-) -> None:
+) -> WrittenScenes:
     """Write `out/train` and `out/val` (picture and caption) and `out/classes` (clip-benchmark's layout) as shards.
 
     The files depend on `seed`, `image_size` and the numbers only, not on `workers`.
@@ -93,12 +107,12 @@ def write_scenes(
         with ShardSetWriter(out / "val") as shards:
             for index, pair in enumerate(_distinct(draw(held_out_pair, 4 * num_val), num_val)):
                 shards.write(f"{index:08d}", {"png": pair.png, "txt": pair.caption})
-        _write_classes(out / "classes", draw(labelled_scene, PICTURES_PER_CLASS * len(HELD_OUT)))
+        num_labelled = PICTURES_PER_CLASS * len(HELD_OUT)
+        _write_classes(out / "classes", draw(labelled_scene, num_labelled))
+    return WrittenScenes(num_train, num_val, num_labelled)
 
 
-def _draw_in_order(
-    pool: Pool, draw: Callable[..., T], number: int, *, seed: int, image_size: int
-) -> Iterator[T]:
+def _draw_in_order(pool: Pool, draw: Callable[..., T], number: int, *, seed: int, image_size: int) -> Iterator[T]:
     return pool.imap(partial(draw, seed=seed, image_size=image_size), range(number), chunksize=_CHUNK)
 
 
