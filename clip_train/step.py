@@ -1,7 +1,7 @@
 """One global batch: forward, loss, backward, update. With micro-batches the gradient stays that of the whole batch.
 
-A contrastive loss needs all features at once, but not all activations. So a batch cut into k micro-batches takes (Gao et
-al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"):
+A contrastive loss needs all features at once, but not all activations. So a batch cut into k micro-batches takes (Gao
+et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"):
     1. features of the first k - 1 without a graph, of the last one with it
     2. the loss of all features, once, and its backward pass, which runs on through the last micro-batch's graph
     3. the features of the others once more, with a graph, each receiving the feature gradients found in 2
@@ -10,8 +10,8 @@ Random numbers depend on (seed, step, rank, micro-batch) only, so 3 repeats the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from clip_train.types import Batch, Features
 if TYPE_CHECKING:
     from clip_train.distributed.world import World
     from clip_train.loss.base import ContrastiveLoss
+    from clip_train.model.clip import CLIP
     from clip_train.optim.ema import Ema
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +47,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CLIP,
         *,
         wrapped: nn.Module,
         loss_fn: ContrastiveLoss,
@@ -105,18 +106,26 @@ class TrainStep:
                 cached.append(self._forward(parts[j], step=step, j=j))
         # Alone, the last micro-batch's text is gathered behind its image tower; otherwise the loss gathers all texts.
         with gradient_sync(self._wrapped, enabled=last == 0):
-            attached = self._forward(parts[last], step=step, j=last, on_text=self._loss_fn.on_text if last == 0 else None)
+            attached = self._forward(
+                parts[last], step=step, j=last, on_text=self._loss_fn.on_text if last == 0 else None
+            )
             leaves = [_leaves(features, like=attached) for features in cached]
             loss = self._loss(_joined([*leaves, attached]), batch)
             (loss * self.loss_scale.value).backward()
         for j, leaf in enumerate(leaves):
             with gradient_sync(self._wrapped, enabled=j == last - 1):
                 features = self._forward(parts[j], step=step, j=j)
-                towers = [(f, g.grad) for f, g in ((features.image, leaf.image), (features.text, leaf.text)) if f.requires_grad]
+                towers = [
+                    (f, g.grad)
+                    for f, g in ((features.image, leaf.image), (features.text, leaf.text))
+                    if f.requires_grad
+                ]
                 torch.autograd.backward([f for f, _ in towers], [g for _, g in towers])
         return loss.detach()
 
-    def _forward(self, part: Batch, *, step: int, j: int, on_text: Any = None) -> Features:
+    def _forward(
+        self, part: Batch, *, step: int, j: int, on_text: Callable[[Tensor], Tensor] | None = None
+    ) -> Features:
         torch.manual_seed(_random_seed(self._seed, step, self._world.rank, j))
         with self._autocast():
             features: Features = self._wrapped(part.images, part.tokens, on_text)
@@ -140,8 +149,8 @@ class TrainStep:
         if self._max_grad_norm is not None:
             shrink = (norm / self._max_grad_norm).clamp(min=1.0)
         # The fused optimizers divide gradients by the one and do nothing if the other is 1, as for loss scaling.
-        self._optimizer.grad_scale = (scale * shrink).float()
-        self._optimizer.found_inf = skipped.float()
+        self._optimizer.grad_scale = (scale * shrink).float()  # type: ignore[attr-defined]
+        self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self._optimizer.step()
         finite = finite_loss & (~skipped | self.loss_scale.may_shrink())
         self.loss_scale.update(overflow=skipped)
@@ -208,7 +217,9 @@ def _gradient_norm(model: nn.Module) -> Tensor:
     sharded = [g for g in gradients if isinstance(g, DTensor)]
     norms = [torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])]
     if sharded:
-        norms.append(torch.nn.utils.get_total_norm(sharded).full_tensor())
+        norm = torch.nn.utils.get_total_norm(sharded)
+        assert isinstance(norm, DTensor)
+        norms.append(norm.full_tensor())
     return torch.stack(norms).norm()
 
 

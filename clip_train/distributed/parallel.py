@@ -1,7 +1,7 @@
 """Spread one model over the ranks: compile its blocks, then wrap it in DDP or shard it with FSDP2.
 
-The two scalars of a CLIP model, temperature and bias, stay outside: FSDP2 cannot shard a scalar, and a wrapper would wait
-for a gradient that micro-batches do not have. They are averaged explicitly, once a step.
+The two scalars of a CLIP model, temperature and bias, stay outside: FSDP2 cannot shard a scalar, and a wrapper would
+wait for a gradient that micro-batches do not have. They are averaged explicitly, once a step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SCALARS = ("logit_scale", "logit_bias")
 # torch 2.13 renamed the argument and warns of the old name; 2.11 knows only the old one.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-_NO_BUFFER_SYNC = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 _BLOCK_LISTS = ("resblocks", "blocks")
 _SHORT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,7 +40,7 @@ def parallelize(
     shard_ranks: int | None = None,
     compile_blocks: bool = False,
 ) -> nn.Module:
-    """Return what to call in place of `model` [on its rank's device] to train it on all ranks. Called by every rank.
+    """Return what to call in place of `model` (on this rank's device) to train it. Called by every rank.
 
     Rank 0's weights become those of all. The model's own object keeps its state-dict keys; `fsdp` shards it in place, so
     make the optimizer afterwards.

@@ -11,7 +11,7 @@ from clip_train.optim.param_groups import param_groups
 def build_adamw(
     model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.AdamW:
-    """Make AdamW (Loshchilov & Hutter, 2019) over the trainable parameters of `model`, as `param_groups` splits them.
+    """Make AdamW (Loshchilov & Hutter, 2019) over the trainable parameters of `model`, split by `param_groups`.
 
     The fused form exists on CPU and CUDA. Besides its speed it takes a gradient scale and a skip flag as device tensors,
     so that clipping costs no pass of its own and a bad update is dropped without asking the host.

@@ -83,9 +83,7 @@ class AdamWConfig(OptimConfig):
         from clip_train.optim.adamw import build_adamw
 
         beta1, beta2 = self.betas
-        return build_adamw(
-            model, lr=self.lr, weight_decay=self.weight_decay, betas=(beta1, beta2), eps=self.eps
-        )
+        return build_adamw(model, lr=self.lr, weight_decay=self.weight_decay, betas=(beta1, beta2), eps=self.eps)
 
 
 def _check(name: str, value: object, holds: bool, rule: str) -> None:
