@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from clip_train.distributed.parallel import average_scalars, gradient_sync
+from clip_train.distributed.parallel import average_scalars, gradient_sync, is_sharded, whole
 from clip_train.errors import UserError
 from clip_train.loss.captions import caption_ids
 from clip_train.types import Batch, Features
@@ -214,13 +213,8 @@ def _joined(parts: list[Features]) -> Features:
 def _gradient_norm(model: nn.Module) -> Tensor:
     """Return the 2-norm [] of all gradients together. Called by every rank: parts of sharded ones are summed."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    sharded = [g for g in gradients if isinstance(g, DTensor)]
-    norms = [torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])]
-    if sharded:
-        norm = torch.nn.utils.get_total_norm(sharded)
-        assert isinstance(norm, DTensor)
-        norms.append(norm.full_tensor())
-    return torch.stack(norms).norm()
+    kinds = [[g for g in gradients if is_sharded(g) is kind] for kind in (True, False)]
+    return torch.stack([whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]).norm()
 
 
 def _random_seed(*parts: int) -> int:

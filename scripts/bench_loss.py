@@ -3,9 +3,9 @@
     python scripts/bench_loss.py --pairs 2048 8192 --json loss.json
     python scripts/bench_loss.py --pairs 32768 --device cuda --precision bf16 --peer-python /opt/open_clip/bin/python
 
-One process, one rank. Rounds are interleaved (ours, theirs, theirs, ours, ...) and ratios are medians over rounds. Each
-measurement runs in a fresh process. Memory is the peak above that of the features: allocated on CUDA, resident on a CPU.
-Both sides run under autocast where --precision says so, as they do in training.
+One process, one rank. Rounds are interleaved (ours, theirs, theirs, ours, ...), ratios are medians over rounds, and
+each measurement runs in a fresh process. Memory is the peak above that of the features: allocated on CUDA, resident on
+a CPU. Both sides run under autocast where --precision says so, as they do in training.
 """
 
 from __future__ import annotations

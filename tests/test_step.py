@@ -41,10 +41,10 @@ class Recorder(torch.optim.SGD):
                 self.seen[name] = grad.clone() / self.grad_scale
 
 
-def recorded_step(world, model, batch, *, strategy="ddp", siglip=False, **options):
+def recorded_step(world, model, batch, *, strategy="ddp", shard_ranks=None, siglip=False, **options):
     """Run one step and return its result and the gradient that the optimizer received."""
-    wrapped = parallelize(model, world=world, strategy=strategy)
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    wrapped = parallelize(model, world=world, strategy=strategy, shard_ranks=shard_ranks)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     recorder = Recorder([{"params": list(parameters), "names": list(names)}], lr=0.0)
     loss_fn = (SigLipLoss if siglip else ClipLoss)(world=world, tile=(5, 7))
     train_step = TrainStep(model, wrapped=wrapped, loss_fn=loss_fn, optimizer=recorder, world=world, seed=3, **options)
@@ -194,6 +194,31 @@ def test_an_update_that_is_not_finite_leaves_everything_as_it_was():
     assert all(torch.allclose(weights[n], want[n], atol=1e-5) for n in want)
     assert [r.skipped.item() for r in results] == [False, True, False]
     assert [r.finite.item() for r in results] == [True, False, True]
+
+
+def hybrid_on_rank(world):
+    model = StandinCLIP(seed=world.rank).double()
+    _, seen = recorded_step(world, model, draw_batch(32), strategy="fsdp", shard_ranks=2, micro_batch_size=4)
+    return {n: g.numpy() for n, g in seen.items()}
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_on_four_ranks_gives_the_gradients_of_one():
+    _, want = reference_gradients(StandinCLIP().double(), draw_batch(32))
+    for seen in run_on_ranks(hybrid_on_rank, world_size=4):
+        assert relative_error({n: torch.as_tensor(g) for n, g in seen.items()}, want) < 1e-12
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_a_frozen_text_tower_trains_the_image_tower_alone(micro_batch_size):
+    model, batch = StandinCLIP().double(), draw_batch(16)
+    _, want = reference_gradients(model, batch)
+    frozen = ("transformer", "token_embedding", "positional_embedding")
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    _, got = recorded_step(World(), model, batch, micro_batch_size=micro_batch_size)
+    assert relative_error(got, {n: g for n, g in want.items() if not n.startswith(frozen)}) < 1e-12
+    assert not any(n.startswith(frozen) for n in got)
 
 
 def train_on_rank(world):
