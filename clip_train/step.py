@@ -1,7 +1,7 @@
 """One global batch: forward, loss, backward, update. With micro-batches the gradient stays that of the whole batch.
 
-A contrastive loss needs all features at once, but not all activations. So a batch cut into k micro-batches takes (Gao et
-al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"):
+A contrastive loss needs all features at once, but not all activations. So a batch cut into k micro-batches takes (Gao
+et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"):
     1. features of the first k - 1 without a graph, of the last one with it
     2. the loss of all features, once, and its backward pass, which runs on through the last micro-batch's graph
     3. the features of the others once more, with a graph, each receiving the feature gradients found in 2
@@ -10,13 +10,13 @@ Random numbers depend on (seed, step, rank, micro-batch) only, so 3 repeats the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from clip_train.distributed.parallel import average_scalars, gradient_sync
+from clip_train.distributed.parallel import average_scalars, gradient_sync, is_sharded, whole
 from clip_train.errors import UserError
 from clip_train.loss.captions import caption_ids
 from clip_train.types import Batch, Features
@@ -24,6 +24,7 @@ from clip_train.types import Batch, Features
 if TYPE_CHECKING:
     from clip_train.distributed.world import World
     from clip_train.loss.base import ContrastiveLoss
+    from clip_train.model.clip import CLIP
     from clip_train.optim.ema import Ema
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +46,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CLIP,
         *,
         wrapped: nn.Module,
         loss_fn: ContrastiveLoss,
@@ -121,7 +122,9 @@ class TrainStep:
                 torch.autograd.backward([f for f, _ in towers], [g for _, g in towers])
         return loss.detach()
 
-    def _forward(self, part: Batch, *, step: int, j: int, on_text: Any = None) -> Features:
+    def _forward(
+        self, part: Batch, *, step: int, j: int, on_text: Callable[[Tensor], Tensor] | None = None
+    ) -> Features:
         torch.manual_seed(_random_seed(self._seed, step, self._world.rank, j))
         with self._autocast():
             features: Features = self._wrapped(part.images, part.tokens, on_text)
@@ -145,8 +148,8 @@ class TrainStep:
         if self._max_grad_norm is not None:
             shrink = (norm / self._max_grad_norm).clamp(min=1.0)
         # The fused optimizers divide gradients by the one and do nothing if the other is 1, as for loss scaling.
-        self._optimizer.grad_scale = (scale * shrink).float()
-        self._optimizer.found_inf = skipped.float()
+        self._optimizer.grad_scale = (scale * shrink).float()  # type: ignore[attr-defined]
+        self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self._optimizer.step()
         finite = finite_loss & (~skipped | self.loss_scale.may_shrink())
         self.loss_scale.update(overflow=skipped)
@@ -210,11 +213,8 @@ def _joined(parts: list[Features]) -> Features:
 def _gradient_norm(model: nn.Module) -> Tensor:
     """Return the 2-norm [] of all gradients together. Called by every rank: parts of sharded ones are summed."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    sharded = [g for g in gradients if isinstance(g, DTensor)]
-    norms = [torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])]
-    if sharded:
-        norms.append(torch.nn.utils.get_total_norm(sharded).full_tensor())
-    return torch.stack(norms).norm()
+    kinds = [[g for g in gradients if is_sharded(g) is kind] for kind in (True, False)]
+    return torch.stack([whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]).norm()
 
 
 def _random_seed(*parts: int) -> int:

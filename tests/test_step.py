@@ -38,10 +38,10 @@ class Recorder(torch.optim.SGD):
                 self.seen[name] = grad.clone() / self.grad_scale
 
 
-def recorded_step(world, model, batch, *, strategy="ddp", siglip=False, **options):
+def recorded_step(world, model, batch, *, strategy="ddp", shard_ranks=None, siglip=False, **options):
     """Run one step and return its result and the gradient that the optimizer received."""
-    wrapped = parallelize(model, world=world, strategy=strategy)
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    wrapped = parallelize(model, world=world, strategy=strategy, shard_ranks=shard_ranks)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     recorder = Recorder([{"params": list(parameters), "names": list(names)}], lr=0.0)
     loss_fn = (SigLipLoss if siglip else ClipLoss)(world=world, tile=(5, 7))
     train_step = TrainStep(model, wrapped=wrapped, loss_fn=loss_fn, optimizer=recorder, world=world, seed=3, **options)
@@ -113,3 +113,190 @@ def test_two_ranks_give_the_gradients_of_one_under_both_wrappers():
             assert relative_error(got, want) < 1e-12, (strategy, micro_batch_size, siglip)
         assert sum(rank[i][0][0] for rank in ranks) / 2 == pytest.approx(loss.item(), rel=1e-12)
         assert ranks[0][i][0][2:] == ranks[1][i][0][2:]
+
+
+# ------------------------------------------------------------------ the update
+
+
+def trained(world=World(), *, strategy="ddp", steps=3, damage=None, ema_decay=None, loss_scale=None, **options):  # noqa: B008
+    """Weights, optimizer state and results after some steps of the whole program."""
+    model = StandinCLIP()
+    wrapped = parallelize(model, world=world, strategy=strategy)
+    optimizer = adamw(model)
+    ema = None if ema_decay is None else Ema(model, decay=ema_decay)
+    train_step = TrainStep(
+        model,
+        wrapped=wrapped,
+        loss_fn=ClipLoss(world=world),
+        optimizer=optimizer,
+        world=world,
+        seed=3,
+        ema=ema,
+        **options,
+    )
+    if loss_scale is not None:
+        train_step.loss_scale.value.fill_(loss_scale)
+    results = []
+    for step in range(steps):
+        batch = draw_batch(16, seed=step)
+        rows = 16 // world.size
+        own = type(batch)(*(t[world.rank * rows : (world.rank + 1) * rows] for t in batch))
+        handle = model.conv1.register_forward_hook(poisoned) if (world.rank, step) == damage else None
+        results.append(train_step(own, learning_rate=RATE * (step + 1), step=step))
+        if handle is not None:
+            handle.remove()
+    weights = {n: v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for n, v in model.state_dict().items()}
+    return weights, results, ema
+
+
+def poisoned(module, inputs, output):
+    """Forward hook: the value is right, its gradient is not a number."""
+    output.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
+
+
+def reference_training(*, steps=3, max_grad_norm, skip=()):
+    """The same with torch's own parts, unfused, over the full matrix."""
+    model = StandinCLIP()
+    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
+    rest = [p for p in model.parameters() if not any(p is q for q in decayed)]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, foreach=False)
+    norms = []
+    for step in range(steps):
+        if step in skip:
+            continue
+        batch = draw_batch(16, seed=step)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (step + 1)
+        optimizer.zero_grad()
+        clip_loss(model(batch.images, batch.tokens), valid=batch.valid).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item())
+        optimizer.step()
+        model.clamp_logit_scale_()
+    return model.state_dict(), norms
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e9])
+def test_updates_equal_torch_adamw_with_its_own_clipping(max_grad_norm):
+    weights, results, _ = trained(max_grad_norm=max_grad_norm)
+    want, norms = reference_training(max_grad_norm=max_grad_norm)
+    assert all(torch.allclose(weights[n], want[n], atol=1e-5) for n in want)
+    assert [r.grad_norm.item() for r in results] == pytest.approx(norms, rel=1e-4)
+    assert norms[0] > 0.5
+
+
+def test_an_update_that_is_not_finite_leaves_everything_as_it_was():
+    weights, results, _ = trained(max_grad_norm=0.5, damage=(0, 1))
+    want, _ = reference_training(max_grad_norm=0.5, skip=(1,))
+    assert all(torch.allclose(weights[n], want[n], atol=1e-5) for n in want)
+    assert [r.skipped.item() for r in results] == [False, True, False]
+    assert [r.finite.item() for r in results] == [True, False, True]
+
+
+def hybrid_on_rank(world):
+    model = StandinCLIP(seed=world.rank).double()
+    _, seen = recorded_step(world, model, draw_batch(32), strategy="fsdp", shard_ranks=2, micro_batch_size=4)
+    return {n: g.numpy() for n, g in seen.items()}
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_on_four_ranks_gives_the_gradients_of_one():
+    _, want = reference_gradients(StandinCLIP().double(), draw_batch(32))
+    for seen in run_on_ranks(hybrid_on_rank, world_size=4):
+        assert relative_error({n: torch.as_tensor(g) for n, g in seen.items()}, want) < 1e-12
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_a_frozen_text_tower_trains_the_image_tower_alone(micro_batch_size):
+    model, batch = StandinCLIP().double(), draw_batch(16)
+    _, want = reference_gradients(model, batch)
+    frozen = ("transformer", "token_embedding", "positional_embedding")
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    _, got = recorded_step(World(), model, batch, micro_batch_size=micro_batch_size)
+    assert relative_error(got, {n: g for n, g in want.items() if not n.startswith(frozen)}) < 1e-12
+    assert not any(n.startswith(frozen) for n in got)
+
+
+def train_on_rank(world):
+    runs = []
+    for strategy in ("ddp", "fsdp"):
+        weights, results, ema = trained(world, strategy=strategy, max_grad_norm=0.5, damage=(1, 1), ema_decay=0.9)
+        flags = [(r.skipped.item(), r.finite.item()) for r in results]
+        averages = ema.state_dict()
+        runs.append(({n: v.numpy() for n, v in weights.items()}, {n: v.numpy() for n, v in averages.items()}, flags))
+    return runs
+
+
+def test_a_fault_on_one_rank_is_skipped_by_all_under_both_wrappers():
+    ranks = run_on_ranks(train_on_rank)
+    want, _ = reference_training(max_grad_norm=0.5, skip=(1,))
+    for first, second in zip(*ranks, strict=True):
+        weights, averages, flags = first
+        assert flags == second[2] == [(False, True), (True, False), (False, True)]
+        assert weights.keys() == averages.keys() == want.keys()
+        for n in want:
+            assert torch.allclose(torch.as_tensor(weights[n]), want[n], atol=1e-5)
+            assert (weights[n] == second[0][n]).all() and (averages[n] == second[1][n]).all()
+
+
+def test_the_temperature_turns_back_at_its_bound():
+    model, batch = StandinCLIP(), draw_batch(16)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100))
+    step = TrainStep(
+        model, wrapped=model, loss_fn=ClipLoss(world=World()), optimizer=adamw(model), world=World(), seed=3
+    )
+    assert step(batch, learning_rate=RATE, step=0).logit_scale < math.log(100)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100))
+        model.token_embedding.weight.zero_()
+    easy = batch._replace(images=batch.images[:1], tokens=batch.tokens[:1], valid=batch.valid[:1])
+    assert step(easy, learning_rate=RATE, step=1).logit_scale <= math.log(100)
+
+
+def test_a_step_never_asks_the_device_for_a_number():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    model = StandinCLIP()
+    step = TrainStep(
+        model, wrapped=model, loss_fn=ClipLoss(world=World(), ignore_duplicates=True), optimizer=adamw(model),
+        world=World(), seed=3, precision="bf16", max_grad_norm=1.0, micro_batch_size=4, ema=Ema(model, decay=0.9),
+    )  # fmt: skip
+    with Watch():
+        step(draw_batch(16), learning_rate=RATE, step=0)
+    assert len(seen) > 100
+    assert not [f for f in seen if "_local_scalar_dense" in f or "nonzero" in f]
+
+
+@pytest.mark.parametrize(("precision", "loss_scale"), [("bf16", None), ("fp16", 128.0)])
+def test_short_types_train_like_float32(precision, loss_scale):
+    want = trained(steps=4)[1]
+    results = trained(steps=4, precision=precision, loss_scale=loss_scale)[1]
+    assert [r.loss.item() for r in results] == pytest.approx([r.loss.item() for r in want], rel=3e-2)
+    assert [r.grad_norm.item() for r in results] == pytest.approx([r.grad_norm.item() for r in want], rel=0.1)
+
+
+def test_overflow_in_float16_skips_but_is_no_fault():
+    result = trained(steps=1, precision="fp16", loss_scale=2.0**40)[1][0]
+    assert result.skipped and result.finite and not result.grad_norm.isfinite()
+
+
+def test_the_loss_scale_halves_on_overflow_and_survives_a_restart():
+    scale = LossScale(device=torch.device("cpu"), enabled=True)
+    scale.update(overflow=torch.tensor(True))
+    assert scale.value == 2.0**15
+    for _ in range(1999):
+        scale.update(overflow=torch.tensor(False))
+    restored = LossScale(device=torch.device("cpu"), enabled=True)
+    restored.load_state_dict(scale.state_dict())
+    for s in (scale, restored):
+        s.update(overflow=torch.tensor(False))
+    assert scale.value == restored.value == 2.0**16

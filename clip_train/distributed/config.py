@@ -30,8 +30,8 @@ class DistributedConfig:
     """How the ranks of one run work together. Ranks come from torchrun's environment variables."""
 
     strategy: Strategy = Strategy.ddp
-    """`ddp`: every rank holds the whole model, gradients are averaged. `fsdp`: every rank holds a part of each parameter,
-    its gradient and its optimizer state, for models that do not fit otherwise."""
+    """`ddp`: every rank holds the whole model, gradients are averaged. `fsdp`: every rank holds a part of each
+    parameter, its gradient and its optimizer state, for models that do not fit otherwise."""
     shard_ranks: int | None = None
     """With `fsdp`: ranks that share one copy of the model, as a divisor of all; null for all ranks. Set it to the ranks
     of one node, and nodes exchange gradients only."""

@@ -1,7 +1,7 @@
 """Spread one model over the ranks: compile its blocks, then wrap it in DDP or shard it with FSDP2.
 
-The two scalars of a CLIP model, temperature and bias, stay outside: FSDP2 cannot shard a scalar, and a wrapper would wait
-for a gradient that micro-batches do not have. They are averaged explicitly, once a step.
+The two scalars of a CLIP model, temperature and bias, stay outside: FSDP2 cannot shard a scalar, and a wrapper would
+wait for a gradient that micro-batches do not have. They are averaged explicitly, once a step.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_train.distributed.collectives import all_reduce, broadcast
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
     from clip_train.distributed.world import World
     from clip_train.types import Features
 
 SCALARS = ("logit_scale", "logit_bias")
 # torch 2.13 renamed the argument and warns of the old name; 2.11 knows only the old one.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-_NO_BUFFER_SYNC = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 _BLOCK_LISTS = ("resblocks", "blocks")
 _SHORT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,10 +41,10 @@ def parallelize(
     shard_ranks: int | None = None,
     compile_blocks: bool = False,
 ) -> nn.Module:
-    """Return what to call in place of `model` [on its rank's device] to train it on all ranks. Called by every rank.
+    """Return what to call in place of `model`, which is on its device, to train it. Called by every rank.
 
-    Rank 0's weights become those of all. The model's own object keeps its state-dict keys; `fsdp` shards it in place, so
-    make the optimizer afterwards.
+    Rank 0's weights become those of all. The model's own object keeps its state-dict keys; `fsdp` shards it in place,
+    so make the optimizer afterwards.
 
     strategy: `ddp` or `fsdp`.
     precision: type in which `fsdp` gathers and multiplies parameters; gradients are summed in float32.
@@ -76,12 +77,23 @@ def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
     """Return a context for one forward and backward pass that averages gradients over ranks, or leaves them local."""
-    if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(enabled)
-        wrapped.set_is_last_backward(enabled)
-    elif isinstance(wrapped, DistributedDataParallel) and not enabled:
-        return wrapped.no_sync()
+    if isinstance(wrapped, DistributedDataParallel):
+        return nullcontext() if enabled else wrapped.no_sync()
+    if any(is_sharded(p) for p in wrapped.parameters()):
+        sharded = cast("FSDPModule", wrapped)
+        sharded.set_requires_gradient_sync(enabled)
+        sharded.set_is_last_backward(enabled)
     return nullcontext()
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Return whether `value` is spread over ranks, a DTensor. Asks without importing its class, which takes seconds."""
+    return hasattr(value, "full_tensor")
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return `value` with the parts of all ranks. Called by every rank."""
+    return cast("DTensor", value).full_tensor() if is_sharded(value) else value
 
 
 @torch.no_grad()
@@ -97,11 +109,22 @@ def average_scalars(model: nn.Module, *, world: World, with_them: list[Tensor]) 
     return list(mean[len(gradients) :])
 
 
+def scattered(value: Tensor, *, like: Tensor) -> Tensor:
+    """Return this rank's part of `value`, laid out as the sharded `like`. Called by every rank, with equal values."""
+    from torch.distributed.tensor import distribute_tensor
+
+    layout = cast("DTensor", like)
+    return distribute_tensor(value, layout.device_mesh, layout.placements)
+
+
 def _scalars(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters(recurse=False) if name in SCALARS]
 
 
 def _shard(model: nn.Module, *, world: World, precision: str, shard_ranks: int) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     if shard_ranks == world.size:
         mesh = init_device_mesh(world.device.type, (world.size,))
     else:

@@ -177,10 +177,10 @@ class LogitTiles:
 
     def _addends(self, rows: slice, columns: slice) -> list[Tensor]:
         """What is added to the scaled products: the bias, and -inf for padding."""
-        addends = [] if self._bias is None else [self._bias]
+        addends = []
         if self._row_bias is not None and self._column_bias is not None:
-            addends += [self._row_bias[rows, None], self._column_bias[columns]]
-        return addends
+            addends = [self._row_bias[rows, None], self._column_bias[columns]]
+        return addends if self._bias is None else [*addends, self._bias]
 
     def _product_in_buffer(self, rows: slice, columns: slice) -> Tensor:
         if self._scaled is None or self._scaled[0] != rows.start:
@@ -190,8 +190,11 @@ class LogitTiles:
         addends = self._addends(rows, columns)
         if not addends:
             return torch.mm(x, y.T, out=out)
-        out.copy_(addends[0].expand_as(out))
-        for addend in addends[1:]:
+        if len(addends) == 1:
+            out.copy_(addends[0].expand_as(out))
+        else:
+            torch.add(addends[0], addends[1], out=out)
+        for addend in addends[2:]:
             out.add_(addend)
         return torch.addmm(out, x, y.T, out=out)
 

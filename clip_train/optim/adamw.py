@@ -11,10 +11,10 @@ from clip_train.optim.param_groups import param_groups
 def build_adamw(
     model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.AdamW:
-    """Make AdamW (Loshchilov & Hutter, 2019) over the trainable parameters of `model`, as `param_groups` splits them.
+    """Make AdamW (Loshchilov & Hutter, 2019) over what `param_groups` finds to train in `model`.
 
-    The fused form exists on CPU and CUDA. Besides its speed it takes a gradient scale and a skip flag as device tensors,
-    so that clipping costs no pass of its own and a bad update is dropped without asking the host.
+    The fused form exists on CPU and CUDA. Besides its speed it takes a gradient scale and a skip flag as device
+    tensors, so that clipping costs no pass of its own and a bad update is dropped without asking the host.
     """
     groups = param_groups(model, weight_decay=weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

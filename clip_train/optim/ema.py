@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from clip_train.distributed.parallel import is_sharded, scattered, whole
 
 
 class Ema:
@@ -43,8 +44,7 @@ class Ema:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the whole averages on the CPU. Called by every rank: sharded ones are gathered."""
-        whole = (v.full_tensor() if isinstance(v, DTensor) else v for v in self._averages.values())
-        return {name: value.to("cpu", copy=True) for name, value in zip(self._averages, whole, strict=True)}
+        return {name: whole(average).to("cpu", copy=True) for name, average in self._averages.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -57,8 +57,8 @@ class Ema:
             raise KeyError(f"averages and model differ in {sorted(state.keys() ^ self._averages.keys())}")
         for name, average in self._averages.items():
             value = state[name].to(average.device)
-            if isinstance(average, DTensor):
-                value = distribute_tensor(value, average.device_mesh, average.placements)
+            if is_sharded(average):
+                value = scattered(value, like=average)
             average.copy_(value)
 
     @torch.no_grad()

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import nn
 
-# Embeddings are matrices, but their rows are single vectors: decaying them shrinks rare tokens and positions for nothing.
+# Embeddings are matrices, but their rows are single vectors: decay would only shrink rare tokens and positions.
 _EMBEDDING_NAMES = ("class_embedding", "positional_embedding", "token_embedding", "pos_embed", "cls_token", "reg_token")
 
 
 def param_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into one group with weight decay and one without.
 
-    Matrices decay. Norms, biases, the temperature, class tokens, positional and token embeddings do not. Empty groups are
-    left out.
+    Matrices decay. Norms, biases, the temperature, class tokens, positional and token embeddings do not. Empty groups
+    are left out.
     """
     decay: list[nn.Parameter] = []
     constant: list[nn.Parameter] = []

@@ -8,8 +8,8 @@ import math
 def learning_rate(step: int, *, peak: float, warmup: int, total_steps: int, schedule: str) -> float:
     """Return the learning rate of the update that `step` makes, counted from 0.
 
-    It rises linearly from peak / warmup, reaching `peak` in the last of the `warmup` steps; then it stays (`constant`) or
-    falls along half a cosine (`cosine`) that would reach 0 at `total_steps`, one step after the last update.
+    It rises linearly from peak / warmup, reaching `peak` in the last of the `warmup` steps; then it stays (`constant`)
+    or falls along half a cosine (`cosine`) that would reach 0 at `total_steps`, one step after the last update.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
