@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from clip_train.data.scenes.write import write_scenes
 
 from clip_train.config import load
+from clip_train.data.scenes.write import write_scenes
 from clip_train.errors import UserError
 from clip_train.metrics.log import read_metrics
 from clip_train.train import train
@@ -29,7 +29,8 @@ def scenes(tmp_path_factory):
 
 def overrides(scenes: Path, run_dir: Path, *more: str) -> list[str]:
     return [
-        f"data.train={scenes}/train", f"run_dir={run_dir}", "model=tiny", "data.workers=0", "device=cpu", "precision=fp32",
+        f"data.train={scenes}/train", f"run_dir={run_dir}", "model=tiny", "data.workers=0", "device=cpu",
+        "precision=fp32",
         f"steps={STEPS}", "global_batch_size=12", "optim.warmup=5", "optim.lr=1e-3", "logging.every=1",
         "checkpoint.every=10", *more,
     ]  # fmt: skip

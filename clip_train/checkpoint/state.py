@@ -156,9 +156,9 @@ def _native_names(model: nn.Module) -> dict[Tensor, str]:
     names: dict[Tensor, str] = {}
     for name, parameter in model.named_parameters():
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            name = name.removeprefix("module.")  # noqa: PLW2901
+            name = name.removeprefix("module.")
         for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")  # noqa: PLW2901
+            name = name.replace(wrapper, "")
         names[parameter] = name
     return names
 

@@ -114,7 +114,7 @@ class _Sigmoid(torch.autograd.Function):
     """loss = N/V · Σ over own rows of log(1 + exp(±U)), with V pairs on N ranks."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917
+    def forward(
         ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, problem: _Problem
     ) -> tuple[Tensor, Tensor]:
         world, pairs, exchange = problem.world, problem.pairs, problem.exchange
