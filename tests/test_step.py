@@ -105,10 +105,23 @@ def on_rank(world, cases):
     return results
 
 
-def test_two_ranks_give_the_gradients_of_one_under_both_wrappers():
-    cases = [(s, m, False) for s in ("ddp", "fsdp") for m in (None, 8, 4)] + [("ddp", 4, True), ("fsdp", 4, True)]
-    ranks = run_on_ranks(on_rank, cases)
-    for i, (strategy, micro_batch_size, siglip) in enumerate(cases):
+CASES = [(s, m, False) for s in ("ddp", "fsdp") for m in (None, 8, 4)] + [("ddp", 4, True), ("fsdp", 4, True)]
+
+
+def everything_on_rank(world):
+    return on_rank(world, CASES), train_on_rank(world)
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """What two processes return for all tests of this file: starting them costs more than the work."""
+    gradients, training = zip(*run_on_ranks(everything_on_rank), strict=True)
+    return {"gradients": gradients, "training": training}
+
+
+def test_two_ranks_give_the_gradients_of_one_under_both_wrappers(two_ranks):
+    ranks = two_ranks["gradients"]
+    for i, (strategy, micro_batch_size, siglip) in enumerate(CASES):
         model = StandinCLIP(logit_bias=-5.0 if siglip else None).double()
         loss, want = reference_gradients(model, draw_batch(32), siglip=siglip)
         for rank in ranks:
@@ -231,8 +244,8 @@ def train_on_rank(world):
     return runs
 
 
-def test_a_fault_on_one_rank_is_skipped_by_all_under_both_wrappers():
-    ranks = run_on_ranks(train_on_rank)
+def test_a_fault_on_one_rank_is_skipped_by_all_under_both_wrappers(two_ranks):
+    ranks = two_ranks["training"]
     want, _ = reference_training(max_grad_norm=0.5, skip=(1,))
     for first, second in zip(*ranks, strict=True):
         weights, averages, flags = first
