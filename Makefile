@@ -23,14 +23,15 @@ demo: install  ## draw pictures, train a model on them, evaluate it, write a rep
 	$(BIN)/clip-train train experiment=demo $(DEMO_ARGS)
 
 clipart: install  ## the same on 6,900 real drawings from Debian's openclipart-png
-	test -e shards/clipart/val/index.json || $(BIN)/python scripts/fetch_clipart.py shards/clipart
+	test -d shards/clipart-pictures || $(BIN)/python scripts/fetch_clipart.py shards/clipart-pictures
+	test -e shards/clipart/val/index.json || $(BIN)/clip-train shards make shards/clipart-pictures shards/clipart --val 0.1
 	$(BIN)/clip-train train experiment=clipart
 
 test: install  ## the tests that take under 3 minutes on 2 cores
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-all: install  ## all tests, the slow ones included
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'slow or not slow'
 
 lint: install  ## formatting and lint
 	$(BIN)/ruff format --check .

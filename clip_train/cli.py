@@ -164,7 +164,7 @@ def shards_index(
 @shards.command(name="scenes", epilog="clip-train shards scenes shards/demo")
 def shards_scenes(
     out: Annotated[Path, typer.Argument(help="Folder that gets train/, val/ and classes/.")],
-    train: Annotated[int, typer.Option(help="Training pairs.")] = 20_000,
+    train: Annotated[int, typer.Option(help="Training pairs.")] = 40_000,
     val: Annotated[int, typer.Option(help="Validation pairs.")] = 1_000,
     seed: Annotated[int, typer.Option(help="Seed of the drawings.")] = 0,
 ) -> None:

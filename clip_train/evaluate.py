@@ -48,7 +48,7 @@ def run_evaluations(
         if world.is_main:
             write_result(result, out / f"{key}.json", dataset=key, model=name, pretrained=weights)
             if samples:
-                save_samples(collect(evaluator, result), out / "samples" / f"{key}.json")
+                save_samples(collect(evaluator, result), out / f"{key}.samples.json")
     if world.is_main:
         print_results(results)
     return scores

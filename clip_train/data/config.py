@@ -112,8 +112,8 @@ class DataConfig:
         """Open the shards and return this rank's stream of batches. Every rank calls it.
 
         Raises:
-            UserError: shards are missing, or the batch cannot be cut into equal parts.
-            IntegrityError: a shard or an index is damaged, or there are fewer samples than a batch holds.
+            UserError: shards are missing, the batch cannot be cut into equal parts, or it exceeds the samples.
+            IntegrityError: a shard or an index is damaged.
         """
         from clip_train.data.loader import check_divisible
 

@@ -58,7 +58,7 @@ class TrainStream:
         max_bad_fraction: of the last 10,000 samples of this rank; more stops the run.
 
     Raises:
-        IntegrityError: there are fewer samples than a global batch holds.
+        UserError: there are fewer samples than a global batch holds.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TrainStream:
         assert global_batch_size % world.size == 0
         self.num_samples = sum(source.num_samples for source in sources)
         if self.num_samples < global_batch_size:
-            raise IntegrityError(
+            raise UserError(
                 f"global_batch_size={global_batch_size} must not exceed the {self.num_samples} samples of data.train"
             )
         self._sources = tuple(sources)

@@ -151,7 +151,7 @@ def test_an_uneven_global_batch_names_the_nearest_sizes_that_work(tmp_path):
 
 def test_fewer_samples_than_a_batch_are_refused(tmp_path):
     numbered_shards(tmp_path, COUNTS)
-    with pytest.raises(IntegrityError, match=r"global_batch_size=21 .* 20 samples"):
+    with pytest.raises(UserError, match=r"global_batch_size=21 .* 20 samples"):
         stream(tmp_path, World(), batch=21)
 
 
