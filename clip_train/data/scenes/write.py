@@ -69,10 +69,10 @@ def held_out_pair(index: int, *, seed: int, image_size: int) -> ScenePair:
 
 
 def labelled_scene(index: int, *, seed: int, image_size: int) -> LabelledScene:
-    """Draw the classification picture `index`: one to four equal shapes of a held-out combination."""
+    """Draw the classification picture `index`: one shape, of a held-out combination."""
     draw = Draw("scenes", seed, "classes", index)
     combination = held_out_combination(index)
-    scene, _ = one_group(draw, combination=combination, background=draw.pick(tuple(BACKGROUNDS)))
+    scene, _ = one_group(draw, combination=combination, background=draw.pick(tuple(BACKGROUNDS)), count=1)
     return LabelledScene(_png(scene, image_size=image_size), COMBINATIONS.index(combination))
 
 
