@@ -1,7 +1,6 @@
-"""Fetch Debian's public-domain drawings and write them as a folder of pictures with a caption each.
+"""Fetch Debian's public-domain drawings and write them with captions as shards.
 
-    python scripts/fetch_clipart.py data/clipart
-    clip-train shards make data/clipart shards/clipart --val 0.1
+    python scripts/fetch_clipart.py shards/clipart
 
 Needs Debian (or a relative of it) with apt, but no root: the package lists and the package go to a temporary folder.
 """
@@ -21,12 +20,14 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
+from clip_train.data.shards.make import make_shards
 from clip_train.errors import UserError
 
 PACKAGE = "openclipart-png"
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
 MAX_ASPECT = 20
+HELD_OUT = 0.1  # share of the drawings kept for evaluation
 SIDE = 128  # of the written pictures, in pixels
 MAX_SERIES = 20  # numbered variants of one drawing that are kept
 STEM_LENGTH = 24  # the package cuts longer names here, then adds a number: an author's name may be incomplete
@@ -55,9 +56,9 @@ class Drawing(NamedTuple):
 
 
 def main() -> int:
-    """Fetch, caption and write the drawings; print how many were left out and why."""
+    """Fetch, caption and shard the drawings; print how many were left out and why."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write; must not exist yet")
+    parser.add_argument("out", type=Path, help="folder that gets train/ and val/; must not exist yet")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count(), help="processes that resize")
     arguments = parser.parse_args()
     try:
@@ -65,11 +66,14 @@ def main() -> int:
             raise UserError(f"{arguments.out} exists already: remove it or name another folder")
         with tempfile.TemporaryDirectory(prefix="clipart-") as folder:
             root = fetch_package(Path(folder))
-            skipped = write_drawings(root, out=arguments.out, workers=arguments.workers)
+            drawings = Path(folder) / "drawings"
+            print_summary(write_drawings(root, out=drawings, workers=arguments.workers))
+            # Split by the pictures' bytes: equal drawings under two names stay on one side.
+            shards = make_shards(drawings, arguments.out, val=HELD_OUT)
     except UserError as error:
         print(f"fetch_clipart: {error}", file=sys.stderr)
         return error.exit_code
-    print_summary(skipped, out=arguments.out)
+    print(f"{shards.train} drawings for training and {shards.val} held out in {arguments.out}")
     return 0
 
 
@@ -193,11 +197,12 @@ def _over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
-def print_summary(counts: Counter[str], *, out: Path) -> None:
-    """Print how many pictures were found, written and left out."""
-    print(f"{sum(counts.values())} files found, {counts.pop('written', 0)} drawings written to {out}")
+def print_summary(counts: Counter[str]) -> None:
+    """Print how many pictures were found, and how many are left out for which reason."""
+    print(f"{sum(counts.values())} files found, {counts['written']} drawings used")
     for reason, count in counts.most_common():
-        print(f"  {count:5d} left out: {reason}")
+        if reason != "written":
+            print(f"  {count:5d} left out: {reason}")
 
 
 if __name__ == "__main__":

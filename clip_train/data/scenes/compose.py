@@ -30,6 +30,7 @@ _SHARE_OF_TWO_SHAPES = 0.2
 _SHARE_OF_SOLID = 0.4  # the rest goes to all textures alike
 _DETAIL = 0.2  # chance that a varied caption tells size, place or texture; with more of them the words for shapes are
 # learned later, because the other words tell most captions of a batch apart
+_SHARE_OF_PARTIAL = 0.1  # of the noun phrases: `a circle` or `a red shape`. Words learned apart combine better.
 _NUMBERS = ("zero", "one", "two", "three", "four")
 _PREFIXES = ("a picture of ", "a drawing of ", "an image of ", "this shows ", "we see ")
 _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
@@ -94,12 +95,12 @@ def compose(draw: Draw, *, first: Combination | None = None) -> tuple[Scene, Des
     background = draw.pick(tuple(BACKGROUNDS))
     if draw.chance(_SHARE_OF_TWO_SHAPES):
         return _two_shapes(draw, first=first or draw.pick(SEEN), background=background)
-    return one_group(draw, combination=first or draw.pick(SEEN), background=background)
-
-
-def one_group(draw: Draw, *, combination: Combination, background: str) -> tuple[Scene, Description]:
-    """Compose a scene of one to four equal shapes."""
     count = draw.pick((1, 1, 1, 1, 1, 2, 3, 4))
+    return one_group(draw, combination=first or draw.pick(SEEN), background=background, count=count)
+
+
+def one_group(draw: Draw, *, combination: Combination, background: str, count: int) -> tuple[Scene, Description]:
+    """Compose a scene of one to four equal shapes."""
     group = Group(combination, _texture(draw), draw.pick(tuple(_RADII)), count)
     radius = _radius(draw, group)
     if count == 1:
@@ -172,7 +173,9 @@ def _noun_phrase(group: Group, draw: Draw, *, detail: Detail) -> str:
             words.append(draw.pick(_SIZE_WORDS[group.size]))
         if draw.chance((0.4 if group.texture == "solid" else 1.2) * _DETAIL):
             words.append(draw.pick(_TEXTURE_WORDS[group.texture]))
-    words += [colour, shape]
+        if draw.chance(_SHARE_OF_PARTIAL):
+            colour, shape = draw.pick((("", shape), (colour, "shape")))
+    words += [colour, shape] if colour else [shape]
     if group.count > 1:
         return " ".join([_NUMBERS[group.count], *words]) + ("es" if shape == "cross" else "s")
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"

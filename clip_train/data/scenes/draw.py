@@ -11,6 +11,7 @@ from PIL import Image, ImageChops, ImageDraw
 from clip_train.data.scenes.vocabulary import BACKGROUNDS, COLOURS
 
 _SUPERSAMPLING = 4
+_REACH = 1.26  # the farthest corner of a shape from its centre, in radii
 _PALE = 0.66  # how far the second colour of a textured shape lies towards white
 
 Point = tuple[float, float]
@@ -40,7 +41,7 @@ def draw_scene(scene: Scene, *, image_size: int) -> Image.Image:
     picture = Image.new("RGB", (image_size, image_size), BACKGROUNDS[scene.background])
     for item in scene.items:
         radius = item.radius * image_size
-        side = math.ceil(2 * radius) + 2
+        side = math.ceil(2 * _REACH * radius) + 2
         left, top = round(item.x * image_size - side / 2), round(item.y * image_size - side / 2)
         colour = COLOURS[item.colour]
         silhouette, inked = _masks(item, radius=radius, side=side)
@@ -94,7 +95,7 @@ def _pattern(texture: str, *, side: int, period: float) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _loops(shape: str) -> tuple[tuple[Point, ...], ...]:
-    """Return the outline of a shape within the unit circle, then its holes."""
+    """Return the outline of a shape of radius 1 around the origin, then its holes."""
     match shape:
         case "circle":
             return (_regular(48),)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,9 +11,8 @@ from typing import NamedTuple, TypeVar
 
 import webdataset
 
-from clip_train.data.scenes.compose import Detail, Draw, compose, describe, held_out_combination, one_group
-from clip_train.data.scenes.draw import Scene, draw_scene
-from clip_train.data.scenes.vocabulary import BACKGROUNDS, COMBINATIONS, HELD_OUT, TEMPLATES
+from clip_train.data.scenes.pictures import LabelledScene, ScenePair, held_out_pair, labelled_scene, training_pair
+from clip_train.data.scenes.vocabulary import COMBINATIONS, HELD_OUT, TEMPLATES
 from clip_train.data.shards.writer import ShardSetWriter
 from clip_train.errors import UserError
 
@@ -22,20 +20,6 @@ T = TypeVar("T")
 
 PICTURES_PER_CLASS = 40
 _CHUNK = 64  # pictures that a process draws before it hands them over
-
-
-class ScenePair(NamedTuple):
-    """A picture as PNG and its caption."""
-
-    png: bytes
-    caption: str
-
-
-class LabelledScene(NamedTuple):
-    """A picture as PNG and the index of its class in `COMBINATIONS`."""
-
-    png: bytes
-    label: int
 
 
 class WrittenScenes(NamedTuple):
@@ -50,30 +34,6 @@ class WrittenScenes(NamedTuple):
             f"{self.num_train} training pairs, {self.num_val} held-out pairs and {self.num_labelled} labelled pictures "
             f"of {len(HELD_OUT)} held-out combinations of shape and colour (of {len(COMBINATIONS)})"
         )
-
-
-def training_pair(index: int, *, seed: int, image_size: int) -> ScenePair:
-    """Draw the training pair `index`: no held-out combination, captions that vary. A pure function of its arguments."""
-    draw = Draw("scenes", seed, "train", index)
-    scene, description = compose(draw)
-    caption = describe(description, draw, detail=Detail.varied)
-    return ScenePair(_png(scene, image_size=image_size), caption)
-
-
-def held_out_pair(index: int, *, seed: int, image_size: int) -> ScenePair:
-    """Draw the validation pair `index`: a held-out combination, alone or beside another, told in full."""
-    draw = Draw("scenes", seed, "val", index)
-    scene, description = compose(draw, first=held_out_combination(index))
-    caption = describe(description, draw, detail=Detail.full)
-    return ScenePair(_png(scene, image_size=image_size), caption)
-
-
-def labelled_scene(index: int, *, seed: int, image_size: int) -> LabelledScene:
-    """Draw the classification picture `index`: one to four equal shapes of a held-out combination."""
-    draw = Draw("scenes", seed, "classes", index)
-    combination = held_out_combination(index)
-    scene, _ = one_group(draw, combination=combination, background=draw.pick(tuple(BACKGROUNDS)))
-    return LabelledScene(_png(scene, image_size=image_size), COMBINATIONS.index(combination))
 
 
 def write_scenes(
@@ -139,9 +99,3 @@ def _write_classes(folder: Path, pictures: Iterator[LabelledScene]) -> None:
     with webdataset.TarWriter(str(folder / "test" / "0.tar"), encoder=False, mtime=0) as shard:
         for index, picture in enumerate(pictures):
             shard.write({"__key__": f"{index:08d}", "png": picture.png, "cls": str(picture.label).encode()})
-
-
-def _png(scene: Scene, *, image_size: int) -> bytes:
-    buffer = io.BytesIO()
-    draw_scene(scene, image_size=image_size).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()
