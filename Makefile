@@ -23,8 +23,7 @@ demo: install  ## draw pictures, train a model on them, evaluate it, write a rep
 	$(BIN)/clip-train train experiment=demo $(DEMO_ARGS)
 
 clipart: install  ## the same on 6,900 real drawings from Debian's openclipart-png
-	test -d shards/clipart-pictures || $(BIN)/python scripts/fetch_clipart.py shards/clipart-pictures
-	test -e shards/clipart/val/index.json || $(BIN)/clip-train shards make shards/clipart-pictures shards/clipart --val 0.1
+	test -e shards/clipart/val/index.json || $(BIN)/python scripts/fetch_clipart.py shards/clipart
 	$(BIN)/clip-train train experiment=clipart
 
 test: install  ## the tests that take under 3 minutes on 2 cores

@@ -77,6 +77,10 @@ class IndexSummary:
         """Samples of all shards."""
         return sum(shard.n for shard in self.shards)
 
+    def __str__(self) -> str:
+        left_out = "".join(f"; {count:,} with only {parts} left out" for parts, count in self.skipped.items())
+        return f"{self.num_samples:,} samples in {len(self.shards):,} shards{left_out}"
+
 
 def idx_path(shard: Path) -> Path:
     """Return where the sample records of a shard are kept."""
