@@ -1,0 +1,1 @@
+"""Compositional pictures with captions, drawn from scratch, with combinations that training never sees."""

@@ -55,7 +55,7 @@ class Group(NamedTuple):
     combination: Combination
     texture: str
     size: str
-    count: int
+    number: int
 
 
 class Description(NamedTuple):
@@ -176,8 +176,8 @@ def _noun_phrase(group: Group, draw: Draw, *, detail: Detail) -> str:
         if draw.chance(_SHARE_OF_PARTIAL):
             colour, shape = draw.pick((("", shape), (colour, "shape")))
     words += [colour, shape] if colour else [shape]
-    if group.count > 1:
-        return " ".join([_NUMBERS[group.count], *words]) + ("es" if shape == "cross" else "s")
+    if group.number > 1:
+        return " ".join([_NUMBERS[group.number], *words]) + ("es" if shape == "cross" else "s")
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
 
