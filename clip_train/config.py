@@ -297,7 +297,7 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
     keys = known_keys(ROOTS[command])
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        plain = re.sub(r"^evaluation\.[^.]+", "evaluation.NAME", key)
+        plain = _plain(key)
         if plain in keys or key in groups or plain == "evaluation.NAME" or key.startswith(("hydra", "-")):
             continue
         near = difflib.get_close_matches(plain, [*keys, *groups], n=1, cutoff=0.5)
@@ -314,6 +314,13 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
         similar = difflib.get_close_matches(value, options, n=1, cutoff=0.3)
         question = f"did you mean {similar[0]}? " if similar else ""
         return f"{group}={value} is not there: {question}choose one of {', '.join(options)}"
-    first = text.strip().splitlines()[0]
     full_key = re.search(r"full_key: (\S+)", text)
+    if full_key and "missing mandatory value" in text:
+        return f"{full_key.group(1)}= is required; `clip-train help {_plain(full_key.group(1))}` says what it is"
+    first = text.strip().splitlines()[0]
     return f"{full_key.group(1)}: {first}" if full_key else first
+
+
+def _plain(key: str) -> str:
+    """Return a key as `known_keys` lists it: the user's names of evaluations are not keys."""
+    return re.sub(r"^evaluation\.[^.]+", "evaluation.NAME", key)

@@ -66,6 +66,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     with ExitStack() as stack:
         world = config.distributed.build(device=config.device)
         stack.callback(stop_world)
+        model, _ = load(config.checkpoint, device=world.device)
         run = Path(config.checkpoint)
         evaluations: dict[str, EvaluationConfig] = dict(config.evaluation)
         if not evaluations and (run / "config.yaml").exists():
@@ -75,10 +76,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             raise UserError(
                 f"nothing to evaluate: {run} was trained without evaluations; name some, as in evaluation=[imagenet]"
             )
-        model, _ = load(config.checkpoint, device=world.device)
-        tokenizer = model.tokenize
         evaluators = {
-            name: one.build(world=world, tokenizer=tokenizer, image_size=model.config.vision.image_size)
+            name: one.build(world=world, tokenizer=model.tokenize, image_size=model.config.vision.image_size)
             for name, one in evaluations.items()
         }
         out = Path(config.output) if config.output else (run / "evaluation" if run.is_dir() else Path())
