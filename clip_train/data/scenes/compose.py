@@ -30,7 +30,7 @@ _SHARE_OF_TWO_SHAPES = 0.2
 _SHARE_OF_SOLID = 0.4  # the rest goes to all textures alike
 _DETAIL = 0.2  # chance that a varied caption tells size, place or texture; with more of them the words for shapes are
 # learned later, because the other words tell most captions of a batch apart
-_SHARE_OF_PARTIAL = 0.1  # of the noun phrases: `a circle` or `a red shape`. Words learned apart combine better.
+_SHARE_OF_PARTIAL = 0.2  # of the noun phrases: `a circle` or `a red shape`. Words learned apart combine better.
 _NUMBERS = ("zero", "one", "two", "three", "four")
 _PREFIXES = ("a picture of ", "a drawing of ", "an image of ", "this shows ", "we see ")
 _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
