@@ -72,7 +72,7 @@ class TrainStep:
     def __call__(self, batch: Batch, *, learning_rate: float, step: int) -> StepResult:
         """Make one update.
 
-        batch: this rank's rows, on its device. step: counts updates from 0 and decides all random numbers.
+        batch: this rank's rows, on its device (`Batch.to`). step: counts updates from 0 and decides all random numbers.
 
         Raises:
             UserError: the batch cannot be cut into equal micro-batches.
@@ -127,7 +127,7 @@ class TrainStep:
     ) -> Features:
         torch.manual_seed(_random_seed(self._seed, step, self._world.rank, j))
         with self._autocast():
-            features: Features = self._wrapped(part.images, part.tokens, on_text)
+            features: Features = self._wrapped(part.images, part.tokens, on_text, part.lengths.tolist())
         return features
 
     def _loss(self, features: Features, batch: Batch) -> Tensor:
