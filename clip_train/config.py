@@ -43,6 +43,7 @@ NAMED = ("loss", "optim")
 
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
+    "profile",
     "data.workers", "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
@@ -89,6 +90,9 @@ class TrainConfig:
     """Save and stop after this many hours of this process; null: no limit."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """When a loss or gradient is NaN or infinite: `stop`, or `skip_step` (at most 10 in a row). Weights stay finite."""
+    profile: str | None = None
+    """Steps to trace, as FIRST:LAST or one number, counted from 1: `profile=10:13` writes torch profiler traces to
+    `profile/` in run_dir. null: none."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -105,13 +109,14 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UserError(f"{key}={value} must be positive")
+        self.profiled_steps()
         given = [key for key in ("steps", "samples", "epochs") if getattr(self, key) is not None]
         if len(given) != 1:
             raise UserError(
                 f"give exactly one of steps, samples and epochs, not {' and '.join(given) or 'none of them'}"
             )
         if self.steps is not None:
-            self._check_warmup(self.steps)
+            self._check_length(self.steps)
         for group in NAMED:
             choices, chosen = CHOICES[group], getattr(self, group)
             if choices.get(chosen.name) is not type(chosen):
@@ -123,18 +128,34 @@ class TrainConfig:
         """Return the length of the run in steps, given the size of the training data.
 
         Raises:
-            UserError: warm-up does not end before the run does.
+            UserError: warm-up or profiled steps do not end before the run does.
         """
         if self.steps is not None:
             return self.steps
         samples = self.samples if self.samples is not None else (self.epochs or 0) * num_samples
         total = max(1, round(samples / self.global_batch_size))
-        self._check_warmup(total)
+        self._check_length(total)
         return total
 
-    def _check_warmup(self, total: int) -> None:
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """Return the first and last step of `profile`, None for none.
+
+        Raises:
+            UserError: it is not FIRST:LAST or one number.
+        """
+        if self.profile is None:
+            return None
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", self.profile)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= first <= last:
+            raise UserError(f"profile={self.profile} must be FIRST:LAST or one step, counted from 1, as in 10:13")
+        return first, last
+
+    def _check_length(self, total: int) -> None:
         if self.optim.warmup >= total:
             raise UserError(f"optim.warmup={self.optim.warmup} must be below steps={total}")
+        if (profiled := self.profiled_steps()) and profiled[1] > total:
+            raise UserError(f"profile={self.profile} must lie within steps={total}")
 
 
 @dataclass(slots=True, kw_only=True)
