@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 from clip_train.checkpoint.config import CheckpointConfig
 from clip_train.config_dir import config_dir
 from clip_train.data.config import DataConfig
-from clip_train.distributed.config import DistributedConfig
+from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
 from clip_train.evaluation.config import ClassifyConfig, EvaluationConfig, RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
@@ -78,8 +78,9 @@ class TrainConfig:
     """`fp32`, or autocast with float32 weights: `bf16`, or `fp16` with loss scaling for GPUs that lack bf16."""
     global_batch_size: int = 1024
     """Pairs per optimizer step over all ranks; each image is contrasted with this many captions."""
-    micro_batch_size: int | None = None
-    """Pairs per rank in one forward pass; fewer than the rank has save memory, with the same gradients. null: all."""
+    micro_batch_size: int | str | None = None
+    """Pairs per rank in one forward pass; fewer than the rank has save memory, with the same gradients. null: all;
+    `auto`: as many as fit the GPU, found at the start, written to the run's config.yaml and kept when it continues."""
     steps: int | None = None
     """Length of the run in optimizer steps. Give exactly one of steps, samples and epochs."""
     samples: int | None = None
@@ -105,7 +106,17 @@ class TrainConfig:
     """Evaluations by name, run every `evaluation.NAME.every` steps and at the end."""
 
     def __post_init__(self) -> None:
-        for key in ("global_batch_size", "micro_batch_size", "steps", "samples", "epochs", "max_hours"):
+        if isinstance(self.micro_batch_size, str):
+            if self.micro_batch_size != "auto":
+                raise UserError(f"micro_batch_size={self.micro_batch_size} must be a number, auto or null")
+            if self.distributed.strategy is Strategy.fsdp:
+                raise UserError(
+                    "micro_batch_size=auto needs distributed.strategy=ddp: with fsdp a rank that runs out of memory "
+                    "would leave the others waiting; give a number"
+                )
+        elif self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise UserError(f"micro_batch_size={self.micro_batch_size} must be positive")
+        for key in ("global_batch_size", "steps", "samples", "epochs", "max_hours"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UserError(f"{key}={value} must be positive")

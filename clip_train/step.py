@@ -80,7 +80,7 @@ class TrainStep:
         self._wrapped.train()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self._backward(batch, step=step)
+        loss = self.backward(batch, step=step)
         grad_norm, skipped, finite = self._update(loss)
         self._model.clamp_logit_scale_()
         if self._ema is not None:
@@ -95,7 +95,7 @@ class TrainStep:
             finite=finite,
         )
 
-    def _backward(self, batch: Batch, *, step: int) -> Tensor:
+    def backward(self, batch: Batch, *, step: int) -> Tensor:
         """Leave the averaged gradient of the global batch in the parameters, and return the loss as a share."""
         parts = self._cut(batch)
         last = len(parts) - 1

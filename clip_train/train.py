@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from clip_train.metrics.hardware import peak_flops
 from clip_train.metrics.log import Metrics
 from clip_train.metrics.panel import say
 from clip_train.metrics.profile import StepProfiler
+from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.flops import training_flops
 from clip_train.step import StepResult, TrainStep
 
@@ -92,10 +93,12 @@ def train(config: TrainConfig) -> dict[str, float]:
         )
         optimizer = config.optim.build(model)
         ema = config.optim.build_ema(model)
+        micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world)
+        config = replace(config, micro_batch_size=micro_batch_size)
         train_step = TrainStep(
             model, wrapped=wrapped, loss_fn=config.loss.build(world=world), optimizer=optimizer, ema=ema, world=world,
             seed=config.seed, precision=precision, max_grad_norm=config.optim.max_grad_norm,
-            micro_batch_size=config.micro_batch_size,
+            micro_batch_size=micro_batch_size,
         )  # fmt: skip
         evaluators = {
             name: evaluation.build(world=world, tokenizer=tokenizer, image_size=image_size)
