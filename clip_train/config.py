@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 from clip_train.checkpoint.config import CheckpointConfig
 from clip_train.config_dir import config_dir
 from clip_train.data.config import DataConfig
-from clip_train.distributed.config import DistributedConfig
+from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
 from clip_train.evaluation.config import ClassifyConfig, EvaluationConfig, RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
@@ -43,6 +43,7 @@ NAMED = ("loss", "optim")
 
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
+    "profile",
     "data.workers", "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
@@ -77,8 +78,9 @@ class TrainConfig:
     """`fp32`, or autocast with float32 weights: `bf16`, or `fp16` with loss scaling for GPUs that lack bf16."""
     global_batch_size: int = 1024
     """Pairs per optimizer step over all ranks; each image is contrasted with this many captions."""
-    micro_batch_size: int | None = None
-    """Pairs per rank in one forward pass; fewer than the rank has save memory, with the same gradients. null: all."""
+    micro_batch_size: int | str | None = None
+    """Pairs per rank in one forward pass; fewer than the rank has save memory, with the same gradients. null: all;
+    `auto`: as many as fit the GPU, found at the start, written to the run's config.yaml and kept when it continues."""
     steps: int | None = None
     """Length of the run in optimizer steps. Give exactly one of steps, samples and epochs."""
     samples: int | None = None
@@ -89,6 +91,9 @@ class TrainConfig:
     """Save and stop after this many hours of this process; null: no limit."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """When a loss or gradient is NaN or infinite: `stop`, or `skip_step` (at most 10 in a row). Weights stay finite."""
+    profile: str | None = None
+    """Steps to trace, as FIRST:LAST or one number, counted from 1: `profile=10:13` writes torch profiler traces to
+    `profile/` in run_dir. null: none."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -101,17 +106,28 @@ class TrainConfig:
     """Evaluations by name, run every `evaluation.NAME.every` steps and at the end."""
 
     def __post_init__(self) -> None:
-        for key in ("global_batch_size", "micro_batch_size", "steps", "samples", "epochs", "max_hours"):
+        if isinstance(self.micro_batch_size, str):
+            if self.micro_batch_size != "auto":
+                raise UserError(f"micro_batch_size={self.micro_batch_size} must be a number, auto or null")
+            if self.distributed.strategy is Strategy.fsdp:
+                raise UserError(
+                    "micro_batch_size=auto needs distributed.strategy=ddp: with fsdp a rank that runs out of memory "
+                    "would leave the others waiting; give a number"
+                )
+        elif self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise UserError(f"micro_batch_size={self.micro_batch_size} must be positive")
+        for key in ("global_batch_size", "steps", "samples", "epochs", "max_hours"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UserError(f"{key}={value} must be positive")
+        self.profiled_steps()
         given = [key for key in ("steps", "samples", "epochs") if getattr(self, key) is not None]
         if len(given) != 1:
             raise UserError(
                 f"give exactly one of steps, samples and epochs, not {' and '.join(given) or 'none of them'}"
             )
         if self.steps is not None:
-            self._check_warmup(self.steps)
+            self._check_length(self.steps)
         for group in NAMED:
             choices, chosen = CHOICES[group], getattr(self, group)
             if choices.get(chosen.name) is not type(chosen):
@@ -123,18 +139,34 @@ class TrainConfig:
         """Return the length of the run in steps, given the size of the training data.
 
         Raises:
-            UserError: warm-up does not end before the run does.
+            UserError: warm-up or profiled steps do not end before the run does.
         """
         if self.steps is not None:
             return self.steps
         samples = self.samples if self.samples is not None else (self.epochs or 0) * num_samples
         total = max(1, round(samples / self.global_batch_size))
-        self._check_warmup(total)
+        self._check_length(total)
         return total
 
-    def _check_warmup(self, total: int) -> None:
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """Return the first and last step of `profile`, None for none.
+
+        Raises:
+            UserError: it is not FIRST:LAST or one number.
+        """
+        if self.profile is None:
+            return None
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", self.profile)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= first <= last:
+            raise UserError(f"profile={self.profile} must be FIRST:LAST or one step, counted from 1, as in 10:13")
+        return first, last
+
+    def _check_length(self, total: int) -> None:
         if self.optim.warmup >= total:
             raise UserError(f"optim.warmup={self.optim.warmup} must be below steps={total}")
+        if (profiled := self.profiled_steps()) and profiled[1] > total:
+            raise UserError(f"profile={self.profile} must lie within steps={total}")
 
 
 @dataclass(slots=True, kw_only=True)

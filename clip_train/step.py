@@ -72,7 +72,7 @@ class TrainStep:
     def __call__(self, batch: Batch, *, learning_rate: float, step: int) -> StepResult:
         """Make one update.
 
-        batch: this rank's rows, on its device. step: counts updates from 0 and decides all random numbers.
+        batch: this rank's rows, on its device (`Batch.to`). step: counts updates from 0 and decides all random numbers.
 
         Raises:
             UserError: the batch cannot be cut into equal micro-batches.
@@ -80,7 +80,7 @@ class TrainStep:
         self._wrapped.train()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self._backward(batch, step=step)
+        loss = self.backward(batch, step=step)
         grad_norm, skipped, finite = self._update(loss)
         self._model.clamp_logit_scale_()
         if self._ema is not None:
@@ -95,7 +95,7 @@ class TrainStep:
             finite=finite,
         )
 
-    def _backward(self, batch: Batch, *, step: int) -> Tensor:
+    def backward(self, batch: Batch, *, step: int) -> Tensor:
         """Leave the averaged gradient of the global batch in the parameters, and return the loss as a share."""
         parts = self._cut(batch)
         last = len(parts) - 1
@@ -127,7 +127,7 @@ class TrainStep:
     ) -> Features:
         torch.manual_seed(_random_seed(self._seed, step, self._world.rank, j))
         with self._autocast():
-            features: Features = self._wrapped(part.images, part.tokens, on_text)
+            features: Features = self._wrapped(part.images, part.tokens, on_text, part.lengths.tolist())
         return features
 
     def _loss(self, features: Features, batch: Batch) -> Tensor:

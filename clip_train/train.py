@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
 from clip_train.config import OnNonfinite, TrainConfig, changes, to_yaml
+from clip_train.data.prefetch import batches_on
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.distributed.stop import StopReason, StopRequest
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import Preempted, TrainingFailed, UserError
 from clip_train.evaluate import run_evaluations
+from clip_train.metrics.hardware import peak_flops
 from clip_train.metrics.log import Metrics
 from clip_train.metrics.panel import say
+from clip_train.metrics.profile import StepProfiler
+from clip_train.micro_batch import choose_micro_batch
+from clip_train.model.flops import training_flops
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
@@ -85,10 +93,12 @@ def train(config: TrainConfig) -> dict[str, float]:
         )
         optimizer = config.optim.build(model)
         ema = config.optim.build_ema(model)
+        micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world)
+        config = replace(config, micro_batch_size=micro_batch_size)
         train_step = TrainStep(
             model, wrapped=wrapped, loss_fn=config.loss.build(world=world), optimizer=optimizer, ema=ema, world=world,
             seed=config.seed, precision=precision, max_grad_norm=config.optim.max_grad_norm,
-            micro_batch_size=config.micro_batch_size,
+            micro_batch_size=micro_batch_size,
         )  # fmt: skip
         evaluators = {
             name: evaluation.build(world=world, tokenizer=tokenizer, image_size=image_size)
@@ -109,29 +119,35 @@ def train(config: TrainConfig) -> dict[str, float]:
         metrics = Metrics(
             run_dir, world=world, config=config.logging, name=config.name, total_steps=total_steps,
             global_batch_size=config.global_batch_size, start_step=progress.step, settings=asdict(config),
+            peak_flops=peak_flops(world.device, precision=precision),
         )  # fmt: skip
         stack.callback(metrics.close)
+        profiler = StepProfiler(config.profiled_steps(), run_dir=run_dir, world=world)
+        stack.callback(profiler.close)
         if world.is_main:
             (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {run_dir}"
             say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
             where = f"{world.size} x {world.device.type}, {precision}"
             say(f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
-        batches = stream.batches(progress.samples_seen)
+        batches = batches_on(world.device, stream.batches(progress.samples_seen))
         skips = SkippedSteps(config.on_nonfinite)
         newest: dict[str, float] = {}
         reason = StopReason.none
 
         while progress.step < total_steps and not reason:
             # One global batch: each rank its own rows, negatives from all ranks.
+            profiler.before(progress.step + 1)
             asked = time.monotonic()
-            batch = next(batches).to(world.device)
+            batch = next(batches)
             seconds_waiting = time.monotonic() - asked
             rate = config.optim.learning_rate(progress.step, total_steps=total_steps)
             result = train_step(batch, learning_rate=rate, step=progress.step)
             progress.advance(config.global_batch_size)
-            metrics.add(measures(result), seconds_waiting=seconds_waiting)
+            flops = training_flops(config.model, lengths=batch.lengths.tolist())
+            metrics.add(measures(result), seconds_waiting=seconds_waiting, flops=flops)
             skips.watch(result, step=progress.step)
+            profiler.after(progress.step)
 
             # All ranks reach each of these at the same step; only rank 0 writes.
             if due(progress.step, every=config.logging.every, total=total_steps):
@@ -192,7 +208,7 @@ class SkippedSteps:
         self.on_nonfinite = on_nonfinite
         self.total = 0
         self.in_a_row = 0
-        self.pending: tuple[int, Any] | None = None
+        self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def watch(self, result: StepResult, *, step: int) -> None:
         """Judge the step before this one.
@@ -201,7 +217,9 @@ class SkippedSteps:
             TrainingFailed: it was not finite, and the run is to stop for that or this is the tenth in a row.
         """
         if self.pending is not None:
-            former, finite = self.pending
+            former, finite, copied = self.pending
+            if copied is not None:
+                copied.synchronize()  # the step before, while this one is under way
             self.in_a_row = 0 if bool(finite) else self.in_a_row + 1
             self.total += self.in_a_row > 0
             if self.in_a_row and (self.on_nonfinite is OnNonfinite.stop or self.in_a_row >= MAX_SKIPPED_IN_A_ROW):
@@ -209,7 +227,11 @@ class SkippedSteps:
                     f"loss or gradient is not finite at step {former}; the weights are still good. Lower optim.lr, set "
                     "optim.max_grad_norm=1, or skip such steps with on_nonfinite=skip_step"
                 )
-        self.pending = (step, result.finite.to("cpu", non_blocking=True))
+        finite, copied = result.finite.to("cpu", non_blocking=True), None
+        if result.finite.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self.pending = (step, finite, copied)
 
 
 def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:

@@ -28,13 +28,14 @@ class Batch(NamedTuple):
 
     images: Tensor  # [B, H, W, 3] uint8, as decoded; the model normalises them on its device
     tokens: Tensor  # [B, L] int64, zero-padded after the end token
-    lengths: Tensor  # [B] int64, tokens up to and including the end token
+    lengths: Tensor  # [B] int64, tokens up to and including the end token; always on the host, where shapes are decided
     slots: Tensor  # [B] int64, place of each row in the endless sequence of samples
     valid: Tensor  # [B] bool, False for padding rows, which must not influence anything
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`; from pinned memory the copy does not wait."""
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+        """Return the batch on `device`, lengths excepted; from pinned memory the copy does not wait."""
+        moved = Batch(*(t.to(device, non_blocking=True) for t in self._replace(lengths=self.lengths[:0])))
+        return moved._replace(lengths=self.lengths)
 
 
 class Features(NamedTuple):

@@ -55,7 +55,7 @@ class StandinCLIP(nn.Module):
         x = self.transformer(self.token_embedding(tokens) + self.positional_embedding)
         return F.normalize(x.mean(1).to(self.logit_scale.dtype), dim=-1)
 
-    def forward(self, images, tokens, on_text=None):
+    def forward(self, images, tokens, on_text=None, lengths=None):
         self.calls += 1
         text = self.encode_text(tokens)
         if on_text is not None:

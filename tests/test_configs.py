@@ -82,3 +82,14 @@ def test_samples_and_epochs_become_steps():
     with pytest.raises(UserError, match="must be below steps=20"):
         config.total_steps(1000)
     assert isinstance(config, TrainConfig)
+
+
+@pytest.mark.parametrize(("profile", "steps"), [("10:13", (10, 13)), ("7", (7, 7)), ("null", None)])
+def test_profiled_steps_are_a_range_or_one(profile, steps):
+    assert load("train", [*BASE, f"profile={profile}"]).profiled_steps() == steps
+
+
+@pytest.mark.parametrize("profile", ["0", "13:10", "10-13", "90:101"])
+def test_profiled_steps_that_cannot_be_are_refused(profile):
+    with pytest.raises(UserError, match=f"profile={profile} must"):
+        load("train", [*BASE, f"profile={profile}"])

@@ -10,7 +10,7 @@ ROWS = [
     {"tools"},
     {"__init__"},
     {"train", "help"},
-    {"evaluate"},
+    {"evaluate", "micro_batch"},
     {"config", "step"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},

@@ -1,5 +1,6 @@
 """The trainer as a whole: it learns, it can be killed, it continues with the next sample on any number of processes."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def undisturbed(scenes, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("undisturbed")
-    train(load("train", overrides(scenes, run_dir)))
+    train(load("train", overrides(scenes, run_dir, "profile=3:4")))
     return run_dir
 
 
@@ -147,5 +149,15 @@ def test_metrics_are_json_lines_with_steps_and_samples(undisturbed):
         "train/learning_rate",
         "perf/samples_per_second",
         "perf/data_wait",
+        "perf/memory_gib",
     }
     assert expected <= logged[-1].keys()
+    assert "perf/mfu" not in logged[-1]  # nobody sells CPUs by their FLOP
+
+
+def test_a_trace_shows_the_chosen_steps_and_no_other(undisturbed):
+    (path,) = (undisturbed / "profile").iterdir()
+    assert path.name == "steps-3-4-rank-0.json.gz"
+    with gzip.open(path) as file:
+        names = Counter(event["name"] for event in json.load(file)["traceEvents"])
+    assert names["aten::_fused_adamw_"] == 2 * 2  # parameter groups

@@ -1,6 +1,6 @@
 """Collect, write and show the numbers of a run: `metrics.jsonl` always, a panel or plain lines, wandb on request.
 
-Values stay on the device until a log step; then one all-reduce and one copy bring them to the host.
+Values stay on the device until a log step; then one gather and one copy bring them to the host.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clip_train.distributed.collectives import all_reduce
+from clip_train.distributed.collectives import all_gather
 from clip_train.metrics.config import LoggingConfig, WandbMode
+from clip_train.metrics.hardware import peak_memory_gib
 from clip_train.metrics.panel import Panel, say
 
 if TYPE_CHECKING:
@@ -37,11 +38,12 @@ class Metrics:
         global_batch_size: pairs per step, for rates and for the chance level ln N.
         start_step: step that the run continues from; later rows of an earlier attempt are dropped.
         settings: the resolved config, for wandb.
+        peak_flops: FLOP per second that a rank's device can do, None where that is not known.
     """
 
     def __init__(
         self, run_dir: Path, *, world: World, config: LoggingConfig, name: str, total_steps: int,
-        global_batch_size: int, start_step: int, settings: dict[str, Any],
+        global_batch_size: int, start_step: int, settings: dict[str, Any], peak_flops: float | None = None,
     ) -> None:  # fmt: skip
         self.world = world
         self.every = config.every
@@ -49,6 +51,8 @@ class Metrics:
         self.sums: dict[str, Tensor] = {}
         self.num_added = 0
         self.seconds_waiting = 0.0
+        self.flops = 0.0
+        self.peak_flops = peak_flops
         self.window_start = time.monotonic()
         self.file = None
         self.wandb: Any = None
@@ -60,30 +64,38 @@ class Metrics:
             if config.wandb is not WandbMode.disabled:
                 self.wandb = _start_wandb(run_dir, config=config, name=name, settings=settings)
 
-    def add(self, values: dict[str, Tensor], *, seconds_waiting: float) -> None:
-        """Add one step's device values (means over this rank's share) without waiting for the device."""
+    def add(self, values: dict[str, Tensor], *, seconds_waiting: float, flops: float) -> None:
+        """Add one step's device values (means over this rank's share) without waiting for the device.
+
+        flops: useful FLOP of this rank's pairs in this step.
+        """
         for name, value in values.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.num_added += 1
         self.seconds_waiting += seconds_waiting
+        self.flops += flops
 
     def log(self, *, step: int, samples_seen: int, extra: dict[str, float]) -> dict[str, float]:
         """Average what was added since the last call over steps and ranks, write it and show it. Every rank calls."""
         names = sorted(self.sums)
-        waiting = torch.tensor(self.seconds_waiting, device=self.world.device)
-        packed = all_reduce(torch.stack([*(self.sums[n] for n in names), waiting]), world=self.world)
-        means = (packed / self.world.size).tolist()
+        device = self.world.device
+        on_host = torch.tensor([self.seconds_waiting, self.flops, peak_memory_gib(device)], device=device)
+        packed = torch.cat([torch.stack([self.sums[n] for n in names]), on_host])
+        ranks = all_gather(packed[None], world=self.world).cpu()  # [ranks, values]
+        *means, waiting, flops, _ = ranks.mean(0).tolist()
         seconds = time.monotonic() - self.window_start
-        row = {f"train/{n}": value / self.num_added for n, value in zip(names, means, strict=False)}
+        row = {f"train/{n}": value / self.num_added for n, value in zip(names, means, strict=True)}
         row |= {
             "train/loss_of_guessing": math.log(self.global_batch_size),
             "perf/samples_per_second": self.num_added * self.global_batch_size / seconds,
             "perf/step_seconds": seconds / self.num_added,
-            "perf/data_wait": means[-1] / seconds,
+            "perf/data_wait": waiting / seconds,
+            "perf/memory_gib": ranks[:, -1].max().item(),
+            **({} if self.peak_flops is None else {"perf/mfu": flops / seconds / self.peak_flops}),
             **extra,
         }
-        self.sums, self.num_added, self.seconds_waiting = {}, 0, 0.0
+        self.sums, self.num_added, self.seconds_waiting, self.flops = {}, 0, 0.0, 0.0
         self.write(row, step=step, samples_seen=samples_seen)
         self.panel.step(step, row)
         self.window_start = time.monotonic()

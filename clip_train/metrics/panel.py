@@ -73,10 +73,12 @@ class Panel:
             f"lr {row['train/learning_rate']:.2e}",
             f"{row['perf/samples_per_second']:,.0f} samples/s",
             f"data wait {100 * row['perf/data_wait']:.1f} %",
+            f"memory {row['perf/memory_gib']:.1f} GiB",
+            *([f"MFU {100 * row['perf/mfu']:.1f} %"] if "perf/mfu" in row else []),
         ]
 
     def _table(self, step: int, row: dict[str, float], seconds_left: float) -> Group:
-        loss, recall, scale, lr, rate, wait = self._phrases(row)
+        loss, recall, scale, lr, rate, wait, memory, *mfu = self._phrases(row)
         head = Table.grid(padding=(0, 2))
         elapsed = duration(time.monotonic() - self.started)
         head.add_row(
@@ -87,9 +89,8 @@ class Panel:
         slow = row["perf/data_wait"] > 0.1
         body = Table.grid(padding=(0, 3))
         body.add_row(Text(loss, style="cyan"), recall, scale, lr)
-        body.add_row(
-            rate, Text(wait + (": raise data.workers" if slow else ""), style="yellow" if slow else ""), "", ""
-        )
+        waiting = Text(wait + (": raise data.workers" if slow else ""), style="yellow" if slow else "")
+        body.add_row(rate, waiting, memory, *(mfu or [""]))
         return Group(head, body)
 
 

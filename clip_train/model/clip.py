@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,13 @@ class CLIP(TextTransformer):
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
 
-    def forward(self, images: Tensor, tokens: Tensor, on_text: Callable[[Tensor], Tensor] | None = None) -> Features:
+    def forward(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        on_text: Callable[[Tensor], Tensor] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Features:
         """Embed one batch of pairs.
 
         Args:
@@ -42,8 +48,9 @@ class CLIP(TextTransformer):
             tokens: int64 [B, L].
             on_text: receives the text features [B, D] before the image tower runs, and returns them; a loss starts its
                 gather here, so that the exchange happens behind the image tower.
+            lengths: tokens of each caption, see `embed_text`.
         """
-        text = self.encode_text(tokens)
+        text = _finish(self.embed_text(tokens, lengths), normalize=True)
         if on_text is not None:
             text = on_text(text)
         return Features(self.encode_image(images), text, self.logit_scale, self.logit_bias)

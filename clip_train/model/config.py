@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 class Ragged(StrEnum):
     auto = "auto"
+    packed = "packed"
     buckets = "buckets"
     off = "off"
 
@@ -109,8 +110,9 @@ class ModelConfig:
     init_logit_bias: float | None = None
     """Start value of the bias on the logits, for sigmoid losses; null for none."""
     ragged: Ragged = Ragged.auto
-    """How captions shorter than the context are computed: `buckets` groups them by length (exact), `off` keeps all
-    padding. `auto` is `buckets` on CPU and `off` on CUDA."""
+    """How captions shorter than the context are computed, exactly in every case: `packed` lays them end to end (CUDA
+    in bf16 or fp16), `buckets` groups them by length, `off` keeps all padding. `auto` is `packed` where that runs, else
+    `buckets`."""
     patch_dropout: float = 0.0
     """Share of the patches that each training image loses (FLIP); 0 keeps all. For vision transformers."""
     checkpointing: int = 0

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import bisect
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from clip_train.errors import UserError
 from clip_train.model.config import ModelConfig, Ragged
+from clip_train.model.packed import Probe, VarlenAttention, pack, probe, to_device
 from clip_train.model.transformer import Transformer
 
 BUCKETS = (16, 24, 32, 48, 77)
@@ -28,6 +30,8 @@ class TextTransformer(nn.Module):
         self.context_length = text.context_length
         self.vocab_size = text.vocab_size
         self.ragged = config.ragged
+        # Attention over packed captions in place of torch's kernel, where that does not exist.
+        self.varlen_attention: VarlenAttention | None = None
         self.token_embedding = nn.Embedding(text.vocab_size, text.width)
         self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
         self.transformer = Transformer(
@@ -44,28 +48,66 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.text_projection, std=text.width**-0.5)
         self.transformer.init_as_text_tower()
 
-    def embed_text(self, tokens: Tensor) -> Tensor:
+    def embed_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Embed captions: int64 [B, L] to [B, D].
 
         The end token is the first maximum of the ids, as in OpenAI CLIP: its id is the largest of the vocabulary.
+
+        Args:
+            lengths: tokens of each caption up to its end token, known on the host; None asks the device for them.
 
         Raises:
             UserError: tokens are wider than the context and a caption needs the width.
         """
         tokens = self._fit_context(tokens)
-        ends = tokens.argmax(dim=1)  # the first of equal maxima
-        in_buckets = tokens.device.type == "cpu" if self.ragged == Ragged.auto else self.ragged == Ragged.buckets
-        read = self._read_in_buckets(tokens, ends) if in_buckets else self._read(self.token_embedding(tokens), ends)
+        layout = self.layout(tokens.device, dtype=self._compute_type(tokens.device))
+        if layout is Ragged.off:
+            read = self._read(self.token_embedding(tokens), tokens.argmax(dim=1))
+        else:
+            if lengths is None:
+                lengths = (tokens.argmax(dim=1) + 1).tolist()  # the first of equal maxima
+            read = (self._read_packed if layout is Ragged.packed else self._read_in_buckets)(tokens, lengths)
         return self.ln_final(read) @ self.text_projection
+
+    def layout(self, device: torch.device, *, dtype: torch.dtype) -> Ragged:
+        """Return how captions are computed on `device` where matrix products have `dtype`; never `auto`.
+
+        Raises:
+            UserError: `model.ragged=packed` is to train where it cannot. Evaluation takes what is there.
+        """
+        if self.ragged in (Ragged.buckets, Ragged.off):
+            return self.ragged
+        found = self._probe(device, dtype)
+        if self.ragged is Ragged.packed and self.training and found.attend is None:
+            raise UserError(f"model.ragged=packed: {found.reason}; take model.ragged=auto")
+        return Ragged.buckets if found.attend is None else Ragged.packed
+
+    def _probe(self, device: torch.device, dtype: torch.dtype) -> Probe:
+        if self.varlen_attention is not None:
+            return Probe(self.varlen_attention, "")
+        return probe(device, dtype, head_width=self.transformer.head_width)
+
+    def _compute_type(self, device: torch.device) -> torch.dtype:
+        on = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if on else self.text_projection.dtype
 
     def _read(self, embedded: Tensor, ends: Tensor) -> Tensor:
         """Return the state at each end token: [n, T, width] to [n, width]."""
         x = embedded + self.positional_embedding[: embedded.shape[1]]
         return self.transformer(x, causal=True, positions=ends)
 
-    def _read_in_buckets(self, tokens: Tensor, ends: Tensor) -> Tensor:
+    def _read_packed(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Compute all captions in one row without padding."""
+        attend = self._probe(tokens.device, self._compute_type(tokens.device)).attend
+        assert attend is not None
+        packing = pack(
+            lengths, width=tokens.shape[1], context_length=self.context_length, device=tokens.device, attend=attend
+        )
+        x = self.token_embedding(tokens.flatten()[packing.tokens]) + self.positional_embedding[packing.positions]
+        return self.transformer(x, causal=True, packing=packing)[: len(tokens)]
+
+    def _read_in_buckets(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Make one call per bucket of lengths, each as wide as its longest caption, and restore the order of rows."""
-        lengths = (ends + 1).tolist()
         rows_of: dict[int, list[int]] = {}
         if _is_sharded(self.transformer.resblocks[0]):
             # Each call gathers sharded parameters: every rank must make the same calls, also for buckets it lacks.
@@ -73,9 +115,9 @@ class TextTransformer(nn.Module):
         for row, length in enumerate(lengths):
             rows_of.setdefault(bisect.bisect_left(BUCKETS, length), []).append(row)
         buckets = [rows for _, rows in sorted(rows_of.items())]
-        order = torch.tensor([row for rows in buckets for row in rows], device=tokens.device)
+        order = to_device(torch.tensor([row for rows in buckets for row in rows]), tokens.device)
         groups = [  # [n, longest of the bucket]; a bucket without captions computes one token, and drops it below
-            tokens[index, : max(lengths[row] for row in rows)] if rows else tokens[:1, :1]
+            tokens[index, : max(1, *(lengths[row] for row in rows))] if rows else tokens[:1, :1]
             for index, rows in zip(order.split([len(rows) for rows in buckets]), buckets, strict=True)
         ]
         # One lookup for all buckets: each would otherwise make its own gradient as large as the vocabulary.

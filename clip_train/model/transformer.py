@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clip_train.model.packed import Packing
+
 
 class QuickGELU(nn.Module):
     """Approximate GELU by x * sigmoid(1.702 x), as OpenAI trained CLIP."""
@@ -45,19 +47,29 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
-        """Attend from every position: [n, T, width] to [n, T, width]."""
-        n, length, width = x.shape
+    def forward(self, x: Tensor, *, causal: bool, packing: Packing | None = None) -> Tensor:
+        """Attend from every position: [n, T, width] to [n, T, width], or [row, width] of packed captions."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if packing is not None:
+            q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)  # [row, heads, w]
+            return self.out_proj(packing.attention(q, k, v).flatten(1))
+        n, length, width = x.shape
         q, k, v = qkv.view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # [n, heads, T, w]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(out.transpose(1, 2).reshape(n, length, width))
 
-    def from_one(self, query: Tensor, x: Tensor, *, mask: Tensor | None) -> Tensor:
-        """Attend from one position per row: query [n, width], x [n, T, width], mask bool [n, T] of what it sees."""
-        n, length, width = x.shape
+    def from_one(self, query: Tensor, x: Tensor, *, mask: Tensor | None, packing: Packing | None = None) -> Tensor:
+        """Attend from one position per caption or image.
+
+        query: [n, width]; x: [n, T, width], mask bool [n, T] of what it sees; or x [row, width] of packed captions.
+        """
+        width = x.shape[-1]
         q = F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
         kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        if packing is not None:
+            k, v = kv.unflatten(1, (2, self.heads, -1)).unbind(1)  # [row, heads, w]
+            return self.out_proj(packing.attention_of_ends(q.unflatten(1, (self.heads, -1)), k, v).flatten(1))
+        n, length, _ = x.shape
         q = q.view(n, 1, self.heads, width // self.heads).transpose(1, 2)  # [n, heads, 1, w]
         k, v = kv.view(n, length, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
@@ -91,25 +103,33 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = MLP(width, hidden=mlp_width, quick_gelu=quick_gelu)
         self.ls_2 = nn.Identity() if layer_scale is None else LayerScale(width, init=layer_scale)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """Return all positions: [n, T, width] to [n, T, width]."""
-        x = x + self.ls_1(self.attn(self.ln_1(x), causal=causal))
+    def forward(self, x: Tensor, causal: bool = False, packing: Packing | None = None) -> Tensor:
+        """Return all positions: [n, T, width] to [n, T, width], or [row, width] of packed captions."""
+        x = x + self.ls_1(self.attn(self.ln_1(x), causal=causal, packing=packing))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
 class ReadingBlock(ResidualAttentionBlock):
     """The last block of a stack, computed at the one position per row that is read."""
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Return [n, width]: `positions` [n], each seeing what precedes it, or the first position, seeing all."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, positions: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """Return [n, width]: `positions` [n], each seeing what precedes it, or the first position, seeing all.
+
+        Of packed captions [row, width], the last position of each span.
+        """
         normed = self.ln_1(x)
-        if positions is None:
-            residual, query, mask = x[:, 0], normed[:, 0], None
+        mask = None
+        if packing is not None:
+            residual, query = x[packing.ends], normed[packing.ends]
+        elif positions is None:
+            residual, query = x[:, 0], normed[:, 0]
         else:
             rows = torch.arange(len(x), device=x.device)
             residual, query = x[rows, positions], normed[rows, positions]
             mask = torch.arange(x.shape[1], device=x.device) <= positions[:, None]
-        residual = residual + self.ls_1(self.attn.from_one(query, normed, mask=mask))
+        residual = residual + self.ls_1(self.attn.from_one(query, normed, mask=mask, packing=packing))
         return residual + self.ls_2(self.mlp(self.ln_2(residual)))
 
 
@@ -134,27 +154,31 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
+        self.head_width = width // heads
         kinds = [ResidualAttentionBlock] * (layers - 1) + [ReadingBlock]
         self.resblocks = nn.ModuleList(
             kind(width, heads=heads, mlp_width=int(width * mlp_ratio), quick_gelu=quick_gelu, layer_scale=layer_scale)
             for kind in kinds
         )
 
-    def forward(self, x: Tensor, *, causal: bool = False, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, causal: bool = False, positions: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """Run all blocks and read one position per row: [n, T, width] to [n, width].
 
         Args:
             causal: each position sees only itself and what precedes it.
             positions: int64 [n], what to read of a causal stack; None reads the first position, which sees all.
+            packing: of captions in one row, x [row, width], read at the last token of each span.
         """
         recompute = self.checkpointing if self.training and torch.is_grad_enabled() else 0
         *blocks, last = self.blocks()
         for i, block in enumerate(blocks):
             if recompute and i % recompute == 0:
-                x = checkpoint(block, x, causal, use_reentrant=False)
+                x = checkpoint(block, x, causal, packing, use_reentrant=False)
             else:
-                x = block(x, causal)
-        return last(x, positions)
+                x = block(x, causal, packing)
+        return last(x, positions, packing)
 
     def blocks(self) -> list[ResidualAttentionBlock]:
         """Return the blocks, first to last."""

@@ -1,0 +1,66 @@
+"""Arithmetic of the towers, counted from the config: what a pair costs, whatever computes it.
+
+Counted is the architecture as published, 2 FLOP per multiply-add: all positions of all blocks and of
+the attention pool. That ours compute only the position that is read is not subtracted, nor is recomputation added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clip_train.model.config import ModelConfig
+
+
+def image_flops(config: ModelConfig, *, training: bool = False) -> int:
+    """Return the FLOP of the image tower's forward pass on one image; in training without the dropped patches."""
+    vision = config.vision
+    if vision.resnet_stages:
+        return _resnet_flops(config)
+    num_patches = (vision.image_size // vision.patch_size) ** 2
+    if training and config.patch_dropout > 0:
+        num_patches = max(1, int(num_patches * (1 - config.patch_dropout)))
+    embedding = 2 * 3 * vision.patch_size**2 * vision.width * num_patches
+    hidden = int(vision.width * vision.mlp_ratio)
+    blocks = vision.layers * _block_flops(1 + num_patches, vision.width, hidden=hidden)
+    return embedding + blocks + 2 * vision.width * config.embed_dim
+
+
+def text_flops(config: ModelConfig, *, lengths: Sequence[int]) -> int:
+    """Return the FLOP of the text tower's forward pass on captions of these numbers of tokens, padding not counted."""
+    text = config.text
+    num_tokens, num_pairs_of_tokens = sum(lengths), sum(length * length for length in lengths)
+    per_token = _block_flops(1, text.width, hidden=4 * text.width) - 4 * text.width
+    blocks = text.layers * (per_token * num_tokens + 4 * text.width * num_pairs_of_tokens)
+    return blocks + 2 * text.width * config.embed_dim * len(lengths)
+
+
+def training_flops(config: ModelConfig, *, lengths: Sequence[int]) -> int:
+    """Return the FLOP of a training step on pairs whose captions have these numbers of tokens: three forward passes."""
+    return 3 * (image_flops(config, training=True) * len(lengths) + text_flops(config, lengths=lengths))
+
+
+def _block_flops(length: int, width: int, *, hidden: int) -> int:
+    projections = 2 * length * (4 * width * width + 2 * width * hidden)
+    return projections + 4 * length * length * width
+
+
+def _resnet_flops(config: ModelConfig) -> int:
+    vision = config.vision
+    width, side = vision.width, vision.image_size // 2
+    half = width // 2
+    total = 2 * 9 * side**2 * (3 * half + half * half + half * width)  # the stem, its first convolution strided
+    side //= 2
+    inputs = width
+    for stage, num_blocks in enumerate(vision.resnet_stages):
+        planes = width * 2**stage
+        for block in range(num_blocks):
+            stride = 2 if stage and not block else 1
+            total += 2 * side**2 * (inputs * planes + 9 * planes * planes)
+            side //= stride
+            total += 2 * side**2 * planes * 4 * planes
+            if stride > 1 or inputs != 4 * planes:
+                total += 2 * side**2 * inputs * 4 * planes
+            inputs = 4 * planes
+    length = side**2 + 1
+    pool = 6 * length * inputs**2 + 4 * length**2 * inputs + 2 * length * inputs * config.embed_dim
+    return total + pool

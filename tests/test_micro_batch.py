@@ -1,0 +1,88 @@
+"""The search for the largest micro-batch, and what one trial leaves behind."""
+
+import pytest
+import torch
+
+from clip_train.config import load
+from clip_train.distributed.world import World
+from clip_train.errors import UserError
+from clip_train.loss.clip import ClipLoss
+from clip_train.micro_batch import choose_micro_batch, fits_on_cuda, largest_micro_batch, recorded_micro_batch, try_step
+from clip_train.model.zoo import create_model
+from clip_train.step import TrainStep
+
+BASE = ["steps=100", "optim.warmup=1", "data.train=x", "global_batch_size=12", "model=tiny", "device=cpu"]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 12, 96, 4096])
+def test_the_search_finds_the_largest_divisor_under_any_limit(rows):
+    for limit in range(1, min(rows, 100) + 1):
+        asked = []
+        size = largest_micro_batch(rows, fits=lambda n, a=asked, m=limit: a.append(n) or n <= m, world=World())
+        assert size == max(n for n in range(1, limit + 1) if rows % n == 0)
+        assert len(asked) == len(set(asked)) <= 5
+    with pytest.raises(UserError, match="not even one pair"):
+        largest_micro_batch(rows, fits=lambda n: False, world=World())
+
+
+def trial(model, *, micro_batch_size):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return TrainStep(
+        model, wrapped=model, loss_fn=ClipLoss(world=World()), optimizer=optimizer, world=World(), seed=0,
+        micro_batch_size=micro_batch_size,
+    )  # fmt: skip
+
+
+def test_a_trial_computes_every_gradient_and_changes_neither_weights_nor_statistics():
+    model = create_model("tiny-rn", seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sizes = []
+    model.visual.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    try_step(trial(model, micro_batch_size=2), model=model, rows=4, device=torch.device("cpu"))
+    assert sizes == [2, 2, 2]  # features, features with a graph, and the first once more
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_auto_is_all_rows_on_the_cpu_and_what_was_recorded_where_it_divides_them(tmp_path):
+    config = load("train", [*BASE, "micro_batch_size=auto", f"run_dir={tmp_path}"])
+    choose = {"model": None, "optimizer": None, "world": World()}
+    assert choose_micro_batch(config, **choose) == 12
+    (tmp_path / "config.yaml").write_text("micro_batch_size: 4\n")
+    assert choose_micro_batch(config, **choose) == 4
+    assert recorded_micro_batch(tmp_path / "config.yaml", rows=6) is None
+    (tmp_path / "config.yaml").write_text("micro_batch_size: null\n")
+    assert choose_micro_batch(config, **choose) == 12
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(["micro_batch_size=most"], "micro_batch_size=most must be a number, auto or null"),
+     (["micro_batch_size=0"], "micro_batch_size=0 must be positive"),
+     (["micro_batch_size=auto", "distributed=fsdp"], "needs distributed.strategy=ddp")],
+)  # fmt: skip
+def test_other_values_are_refused(value, message):
+    with pytest.raises(UserError, match=message):
+        load("train", [*BASE, *value])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_small_micro_batches_fit_where_the_whole_batch_does_not():
+    device = torch.device("cuda", 0)
+    model = create_model("tiny", seed=0).to(device)
+    step = {}
+    for size in (32, 4096):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        world = World(device=device)
+        step[size] = TrainStep(
+            model, wrapped=model, loss_fn=ClipLoss(world=world), optimizer=optimizer, world=world, seed=0,
+            micro_batch_size=size,
+        )  # fmt: skip
+    options = {"model": model, "rows": 4096, "global_rows": 4096, "device": device}
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.empty(free - 1536 * 2**20, dtype=torch.uint8, device=device)
+    assert fits_on_cuda(step[32], **options) and not fits_on_cuda(step[4096], **options)
+    assert all(p.grad is None for p in model.parameters())
+    del held
