@@ -176,9 +176,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     if reason is StopReason.preempted:
         raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
     if reason and world.is_main:
-        say(
-            f"stopped ({reason.name.replace('_', ' ')}): saved at step {progress.step:,}; the same command continues there"
-        )
+        why = reason.name.replace("_", " ")
+        say(f"stopped ({why}): saved at step {progress.step:,}; the same command continues there")
     return newest
 
 
