@@ -54,7 +54,7 @@ class DataConfig:
     on_bad: OnBad = OnBad.substitute
     """What stands in for a sample that cannot be decoded: another one of its window, or an empty, masked row."""
     max_bad_fraction: float = 0.01
-    """Share of the last 10,000 samples that may be unusable before the run stops. 1 never stops for it."""
+    """Share of a rank's last 10,000 samples that may be unusable before the run stops. 100 in a row always stop it."""
     lanes: int = 64
     """Parts of the data that are read side by side. More shuffle better, fewer read fewer shards at a time."""
     window: int = 32768
@@ -133,7 +133,7 @@ class DataConfig:
         """Return a rank's stream over sources that `open_train` opened. Needs no other rank.
 
         Raises:
-            IntegrityError: there are fewer samples than a batch holds.
+            UserError: there are fewer samples than a batch holds.
         """
         from clip_train.data.loader import TrainStream
         from clip_train.data.transforms import TrainTransform

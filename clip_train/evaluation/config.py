@@ -27,7 +27,7 @@ class EvaluationConfig:
 
     name: str = "???"
     every: int | None = None
-    """Steps between two evaluations during training, and at its end; null or 0: not during training."""
+    """Steps between two evaluations during training; null or 0: only after its last step."""
     batch_size: int = 128
     """Images per rank and forward pass. It changes memory and speed, not the result."""
     workers: int = 0
@@ -37,7 +37,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
-            raise UserError(f"evaluation.every={self.every} must be 0 (off) or a number of steps")
+            raise UserError(f"evaluation.every={self.every} must be 0 (only at the end) or a number of steps")
         if self.batch_size < 1:
             raise UserError(f"evaluation.batch_size={self.batch_size} must be at least 1")
         if self.workers < 0:
