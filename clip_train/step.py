@@ -61,12 +61,12 @@ class TrainStep:
         """Take the parts.
 
         model: the CLIP model; wrapped: what `parallelize` made of it; optimizer: fused, over the model's parameters.
-        precision: `fp32`, or autocast in `bf16` or `fp16`, the latter with loss scaling.
+        precision: `fp32`, or autocast in `bf16` or `fp16`, the latter with loss scaling; `dtype` is its torch type.
         micro_batch_size: rows of this rank that the towers see at a time; None for all.
         """
         self._model, self._wrapped, self._loss_fn, self._optimizer = model, wrapped, loss_fn, optimizer
         self._world, self._seed, self._ema = world, seed, ema
-        self._type, self._max_grad_norm, self._micro_batch_size = _TYPES[precision], max_grad_norm, micro_batch_size
+        self.dtype, self._max_grad_norm, self._micro_batch_size = _TYPES[precision], max_grad_norm, micro_batch_size
         # Offloaded weights are updated on the host, by a kernel that would not wait for numbers from the device.
         on_host = any(p.device.type == "cpu" for p in model.parameters())
         self._update_device = torch.device("cpu") if on_host else world.device
@@ -167,7 +167,7 @@ class TrainStep:
         return [Batch(*(t[i : i + size] for t in batch)) for i in range(0, rows, size)]
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._world.device.type, dtype=self._type, enabled=self._type is not torch.float32)
+        return torch.autocast(self._world.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
 
 class LossScale:

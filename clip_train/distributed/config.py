@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from clip_train.distributed.world import World
+
+
+_CPP_COMPILERS = ("g++", "clang++")
 
 
 class Strategy(StrEnum):
@@ -78,6 +82,8 @@ class DistributedConfig:
             raise UserError(f"distributed.shard_ranks={self.shard_ranks} must divide the {world.size} ranks")
         if self.cpu_offload and (world.device.type != "cuda" or world.size == 1):
             raise UserError("distributed.cpu_offload=true needs CUDA and several ranks")
+        if compile_blocks and world.device.type == "cpu" and not any(map(shutil.which, _CPP_COMPILERS)):
+            raise UserError(f"model.compile=true on a CPU needs a C++ compiler: {' or '.join(_CPP_COMPILERS)}")
         return parallelize(
             model,
             world=world,

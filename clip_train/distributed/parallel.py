@@ -61,8 +61,9 @@ def parallelize(
         UserError: `ddp` is to send bf16 without nccl.
     """
     if compile_blocks:
-        for block in transformer_blocks(model):
-            block.compile(fullgraph=True, dynamic=False)
+        compile_each_block(model)
+    if world.device.type == "cuda" and strategy == "ddp":  # FSDP2 refuses parameters that are not contiguous
+        channels_last_(model)
     if world.size == 1:
         return model
     with torch.no_grad():
@@ -88,6 +89,25 @@ def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential):
             yield from module
+
+
+def compile_each_block(model: nn.Module, *, backend: str = "inductor") -> None:
+    """Compile every block by itself, in place. Equal blocks share their compilations.
+
+    The first shape is compiled as it is, the second for any size: however many lengths and batch sizes come, a block
+    has a handful of compilations. A graph break is an error.
+    """
+    # Blocks of both towers, with and without gradients, count together. Past the limit torch would raise an error.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in transformer_blocks(model):
+        block.compile(fullgraph=True, backend=backend)
+
+
+def channels_last_(model: nn.Module) -> None:
+    """Lay out the convolutions of residual towers, which have batch norms, as CUDA multiplies them, in place."""
+    for tower in model.children():
+        if any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
+            tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
