@@ -61,12 +61,15 @@ class TrainStep:
         """Take the parts.
 
         model: the CLIP model; wrapped: what `parallelize` made of it; optimizer: fused, over the model's parameters.
-        precision: `fp32`, or autocast in `bf16` or `fp16`, the latter with loss scaling.
+        precision: `fp32`, or autocast in `bf16` or `fp16`, the latter with loss scaling; `dtype` is its torch type.
         micro_batch_size: rows of this rank that the towers see at a time; None for all.
         """
         self._model, self._wrapped, self._loss_fn, self._optimizer = model, wrapped, loss_fn, optimizer
         self._world, self._seed, self._ema = world, seed, ema
-        self._type, self._max_grad_norm, self._micro_batch_size = _TYPES[precision], max_grad_norm, micro_batch_size
+        self.dtype, self._max_grad_norm, self._micro_batch_size = _TYPES[precision], max_grad_norm, micro_batch_size
+        # Offloaded weights are updated on the host, by a kernel that would not wait for numbers from the device.
+        on_host = any(p.device.type == "cpu" for p in model.parameters())
+        self._update_device = torch.device("cpu") if on_host else world.device
         self.loss_scale = LossScale(device=world.device, enabled=precision == "fp16")
 
     def __call__(self, batch: Batch, *, learning_rate: float, step: int) -> StepResult:
@@ -148,8 +151,9 @@ class TrainStep:
         if self._max_grad_norm is not None:
             shrink = (norm / self._max_grad_norm).clamp(min=1.0)
         # The fused optimizers divide gradients by the one and do nothing if the other is 1, as for loss scaling.
-        self._optimizer.grad_scale = (scale * shrink).float()  # type: ignore[attr-defined]
-        self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        where = self._update_device
+        self._optimizer.grad_scale = (scale * shrink).float().to(where)  # type: ignore[attr-defined]
+        self._optimizer.found_inf = skipped.float().to(where)  # type: ignore[attr-defined]
         self._optimizer.step()
         finite = finite_loss & (~skipped | self.loss_scale.may_shrink())
         self.loss_scale.update(overflow=skipped)
@@ -163,7 +167,7 @@ class TrainStep:
         return [Batch(*(t[i : i + size] for t in batch)) for i in range(0, rows, size)]
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._world.device.type, dtype=self._type, enabled=self._type is not torch.float32)
+        return torch.autocast(self._world.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
 
 class LossScale:
@@ -210,11 +214,12 @@ def _joined(parts: list[Features]) -> Features:
     return parts[-1]._replace(image=torch.cat([p.image for p in parts]), text=torch.cat([p.text for p in parts]))
 
 
-def _gradient_norm(model: nn.Module) -> Tensor:
+def _gradient_norm(model: CLIP) -> Tensor:
     """Return the 2-norm [] of all gradients together. Called by every rank: parts of sharded ones are summed."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     kinds = [[g for g in gradients if is_sharded(g) is kind] for kind in (True, False)]
-    return torch.stack([whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]).norm()
+    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    return torch.stack([norm.to(model.logit_scale.device) for norm in norms]).norm()  # sharded ones may be offloaded
 
 
 def _random_seed(*parts: int) -> int:

@@ -100,6 +100,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             seed=config.seed, precision=precision, max_grad_norm=config.optim.max_grad_norm,
             micro_batch_size=micro_batch_size,
         )  # fmt: skip
+        captions = model.layout(world.device, dtype=train_step.dtype)
         evaluators = {
             name: evaluation.build(world=world, tokenizer=tokenizer, image_size=image_size)
             for name, evaluation in config.evaluation.items()
@@ -128,7 +129,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {run_dir}"
             say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
-            where = f"{world.size} x {world.device.type}, {precision}"
+            where = f"{world.size} x {world.device.type}, {precision}, captions: ragged={captions.value}"
             say(f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
         batches = batches_on(world.device, stream.batches(progress.samples_seen))
         skips = SkippedSteps(config.on_nonfinite)

@@ -41,9 +41,9 @@ class Recorder(torch.optim.SGD):
                 self.seen[name] = grad.clone() / self.grad_scale
 
 
-def recorded_step(world, model, batch, *, strategy="ddp", shard_ranks=None, siglip=False, **options):
+def recorded_step(world, model, batch, *, strategy="ddp", sharding=None, siglip=False, **options):
     """Run one step and return its result and the gradient that the optimizer received."""
-    wrapped = parallelize(model, world=world, strategy=strategy, shard_ranks=shard_ranks)
+    wrapped = parallelize(model, world=world, strategy=strategy, **(sharding or {}))
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     recorder = Recorder([{"params": list(parameters), "names": list(names)}], lr=0.0)
     loss_fn = (SigLipLoss if siglip else ClipLoss)(world=world, tile=(5, 7))
@@ -108,15 +108,27 @@ def on_rank(world, cases):
 CASES = [(s, m, False) for s in ("ddp", "fsdp") for m in (None, 8, 4)] + [("ddp", 4, True), ("fsdp", 4, True)]
 
 
+def options_on_rank(world):
+    """Gradients under FSDP2 with an option, and what DDP says to bf16 without nccl."""
+    seen = []
+    for sharding in ({"cpu_offload": True}, {"gradient_type": "bf16"}):
+        model = StandinCLIP(seed=world.rank).double()
+        got = recorded_step(world, model, draw_batch(32), strategy="fsdp", sharding=sharding, micro_batch_size=4)[1]
+        seen.append({n: g.double().numpy() for n, g in got.items()})
+    with pytest.raises(UserError, match="needs nccl, not gloo"):
+        parallelize(StandinCLIP(), world=world, gradient_type="bf16")
+    return seen
+
+
 def everything_on_rank(world):
-    return on_rank(world, CASES), train_on_rank(world)
+    return on_rank(world, CASES), train_on_rank(world), options_on_rank(world)
 
 
 @pytest.fixture(scope="module")
 def two_ranks():
     """What two processes return for all tests of this file: starting them costs more than the work."""
-    gradients, training = zip(*run_on_ranks(everything_on_rank), strict=True)
-    return {"gradients": gradients, "training": training}
+    gradients, training, options = zip(*run_on_ranks(everything_on_rank), strict=True)
+    return {"gradients": gradients, "training": training, "options": options}
 
 
 def test_two_ranks_give_the_gradients_of_one_under_both_wrappers(two_ranks):
@@ -129,6 +141,13 @@ def test_two_ranks_give_the_gradients_of_one_under_both_wrappers(two_ranks):
             assert relative_error(got, want) < 1e-12, (strategy, micro_batch_size, siglip)
         assert sum(rank[i][0][0] for rank in ranks) / 2 == pytest.approx(loss.item(), rel=1e-12)
         assert ranks[0][i][0][2:] == ranks[1][i][0][2:]
+
+
+def test_offloading_changes_no_gradient_and_bf16_sums_round_them(two_ranks):
+    _, want = reference_gradients(StandinCLIP().double(), draw_batch(32))
+    for offloaded, rounded in two_ranks["options"]:
+        assert relative_error({n: torch.as_tensor(g) for n, g in offloaded.items()}, want) < 1e-12
+        assert 1e-4 < relative_error({n: torch.as_tensor(g) for n, g in rounded.items()}, want) < 1e-2
 
 
 # ------------------------------------------------------------------ the update
@@ -211,7 +230,9 @@ def test_an_update_that_is_not_finite_leaves_everything_as_it_was():
 
 def hybrid_on_rank(world):
     model = StandinCLIP(seed=world.rank).double()
-    _, seen = recorded_step(world, model, draw_batch(32), strategy="fsdp", shard_ranks=2, micro_batch_size=4)
+    _, seen = recorded_step(
+        world, model, draw_batch(32), strategy="fsdp", sharding={"shard_ranks": 2}, micro_batch_size=4
+    )
     return {n: g.numpy() for n, g in seen.items()}
 
 

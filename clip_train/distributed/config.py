@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -14,9 +15,17 @@ if TYPE_CHECKING:
     from clip_train.distributed.world import World
 
 
+_CPP_COMPILERS = ("g++", "clang++")
+
+
 class Strategy(StrEnum):
     ddp = "ddp"
     fsdp = "fsdp"
+
+
+class GradientType(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 class Backend(StrEnum):
@@ -35,6 +44,12 @@ class DistributedConfig:
     shard_ranks: int | None = None
     """With `fsdp`: ranks that share one copy of the model, as a divisor of all; null for all ranks. Set it to the ranks
     of one node, and nodes exchange gradients only."""
+    cpu_offload: bool = False
+    """With `fsdp` on CUDA: keep weights, gradients and optimizer state in the host's memory and update them there; a
+    far slower step, for models that fit in no other way."""
+    gradient_type: GradientType = GradientType.fp32
+    """Type in which ranks exchange gradients: `bf16` halves the traffic and rounds each summand. With `ddp` on nccl
+    only."""
     backend: Backend = Backend.auto
     """`auto` takes nccl on CUDA and gloo on CPU."""
     timeout_seconds: float = 300.0
@@ -43,15 +58,21 @@ class DistributedConfig:
     def __post_init__(self) -> None:
         if not self.timeout_seconds > 0:
             raise UserError(f"distributed.timeout_seconds={self.timeout_seconds} must be positive")
-
         if self.shard_ranks is not None and (self.shard_ranks < 1 or self.strategy is not Strategy.fsdp):
             raise UserError(f"distributed.shard_ranks={self.shard_ranks} must be positive and go with strategy=fsdp")
+        if self.cpu_offload and self.strategy is not Strategy.fsdp:
+            raise UserError("distributed.cpu_offload=true needs distributed.strategy=fsdp")
 
     def build(self, *, device: str) -> World:
         """Join the process group that the launcher describes, or stay alone without one."""
         from clip_train.distributed.world import start_world
 
-        return start_world(device=device, backend=self.backend.value, timeout_seconds=self.timeout_seconds)
+        return start_world(
+            device=device,
+            backend=self.backend.value,
+            timeout_seconds=self.timeout_seconds,
+            host_tensors=self.cpu_offload,
+        )
 
     def parallelize(self, model: nn.Module, *, world: World, precision: str, compile_blocks: bool) -> nn.Module:
         """Return what to call in place of `model` to train it on all ranks. Called by every rank."""
@@ -59,6 +80,10 @@ class DistributedConfig:
 
         if self.shard_ranks is not None and world.size % self.shard_ranks:
             raise UserError(f"distributed.shard_ranks={self.shard_ranks} must divide the {world.size} ranks")
+        if self.cpu_offload and (world.device.type != "cuda" or world.size == 1):
+            raise UserError("distributed.cpu_offload=true needs CUDA and several ranks")
+        if compile_blocks and world.device.type == "cpu" and not any(map(shutil.which, _CPP_COMPILERS)):
+            raise UserError(f"model.compile=true on a CPU needs a C++ compiler: {' or '.join(_CPP_COMPILERS)}")
         return parallelize(
             model,
             world=world,
@@ -66,4 +91,6 @@ class DistributedConfig:
             precision=precision,
             shard_ranks=self.shard_ranks,
             compile_blocks=compile_blocks,
+            cpu_offload=self.cpu_offload,
+            gradient_type=self.gradient_type.value,
         )

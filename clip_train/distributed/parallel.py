@@ -12,10 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_train.distributed.collectives import all_reduce, broadcast
+from clip_train.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -40,6 +42,8 @@ def parallelize(
     precision: str = "fp32",
     shard_ranks: int | None = None,
     compile_blocks: bool = False,
+    cpu_offload: bool = False,
+    gradient_type: str = "fp32",
 ) -> nn.Module:
     """Return what to call in place of `model`, which is on its device, to train it. Called by every rank.
 
@@ -47,25 +51,37 @@ def parallelize(
     so make the optimizer afterwards.
 
     strategy: `ddp` or `fsdp`.
-    precision: type in which `fsdp` gathers and multiplies parameters; gradients are summed in float32.
+    precision: type in which `fsdp` gathers and multiplies parameters.
     shard_ranks: `fsdp` shards over so many neighbouring ranks and replicates these groups; all ranks by default.
     compile_blocks: compile each transformer block by itself; equal blocks share one compilation.
+    cpu_offload: `fsdp` keeps what it shards in the host's memory.
+    gradient_type: type in which gradients travel and are summed, `fp32` or `bf16`.
+
+    Raises:
+        UserError: `ddp` is to send bf16 without nccl.
     """
     if compile_blocks:
-        for block in transformer_blocks(model):
-            block.compile(fullgraph=True, dynamic=False)
+        compile_each_block(model)
+    if world.device.type == "cuda" and strategy == "ddp":  # FSDP2 refuses parameters that are not contiguous
+        channels_last_(model)
     if world.size == 1:
         return model
     with torch.no_grad():
         for value in model.state_dict(keep_vars=True).values():
             broadcast(value.detach(), world=world)
     if strategy == "fsdp":
-        return _shard(model, world=world, precision=precision, shard_ranks=shard_ranks or world.size)
+        return _shard(
+            model, world=world, precision=precision, shard_ranks=shard_ranks or world.size, cpu_offload=cpu_offload,
+            gradient_type=gradient_type,
+        )  # fmt: skip
     assert strategy == "ddp", strategy
     # DDP looks up a root parameter under its name in one place and under "." + name in another.
     ignored = [prefix + name for name in _scalars(model) for prefix in ("", ".")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False, **_NO_BUFFER_SYNC)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False, **_NO_BUFFER_SYNC)
+    if gradient_type == "bf16":
+        _send_bf16(wrapped)
+    return wrapped
 
 
 def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -73,6 +89,25 @@ def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential):
             yield from module
+
+
+def compile_each_block(model: nn.Module, *, backend: str = "inductor") -> None:
+    """Compile every block by itself, in place. Equal blocks share their compilations.
+
+    The first shape is compiled as it is, the second for any size: however many lengths and batch sizes come, a block
+    has a handful of compilations. A graph break is an error.
+    """
+    # Blocks of both towers, with and without gradients, count together. Past the limit torch would raise an error.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in transformer_blocks(model):
+        block.compile(fullgraph=True, backend=backend)
+
+
+def channels_last_(model: nn.Module) -> None:
+    """Lay out the convolutions of residual towers, which have batch norms, as CUDA multiplies them, in place."""
+    for tower in model.children():
+        if any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
+            tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
@@ -121,9 +156,28 @@ def _scalars(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters(recurse=False) if name in SCALARS]
 
 
-def _shard(model: nn.Module, *, world: World, precision: str, shard_ranks: int) -> nn.Module:
+def _send_bf16(wrapped: DistributedDataParallel) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    if dist.get_backend() != "nccl":
+        raise UserError(
+            f"distributed.gradient_type=bf16 with strategy=ddp needs nccl, not {dist.get_backend()}; "
+            "distributed=fsdp can do it on any"
+        )
+    wrapped.register_comm_hook(None, bf16_compress_hook)
+
+
+def _shard(
+    model: nn.Module, *, world: World, precision: str, shard_ranks: int, cpu_offload: bool, gradient_type: str
+) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     if shard_ranks == world.size:
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -131,13 +185,15 @@ def _shard(model: nn.Module, *, world: World, precision: str, shard_ranks: int) 
         shape = (world.size // shard_ranks, shard_ranks)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
     short = _SHORT_TYPES.get(precision)
-    policy = MixedPrecisionPolicy(param_dtype=short, reduce_dtype=torch.float32 if short else None)
+    sums = torch.bfloat16 if gradient_type == "bf16" else (torch.float32 if short else None)
+    policy = MixedPrecisionPolicy(param_dtype=short, reduce_dtype=sums)
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if cpu_offload else OffloadPolicy()
     ignored = {model.get_parameter(name) for name in _scalars(model)}
     # FSDP2 hangs a hook on each tensor that a module returns; on a parameter itself the hooks would pile up.
     model.register_forward_hook(_copy_scalars)
     for block in transformer_blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=ignored)
     for method in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, method)
     return model

@@ -29,13 +29,16 @@ class World:
         return self.rank == 0
 
 
-def start_world(*, device: str = "auto", backend: str = "auto", timeout_seconds: float = 300.0) -> World:
+def start_world(
+    *, device: str = "auto", backend: str = "auto", timeout_seconds: float = 300.0, host_tensors: bool = False
+) -> World:
     """Read torchrun's variables, choose this rank's device and join the process group.
 
     Args:
         device: `auto` (CUDA if present, else CPU), `cpu`, `cuda` or `cuda:N`.
         backend: `auto`, `nccl` or `gloo`.
         timeout_seconds: how long a collective may wait.
+        host_tensors: with nccl, let gloo exchange tensors in the host's memory.
 
     Raises:
         UserError: CUDA was asked for and is absent, or the rank variables are missing or inconsistent.
@@ -47,8 +50,9 @@ def start_world(*, device: str = "auto", backend: str = "auto", timeout_seconds:
     host_group = None
     if size > 1:
         name = backend if backend != "auto" else ("nccl" if chosen.type == "cuda" else "gloo")
+        backends = "cpu:gloo,cuda:nccl" if host_tensors and name == "nccl" else name
         dist.init_process_group(
-            name, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds),
+            backends, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds),
             device_id=chosen if name == "nccl" else None,
         )  # fmt: skip
         host_group = dist.new_group(backend="gloo") if name == "nccl" else None
