@@ -135,6 +135,11 @@ class TrainConfig:
                     f"{group}.name={chosen.name} does not fit its settings: choose one of {', '.join(choices)}"
                 )
 
+        if isinstance(self.loss, SigLipLossConfig) and self.model.init_logit_bias is None:
+            raise UserError(
+                "loss=siglip needs a model with a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
+            )
+
     def total_steps(self, num_samples: int) -> int:
         """Return the length of the run in steps, given the size of the training data.
 
@@ -347,6 +352,9 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
         question = f"did you mean {similar[0]}? " if similar else ""
         return f"{group}={value} is not there: {question}choose one of {', '.join(options)}"
     full_key = re.search(r"full_key: (\S+)", text)
+    merging = re.search(r"Error merging override (\S+?)=", text)
+    if merging and error.__cause__ is not None:
+        return f"{merging.group(1)}: {str(error.__cause__).splitlines()[0]}"
     if full_key and "missing mandatory value" in text:
         return f"{full_key.group(1)}= is required; `clip-train help {_plain(full_key.group(1))}` says what it is"
     first = text.strip().splitlines()[0]

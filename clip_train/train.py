@@ -173,6 +173,7 @@ def train(config: TrainConfig) -> dict[str, float]:
                 checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
             if chosen or reason:
                 metrics.restart_window()
+        skips.judge()
         checkpointer.wait()
     if reason is StopReason.preempted:
         raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
@@ -211,27 +212,30 @@ class SkippedSteps:
         self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def watch(self, result: StepResult, *, step: int) -> None:
-        """Judge the step before this one.
+        """Judge the step before this one, and remember this one.
+
+        Raises:
+            TrainingFailed: see `judge`.
+        """
+        self.judge()
+        self.pending = (step, result.finite.to("cpu", non_blocking=True))
+
+    def judge(self) -> None:
+        """Judge the newest step that was watched.
 
         Raises:
             TrainingFailed: it was not finite, and the run is to stop for that or this is the tenth in a row.
         """
-        if self.pending is not None:
-            former, finite, copied = self.pending
-            if copied is not None:
-                copied.synchronize()  # the step before, while this one is under way
-            self.in_a_row = 0 if bool(finite) else self.in_a_row + 1
-            self.total += self.in_a_row > 0
-            if self.in_a_row and (self.on_nonfinite is OnNonfinite.stop or self.in_a_row >= MAX_SKIPPED_IN_A_ROW):
-                raise TrainingFailed(
-                    f"loss or gradient is not finite at step {former}; the weights are still good. Lower optim.lr, set "
-                    "optim.max_grad_norm=1, or skip such steps with on_nonfinite=skip_step"
-                )
-        finite, copied = result.finite.to("cpu", non_blocking=True), None
-        if result.finite.is_cuda:
-            copied = torch.cuda.Event()
-            copied.record()
-        self.pending = (step, finite, copied)
+        if self.pending is None:
+            return
+        (step, finite), self.pending = self.pending, None
+        self.in_a_row = 0 if bool(finite) else self.in_a_row + 1
+        self.total += self.in_a_row > 0
+        if self.in_a_row and (self.on_nonfinite is OnNonfinite.stop or self.in_a_row >= MAX_SKIPPED_IN_A_ROW):
+            raise TrainingFailed(
+                f"loss or gradient is not finite at step {step}; the weights are still good. Lower optim.lr, set "
+                "optim.max_grad_norm=1, or skip such steps with on_nonfinite=skip_step"
+            )
 
 
 def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:

@@ -79,7 +79,8 @@ class IndexSummary:
 
     def __str__(self) -> str:
         left_out = "".join(f"; {count:,} with only {parts} left out" for parts, count in self.skipped.items())
-        return f"{self.num_samples:,} samples in {len(self.shards):,} shards{left_out}"
+        shards = "1 shard" if len(self.shards) == 1 else f"{len(self.shards):,} shards"
+        return f"{self.num_samples:,} samples in {shards}{left_out}"
 
 
 def idx_path(shard: Path) -> Path:

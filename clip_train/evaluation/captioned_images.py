@@ -25,7 +25,7 @@ class CaptionedImages:
     """[T] int64, the image of each caption, ascending; every image has one."""
 
 
-def open_captioned_images(shards: str) -> CaptionedImages:
+def open_captioned_images(shards: str | Sequence[str]) -> CaptionedImages:
     """Open shards whose images have a `.txt` with one caption per line.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clip_train.errors import UserError
 
@@ -94,15 +94,17 @@ class RetrieveConfig(EvaluationConfig):
     """Image-to-text and text-to-image recall on image-caption pairs."""
 
     name: str = "retrieve"
-    shards: str = "???"
-    """Pattern of the shards, e.g. `DIR/val-{00000..00003}.tar` or `DIR/test/*.tar`; each image has a `.txt` with one
-    caption per line."""
+    shards: Any = "???"
+    """Shards: a folder, a pattern such as `DIR/val-{00000..00003}.tar`, or a list of these; each image has a `.txt` with
+    one caption per line."""
     recall_k: list[int] = field(default_factory=lambda: [1, 5, 10])
     """The k of recall@k; one larger than the gallery is left out, with a warning."""
 
     def __post_init__(self) -> None:
         # Not super(): with slots=True it would name the class that the decorator replaced.
         EvaluationConfig.__post_init__(self)
+        if not self.shards or not isinstance(self.shards, str | list):
+            raise UserError(f"evaluation.{self.name}.shards={self.shards} must name shards; for `val` set data.val")
         if not self.recall_k or min(self.recall_k) < 1:
             raise UserError(f"evaluation.recall_k={list(self.recall_k)} must list integers of at least 1")
 

@@ -34,6 +34,10 @@ class MakeSummary:
     shards: int
     skipped: dict[str, int]  # pictures by reason
 
+    def __str__(self) -> str:
+        left_out = "".join(f"\n{count:,} left out: {reason}" for reason, count in sorted(self.skipped.items()))
+        return f"{self.train:,} pairs for training and {self.val:,} held out, in {self.shards:,} shards{left_out}"
+
 
 class _Sample(NamedTuple):
     name: str  # for the key
