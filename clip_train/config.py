@@ -137,7 +137,7 @@ class TrainConfig:
 
         if isinstance(self.loss, SigLipLossConfig) and self.model.init_logit_bias is None:
             raise UserError(
-                "loss=siglip needs a model with a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
+                "loss=siglip needs a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
             )
 
     def total_steps(self, num_samples: int) -> int:

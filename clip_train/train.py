@@ -218,7 +218,11 @@ class SkippedSteps:
             TrainingFailed: see `judge`.
         """
         self.judge()
-        self.pending = (step, result.finite.to("cpu", non_blocking=True))
+        finite, copied = result.finite.to("cpu", non_blocking=True), None
+        if result.finite.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self.pending = (step, finite, copied)
 
     def judge(self) -> None:
         """Judge the newest step that was watched.
@@ -228,7 +232,9 @@ class SkippedSteps:
         """
         if self.pending is None:
             return
-        (step, finite), self.pending = self.pending, None
+        (step, finite, copied), self.pending = self.pending, None
+        if copied is not None:
+            copied.synchronize()  # of the step before, while the next one is under way
         self.in_a_row = 0 if bool(finite) else self.in_a_row + 1
         self.total += self.in_a_row > 0
         if self.in_a_row and (self.on_nonfinite is OnNonfinite.stop or self.in_a_row >= MAX_SKIPPED_IN_A_ROW):

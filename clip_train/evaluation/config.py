@@ -95,8 +95,8 @@ class RetrieveConfig(EvaluationConfig):
 
     name: str = "retrieve"
     shards: Any = "???"
-    """Shards: a folder, a pattern such as `DIR/val-{00000..00003}.tar`, or a list of these; each image has a `.txt` with
-    one caption per line."""
+    """Shards: a folder, a pattern such as `DIR/val-{00000..00003}.tar`, or a list of these; each image has a `.txt`
+    with one caption per line."""
     recall_k: list[int] = field(default_factory=lambda: [1, 5, 10])
     """The k of recall@k; one larger than the gallery is left out, with a warning."""
 
