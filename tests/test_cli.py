@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from clip_train.config import load, to_yaml
+from clip_train.errors import UserError
+
 
 def clip_train(*arguments, env=None, cwd=None):
     """Return the finished process and the processor seconds it took, which do not depend on what else runs."""
@@ -55,29 +58,40 @@ def test_help_of_train_names_every_key_with_an_explanation():
         assert expected in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("optim.lrr=1", "optim.lr"),
-        ("otpim.lr=1", "optim.lr"),
-        ("global_batchsize=8", "global_batch_size"),
-        ("data.trian=x", "data.train"),
-        ("model=ViT-B-33", "ViT-B-32"),
-        ("optim.lr=fast", "optim.lr"),
-        ("optim.lr=-1", "optim.lr=-1"),
-        ("steps=0", "steps=0"),
-        ("precision=fp17", "precision"),
-        ("loss=clap", "clip"),
-        ("+foo=3", "foo"),
-        ("optim.warmup=900", "optim.warmup=900 must be below steps=500"),
-        ("epochs=2", "exactly one of"),
-        ("seed=${nope}", "nope"),
-        ("wandb_api_key=x", "wandb_api_key"),
-        ("loss._target_=os.system", "_target_"),
-    ],
-)
-def test_a_mistake_is_refused_with_the_right_key_exit_code_2_and_no_traceback(override, expected):
-    done, _ = clip_train("train", "steps=500", "data.train=nowhere", "--cfg", override)
+MISTAKES = [
+    ("optim.lrr=1", "optim.lr"),
+    ("otpim.lr=1", "optim.lr"),
+    ("global_batchsize=8", "global_batch_size"),
+    ("data.trian=x", "data.train"),
+    ("evaluation.val.evry=3", "evaluation.val.every"),
+    ("model=ViT-B-33", "ViT-B-32"),
+    ("experiment=dmeo", "demo"),
+    ("optim.lr=fast", "optim.lr"),
+    ("optim.lr=-1", "optim.lr=-1"),
+    ("steps=0", "steps=0"),
+    ("precision=fp17", "precision"),
+    ("loss=clap", "clip"),
+    ("loss=siglip", "model.init_logit_bias"),
+    ("+foo=3", "foo"),
+    ("optim.warmup=900", "optim.warmup=900 must be below steps=500"),
+    ("epochs=2", "exactly one of"),
+    ("seed=${nope}", "nope"),
+    ("wandb_api_key=x", "wandb_api_key"),
+    ("loss._target_=os.system", "_target_"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), MISTAKES)
+def test_a_mistake_is_refused_in_one_line_with_the_right_key(override, expected):
+    with pytest.raises(UserError) as refused:
+        load("train", ["steps=500", "data.train=nowhere", override])
+    assert expected in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("override", "expected"), MISTAKES[::6])
+def test_a_mistake_ends_the_command_with_exit_code_2_and_no_traceback(override, expected):
+    done, _ = clip_train("train", "steps=500", "data.train=nowhere", override)
     assert done.returncode == 2, done.stdout + done.stderr
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
@@ -91,8 +105,6 @@ def test_a_misspelt_key_is_refused_in_under_two_seconds_without_torch():
 
 
 def test_cfg_prints_a_config_that_reads_back():
-    from clip_train.config import load, to_yaml
-
     done, _ = clip_train("train", "steps=5", "optim.warmup=1", "data.train=x", "--cfg")
     assert done.returncode == 0, done.stderr
     assert done.stdout == to_yaml(load("train", ["steps=5", "optim.warmup=1", "data.train=x"]))

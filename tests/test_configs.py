@@ -14,6 +14,7 @@ NEEDED = {  # what a choice leaves to the user
     "evaluation=[imagenet]": "evaluation.imagenet.root=x",
     "evaluation=[retrieve]": "evaluation.retrieve.shards=x",
     "evaluation=[val]": "data.val=x",
+    "loss=siglip": "model.init_logit_bias=-10",
 }
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 CHOICES = [
