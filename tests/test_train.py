@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_train.config import load
+from clip_train.config import from_yaml, load
 from clip_train.data.scenes.write import write_scenes
 from clip_train.errors import UserError
 from clip_train.metrics.log import read_metrics
@@ -126,7 +126,8 @@ def test_another_model_in_the_same_run_directory_is_refused_with_the_difference(
 def test_gradient_caching_gives_the_losses_of_the_whole_batch(scenes, undisturbed, tmp_path):
     train(load("train", overrides(scenes, tmp_path, "micro_batch_size=4", "steps=10", "optim.schedule=constant")))
     whole = tmp_path / "whole"
-    train(load("train", overrides(scenes, whole, "steps=10", "optim.schedule=constant")))
+    train(load("train", overrides(scenes, whole, "micro_batch_size=auto", "steps=10", "optim.schedule=constant")))
+    assert from_yaml(whole / "config.yaml").micro_batch_size == 12
     cached, plain = losses(tmp_path), losses(whole)
     assert max(abs(cached[s] - plain[s]) for s in plain) < 1e-5
 
