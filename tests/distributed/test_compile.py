@@ -40,7 +40,8 @@ def attention_of_any_kind(q, k, v, *, q_offsets, k_offsets, max_q, max_k, causal
     return q * k.mean() + (v if max_q > 1 else v[(k_offsets[1:] - 1).long()])
 
 
-@pytest.mark.parametrize("ragged", [pytest.param("buckets", marks=pytest.mark.slow), "packed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("ragged", ["buckets", "packed"])
 def test_blocks_have_no_graph_break_and_few_compilations_for_any_lengths_and_batch_sizes(ragged):
     model, plain = (create_model("tiny", seed=0, ragged=ragged) for _ in range(2))
     if ragged == "packed":
