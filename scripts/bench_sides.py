@@ -70,7 +70,7 @@ def our_step(settings: dict[str, Any]) -> Step:
         Batch(
             images=images,
             tokens=tokens,
-            lengths=(tokens != 0).sum(1),
+            lengths=tokens.argmax(dim=1) + 1,
             slots=torch.arange(len(tokens)),
             valid=torch.ones(len(tokens), dtype=torch.bool),
         ).to(world.device)

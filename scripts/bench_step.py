@@ -8,7 +8,8 @@
 
 Both sides start from the same weights and see the same pictures and captions, AdamW settings, clipping and autocast. In
 each round every side trains --steps steps, in turning order; ratios are medians over the rounds. Pixels are normalised
-before the clock starts for open_clip, as in its loader, and within the step for us, unless --peer-normalizes.
+before the clock starts for open_clip, as in its loader, and within the step for us, unless --peer-normalizes. TFLOP are
+those of the published architecture on real tokens: padding and recomputation do not count.
 
 Aims, samples/s of ours over open_clip's best: 1.35 in fp32 and 1.4 in bf16 on 2 CPU cores; on an H200 in bf16 1.6 for
 ViT-B-32, 1.3 for ViT-B-16 and ViT-L-14 (samples/s 8,000, ragged captions 10,500; 3,300; 870). Caching: 0.7 of the
@@ -91,6 +92,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write inputs and starting weights for all sides, and return the settings that they share."""
     from bench_inputs import drawn_pairs, mean_length, model_config, model_shape, shard_pairs, token_batch
 
+    from clip_train.model.flops import training_flops
     from clip_train.optim.param_groups import decays
 
     config = model_config(options.model)
@@ -100,6 +102,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     else:
         images, texts = drawn_pairs(number, image_size=size, seed=0)
     tokens = token_batch(texts, context_length=config.text.context_length)
+    lengths = (tokens.argmax(dim=1) + 1).tolist()
     model = config.build(seed=SEEDS[0])
     inputs = {
         "images": images.split(options.batch),
@@ -118,7 +121,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model": model_shape(config), "inputs": str(folder / "inputs.pt"), "weights": True, "seed": SEEDS[0],
         "adamw": ADAMW, "device": options.device, "threads": options.threads, "compile": False, "micro_batch": None,
         "max_grad_norm": options.max_grad_norm, "peer_fused": options.peer_fused, "peer_block": options.peer_block,
-        "peer_normalizes": options.peer_normalizes,
+        "peer_normalizes": options.peer_normalizes, "flop_per_sample": training_flops(config, lengths=lengths) / number,
     }  # fmt: skip
 
 
@@ -153,16 +156,20 @@ def speed(options: argparse.Namespace, settings: dict[str, Any], *, peer: str | 
 
         seconds = bench.interleaved({n: side(w) for n, w in workers.items()}, rounds=options.rounds)
     first = next(iter(seconds))
-    return [
-        {
-            "side": name,
-            "precision": settings["precision"],
-            "samples_per_second": options.batch * options.steps / statistics.median(values),
-            "ratio": None if name == first else bench.ratio(values, seconds[first]),
-            "seconds": values,
-        }
-        for name, values in seconds.items()
-    ]
+    rows = []
+    for name, values in seconds.items():
+        rate = options.batch * options.steps / statistics.median(values)
+        rows.append(
+            {
+                "side": name,
+                "precision": settings["precision"],
+                "samples_per_second": rate,
+                "tflop_per_second": rate * settings["flop_per_sample"] / 1e12,
+                "ratio": None if name == first else bench.ratio(values, seconds[first]),
+                "seconds": values,
+            }
+        )
+    return rows
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
