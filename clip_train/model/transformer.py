@@ -55,7 +55,7 @@ class Attention(nn.Module):
             return self.out_proj(packing.attention(q, k, v).flatten(1))
         n, length, width = x.shape
         q, k, v = qkv.view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)  # [n, heads, T, w]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        out = _attend(q, k, v, causal=causal)
         return self.out_proj(out.transpose(1, 2).reshape(n, length, width))
 
     def from_one(self, query: Tensor, x: Tensor, *, mask: Tensor | None, packing: Packing | None = None) -> Tensor:
@@ -72,8 +72,17 @@ class Attention(nn.Module):
         n, length, _ = x.shape
         q = q.view(n, 1, self.heads, width // self.heads).transpose(1, 2)  # [n, heads, 1, w]
         k, v = kv.view(n, length, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
+        out = _attend(q, k, v, mask=None if mask is None else mask[:, None, None])
         return self.out_proj(out.reshape(n, width))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    if q.device.type != "cpu" or q.dtype in (torch.float32, torch.float64):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    # A CPU's backward kernel for short types takes twice as long as converting and the one for float32.
+    with torch.autocast("cpu", enabled=False):
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
+    return out.to(q.dtype)
 
 
 class MLP(nn.Module):

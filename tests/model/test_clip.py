@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from clip_train.errors import UserError
+from clip_train.model.transformer import _attend
 from clip_train.model.zoo import create_model
 from clip_train.types import Features
 
@@ -74,6 +75,24 @@ def test_features_are_float32_and_of_unit_length_also_under_autocast():
     for rows in (features.image, features.text):
         assert rows.dtype == torch.float32
         assert torch.allclose(rows.norm(dim=1), torch.ones(len(LENGTHS)), atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_a_short_type_is_exact_up_to_rounding_its_inputs_and_results(causal):
+    torch.manual_seed(0)
+    short = [torch.randn(3, 2, 20, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    exact = [t.detach().double().requires_grad_() for t in short]
+    hidden = torch.full((20, 20), -torch.inf, dtype=torch.float64).triu(1) if causal else torch.zeros(())
+    q, k, v = exact
+    expected = (q @ k.transpose(-1, -2) / 4 + hidden).softmax(dim=-1) @ v
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _attend(*short, causal=causal)
+    gradient = torch.randn_like(found)
+    found.backward(gradient)
+    expected.backward(gradient.double())
+    assert found.dtype == torch.bfloat16
+    for ours, reference_values in [(found, expected), *((s.grad, e.grad) for s, e in zip(short, exact, strict=True))]:
+        torch.testing.assert_close(ours.double(), reference_values, rtol=2**-8, atol=1e-5)
 
 
 def test_on_text_runs_between_the_towers_and_replaces_the_text_features():
