@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -9,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from clip_train.evaluation.result import EvaluationResult
+
+FILE_WIDTH = 120
 
 
 def print_results(results: Mapping[str, EvaluationResult], *, console: Console | None = None) -> None:
@@ -39,7 +42,9 @@ def print_results(results: Mapping[str, EvaluationResult], *, console: Console |
                 f"{result.num_items:,}" if i == 0 else "",
             )
         notes += [f"{name}: {warning}" for warning in result.warnings]
-    console = console or Console()
+    if console is None:
+        # A file or a pipe has no width: rich would break names at 80 columns.
+        console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     console.print(table)
     for note in notes:
-        console.print(note, style="yellow", markup=False)
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
