@@ -223,9 +223,11 @@ def compose(command: str, overrides: list[str]) -> Any:
     register()
     try:
         with initialize_config_dir(config_dir=str(config_dir().resolve()), version_base="1.3"):
-            return hydra_compose(command, overrides)
+            composed = hydra_compose(command, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(command, overrides, error)) from error
+    _refuse_environment(composed)
+    return composed
 
 
 def register() -> None:
@@ -325,6 +327,15 @@ def _refuse_code_and_secrets(override: str) -> None:
         raise UserError(f"{override}: a config holds values, never code (_target_)")
     if re.search(r"(password|secret|api_?key|access_?token|auth_?token)", key, re.IGNORECASE):
         raise UserError(f"{key}: keys and passwords come from the environment or a login, never from the config")
+
+
+def _refuse_environment(composed: Any) -> None:
+    """A run saves its config: what stands in the environment, a password perhaps, must not land there."""
+    from omegaconf import OmegaConf
+
+    for key, value in _flatten(OmegaConf.to_container(composed, resolve=False)):
+        if isinstance(value, str) and "${oc.env" in value:
+            raise UserError(f"{key}={value}: a config does not read the environment; let the shell expand $NAME")
 
 
 def _explain(command: str, overrides: list[str], error: Exception) -> str:

@@ -49,8 +49,11 @@ def test_a_command_line_beats_the_recipe_and_the_recipe_beats_the_defaults():
 
 def test_the_environment_never_reaches_a_saved_config(monkeypatch):
     monkeypatch.setenv("CLIP_TRAIN_TEST_VALUE", "hunter2")
+    with pytest.raises(UserError, match=r"data\.train=.*does not read the environment") as refused:
+        load("train", [*BASE, "data.train='${oc.env:CLIP_TRAIN_TEST_VALUE}'"])
+    assert "hunter2" not in str(refused.value)
     with pytest.raises(UserError, match="password"):
-        load("train", [*BASE, "data.password=${oc.env:CLIP_TRAIN_TEST_VALUE}"])
+        load("train", [*BASE, "data.password=x"])
 
 
 def test_a_changed_model_shows_as_a_change_and_a_longer_run_does_not():
