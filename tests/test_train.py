@@ -88,11 +88,12 @@ def test_a_run_killed_with_sigkill_ends_in_bit_identical_weights(scenes, undistu
 
 def test_two_processes_continue_a_run_of_one_with_the_same_losses(scenes, undisturbed, tmp_path):
     train(load("train", overrides(scenes, tmp_path, "steps=10", "optim.schedule=constant")))
-    two = start(overrides(scenes, tmp_path, "optim.schedule=constant"), processes=2)
+    longer = ["optim.schedule=constant", "steps=60"]  # 50 of them on two processes
+    two = start(overrides(scenes, tmp_path, *longer), processes=2)
     _, said = two.communicate(timeout=120)
     assert two.returncode == 0, said
     alone = tmp_path / "alone"
-    train(load("train", overrides(scenes, alone, "optim.schedule=constant")))
+    train(load("train", overrides(scenes, alone, *longer)))
     together, apart = losses(tmp_path), losses(alone)
     assert together.keys() == apart.keys()
     assert max(abs(together[s] - apart[s]) for s in apart) < 1e-5
