@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
-from clip_train.config import OnNonfinite, TrainConfig, changes, to_yaml
+from clip_train.config import changes, to_yaml
 from clip_train.data.prefetch import batches_on
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.distributed.stop import StopReason, StopRequest
@@ -28,6 +28,7 @@ from clip_train.metrics.panel import say
 from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.flops import training_flops
+from clip_train.schema import OnNonfinite, TrainConfig
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
