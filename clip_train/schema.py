@@ -135,6 +135,11 @@ class TrainConfig:
                 "loss=siglip needs a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
             )
 
+        best = self.checkpoint.best
+        if best is not None and best.removeprefix("-").split("/")[0] not in self.evaluation:
+            known = ", ".join(f"{name}/…" for name in self.evaluation) or "none: name some with evaluation=[...]"
+            raise UserError(f"checkpoint.best={best} must be a metric of an evaluation; there are {known}")
+
     def total_steps(self, num_samples: int) -> int:
         """Return the length of the run in steps, given the size of the training data.
 

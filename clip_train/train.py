@@ -161,6 +161,7 @@ def train(config: TrainConfig) -> dict[str, float]:
                 for n, e in evaluators.items()
                 if due(progress.step, every=config.evaluation[n].every, total=total_steps)
             }
+            scores: dict[str, float] = {}
             if chosen:
                 scores = run_evaluations(
                     chosen, model, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
@@ -169,8 +170,9 @@ def train(config: TrainConfig) -> dict[str, float]:
                 )  # fmt: skip
                 metrics.write(scores, step=progress.step, samples_seen=progress.samples_seen)
                 newest |= scores
+            best = bool(chosen) and checkpointer.is_best(scores, step=progress.step)
             reason = stop.agreed(world=world)
-            if reason or due(progress.step, every=config.checkpoint.every, total=total_steps):
+            if reason or best or due(progress.step, every=config.checkpoint.every, total=total_steps):
                 checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
             if chosen or reason:
                 metrics.restart_window()
