@@ -157,12 +157,13 @@ def shards_make(
 def shards_index(
     source: Annotated[str, typer.Argument(help="Folder of .tar files, or a pattern such as 'data/{000..331}.tar'.")],
     crc: Annotated[bool, typer.Option(help="Read every image and caption once and record its checksum.")] = False,
+    captions: Annotated[str, typer.Option(help="Members that hold captions: txt, json or txt+json.")] = "txt",
     jobs: Annotated[int, typer.Option(help="Shards read at a time.")] = os.cpu_count() or 1,
 ) -> None:
     """Walk the headers of shards, check them and write the index that training reads."""
     from clip_train.data.shards.index import index_source
 
-    print(index_source(source, crc=crc, jobs=jobs))
+    print(index_source(source, captions=tuple(captions.split("+")), crc=crc, jobs=jobs))
 
 
 @shards.command(name="scenes", epilog="clip-train shards scenes shards/demo")
