@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
-from clip_train.config import OnNonfinite, TrainConfig, changes, to_yaml
+from clip_train.config import changes, to_yaml
 from clip_train.data.prefetch import batches_on
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.distributed.stop import StopReason, StopRequest
@@ -28,6 +28,7 @@ from clip_train.metrics.panel import say
 from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.flops import training_flops
+from clip_train.schema import OnNonfinite, TrainConfig
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def train(config: TrainConfig) -> dict[str, float]:
                 for n, e in evaluators.items()
                 if due(progress.step, every=config.evaluation[n].every, total=total_steps)
             }
+            scores: dict[str, float] = {}
             if chosen:
                 scores = run_evaluations(
                     chosen, model, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
@@ -168,8 +170,9 @@ def train(config: TrainConfig) -> dict[str, float]:
                 )  # fmt: skip
                 metrics.write(scores, step=progress.step, samples_seen=progress.samples_seen)
                 newest |= scores
+            best = bool(chosen) and checkpointer.is_best(scores, step=progress.step)
             reason = stop.agreed(world=world)
-            if reason or due(progress.step, every=config.checkpoint.every, total=total_steps):
+            if reason or best or due(progress.step, every=config.checkpoint.every, total=total_steps):
                 checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
             if chosen or reason:
                 metrics.restart_window()

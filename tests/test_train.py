@@ -16,7 +16,7 @@ import pytest
 from clip_train.config import from_yaml, load
 from clip_train.data.scenes.write import write_scenes
 from clip_train.errors import UserError
-from clip_train.metrics.log import read_metrics
+from clip_train.metrics.sinks import read_metrics
 from clip_train.train import train
 
 STEPS = 50
