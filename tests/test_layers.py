@@ -10,7 +10,7 @@ ROWS = [
     {"tools"},
     {"__init__"},
     {"train", "help"},
-    {"evaluate", "micro_batch"},
+    {"evaluate", "micro_batch", "nonfinite"},
     {"config", "step"},
     {"schema"},
     {"evaluation", "interop"},
