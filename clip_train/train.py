@@ -27,11 +27,13 @@ from clip_train.metrics.log import Metrics
 from clip_train.metrics.panel import say
 from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
+from clip_train.model.config import TextConfig
 from clip_train.model.flops import training_flops
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
     from clip_train.data.loader import TrainStream
+    from clip_train.tokenizer.base import Tokenizer
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -74,8 +76,11 @@ def train(config: TrainConfig) -> dict[str, float]:
         stack.callback(stop_world)
         stop = stack.enter_context(StopRequest(max_hours=config.max_hours))
         run_dir = Path(config.run_dir)
+        tokenizer = config.tokenizer.build(
+            context_length=config.model.text.context_length, kept_in=None if config.resume == "never" else run_dir
+        )
+        config = suited_to(tokenizer, config=config)
         require_same_run(config, run_dir=run_dir, world=world)
-        tokenizer = config.tokenizer.build(context_length=config.model.text.context_length)
         image_size = config.model.vision.image_size
         stream = config.data.build_train(
             world=world,
@@ -127,6 +132,8 @@ def train(config: TrainConfig) -> dict[str, float]:
         stack.callback(profiler.close)
         if world.is_main:
             (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            for name, content in tokenizer.files().items():
+                (run_dir / name).write_bytes(content)
             start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {run_dir}"
             say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
             where = f"{world.size} x {world.device.type}, {precision}, captions: ragged={captions.value}"
@@ -170,7 +177,10 @@ def train(config: TrainConfig) -> dict[str, float]:
                 newest |= scores
             reason = stop.agreed(world=world)
             if reason or due(progress.step, every=config.checkpoint.every, total=total_steps):
-                checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
+                checkpointer.save(
+                    step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config),
+                    files=tokenizer.files(),
+                )  # fmt: skip
             if chosen or reason:
                 metrics.restart_window()
         skips.judge()
@@ -242,6 +252,28 @@ class SkippedSteps:
                 f"loss or gradient is not finite at step {step}; the weights are still good. Lower optim.lr, set "
                 "optim.max_grad_norm=1, or skip such steps with on_nonfinite=skip_step"
             )
+
+
+def suited_to(tokenizer: Tokenizer, *, config: TrainConfig) -> TrainConfig:
+    """Return the config with the vocabulary, end token and context of the tokenizer in the text tower.
+
+    Raises:
+        UserError: the text tower was given another vocabulary or end token.
+    """
+    text = config.model.text
+    # The end token is found as the largest id where it is that, which every library can do.
+    end_id = None if tokenizer.end_id == tokenizer.vocab_size - 1 else tokenizer.end_id
+    if text.vocab_size not in (TextConfig().vocab_size, tokenizer.vocab_size):
+        raise UserError(
+            f"model.text.vocab_size={text.vocab_size} differs from the {tokenizer.vocab_size} ids of "
+            f"tokenizer={config.tokenizer.name}; choose the model's own tokenizer"
+        )
+    if text.end_id not in (None, end_id):
+        raise UserError(f"model.text.end_id={text.end_id} is not the tokenizer's, which is {tokenizer.end_id}")
+    text = replace(
+        text, vocab_size=tokenizer.vocab_size, end_id=end_id, context_length=tokenizer.context_length
+    )  # fmt: skip
+    return replace(config, model=replace(config.model, text=text))
 
 
 def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:
