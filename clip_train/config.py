@@ -1,195 +1,19 @@
-"""The whole configuration of a run: gathers each part's dataclass, composes it with Hydra and checks it.
+"""Compose a run's config from YAML and the command line with Hydra, check it, write it and read it back.
 
-YAML under `configs/` holds values; the dataclasses hold types, units and rules. Nothing here imports torch, so that a
-misspelt key is refused in well under two seconds.
+YAML under `configs/` holds values; the dataclasses of clip_train/schema.py hold types, units and rules.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import StrEnum
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from clip_train.checkpoint.config import CheckpointConfig
 from clip_train.config_dir import config_dir
-from clip_train.data.config import DataConfig
-from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
-from clip_train.evaluation.config import ClassifyConfig, EvaluationConfig, RetrieveConfig
-from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
-from clip_train.metrics.config import LoggingConfig
-from clip_train.model.config import ModelConfig
-from clip_train.optim.config import AdamWConfig, OptimConfig
-from clip_train.tokenizer.config import TOKENIZERS, TokenizerConfig
-
-CHOICES: dict[str, dict[str, type]] = {
-    "data": {"shards": DataConfig},
-    "model": {"clip": ModelConfig},
-    "tokenizer": {**TOKENIZERS},
-    "loss": {"clip": ClipLossConfig, "siglip": SigLipLossConfig},
-    "optim": {"adamw": AdamWConfig},
-    "distributed": {"ddp": DistributedConfig},
-    "evaluation": {"classify": ClassifyConfig, "retrieve": RetrieveConfig},
-    "logging": {"default": LoggingConfig},
-}
-"""Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.
-Where there are several, the `name` field must say which."""
-
-NAMED = ("tokenizer", "loss", "optim")
-"""Groups whose dataclass depends on the choice: a written config tells it by `name`."""
-
-MAY_CHANGE_ON_RESUME = (
-    "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
-    "profile",
-    "data.workers", "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
-)  # fmt: skip
-"""Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
-
-
-class Precision(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class OnNonfinite(StrEnum):
-    stop = "stop"
-    skip_step = "skip_step"
-
-
-@dataclass(slots=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides a training run."""
-
-    name: str = "run"
-    """Name of the run; a recipe under configs/experiment/ brings its own."""
-    run_dir: str = "runs/${name}"
-    """Folder of checkpoints, metrics and report. The same command finds it again and continues."""
-    resume: str = "auto"
-    """`auto` continues from the newest good checkpoint of run_dir, `never` starts afresh, a PATH continues there."""
-    seed: int = 0
-    """Decides initial weights, data order, crops and dropout."""
-    device: str = "auto"
-    """`auto` (CUDA if present, else CPU), `cpu`, `cuda` or `cuda:N`."""
-    precision: Precision = Precision.bf16
-    """`fp32`, or autocast with float32 weights: `bf16`, or `fp16` with loss scaling for GPUs that lack bf16."""
-    global_batch_size: int = 1024
-    """Pairs per optimizer step over all ranks; each image is contrasted with this many captions."""
-    micro_batch_size: int | str | None = None
-    """Pairs per rank in one forward pass; fewer than the rank has save memory, with the same gradients. null: all;
-    `auto`: as many as fit the GPU, found at the start, written to the run's config.yaml and kept when it continues."""
-    steps: int | None = None
-    """Length of the run in optimizer steps. Give exactly one of steps, samples and epochs."""
-    samples: int | None = None
-    """Length of the run in image-caption pairs seen."""
-    epochs: float | None = None
-    """Length of the run in passes over the training data."""
-    max_hours: float | None = None
-    """Save and stop after this many hours of this process; null: no limit."""
-    on_nonfinite: OnNonfinite = OnNonfinite.stop
-    """When a loss or gradient is NaN or infinite: `stop`, or `skip_step` (at most 10 in a row). Weights stay finite."""
-    profile: str | None = None
-    """Steps to trace, as FIRST:LAST or one number, counted from 1: `profile=10:13` writes torch profiler traces to
-    `profile/` in run_dir. null: none."""
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
-    """Evaluations by name, run every `evaluation.NAME.every` steps and at the end."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.micro_batch_size, str):
-            if self.micro_batch_size != "auto":
-                raise UserError(f"micro_batch_size={self.micro_batch_size} must be a number, auto or null")
-            if self.distributed.strategy is Strategy.fsdp:
-                raise UserError(
-                    "micro_batch_size=auto needs distributed.strategy=ddp: with fsdp a rank that runs out of memory "
-                    "would leave the others waiting; give a number"
-                )
-        elif self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise UserError(f"micro_batch_size={self.micro_batch_size} must be positive")
-        for key in ("global_batch_size", "steps", "samples", "epochs", "max_hours"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise UserError(f"{key}={value} must be positive")
-        self.profiled_steps()
-        given = [key for key in ("steps", "samples", "epochs") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise UserError(
-                f"give exactly one of steps, samples and epochs, not {' and '.join(given) or 'none of them'}"
-            )
-        if self.steps is not None:
-            self._check_length(self.steps)
-        for group in NAMED:
-            choices, chosen = CHOICES[group], getattr(self, group)
-            if choices.get(chosen.name) is not type(chosen):
-                raise UserError(
-                    f"{group}.name={chosen.name} does not fit its settings: choose one of {', '.join(choices)}"
-                )
-
-        if isinstance(self.loss, SigLipLossConfig) and self.model.init_logit_bias is None:
-            raise UserError(
-                "loss=siglip needs a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
-            )
-
-    def total_steps(self, num_samples: int) -> int:
-        """Return the length of the run in steps, given the size of the training data.
-
-        Raises:
-            UserError: warm-up or profiled steps do not end before the run does.
-        """
-        if self.steps is not None:
-            return self.steps
-        samples = self.samples if self.samples is not None else (self.epochs or 0) * num_samples
-        total = max(1, round(samples / self.global_batch_size))
-        self._check_length(total)
-        return total
-
-    def profiled_steps(self) -> tuple[int, int] | None:
-        """Return the first and last step of `profile`, None for none.
-
-        Raises:
-            UserError: it is not FIRST:LAST or one number.
-        """
-        if self.profile is None:
-            return None
-        found = re.fullmatch(r"(\d+)(?::(\d+))?", self.profile)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-        if not 1 <= first <= last:
-            raise UserError(f"profile={self.profile} must be FIRST:LAST or one step, counted from 1, as in 10:13")
-        return first, last
-
-    def _check_length(self, total: int) -> None:
-        if self.optim.warmup >= total:
-            raise UserError(f"optim.warmup={self.optim.warmup} must be below steps={total}")
-        if (profiled := self.profiled_steps()) and profiled[1] > total:
-            raise UserError(f"profile={self.profile} must lie within steps={total}")
-
-
-@dataclass(slots=True, kw_only=True)
-class EvaluateConfig:
-    """Everything that decides an evaluation of a trained model."""
-
-    checkpoint: str = "???"
-    """What to evaluate: a run directory, a checkpoint, or anything that `clip_train.load` takes."""
-    device: str = "auto"
-    """`auto` (CUDA if present, else CPU), `cpu`, `cuda` or `cuda:N`."""
-    output: str | None = None
-    """Folder for the result files; null: `evaluation/` in the run directory, or the current folder."""
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
-    """Evaluations by name; empty: those that the run was trained with."""
-
-
-ROOTS: dict[str, type] = {"train": TrainConfig, "evaluate": EvaluateConfig}
+from clip_train.schema import CHOICES, MAY_CHANGE_ON_RESUME, NAMED, ROOTS, TrainConfig
 
 
 def load(command: str, overrides: list[str]) -> Any:

@@ -7,12 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_train.config import EvaluateConfig, TrainConfig, from_yaml
+from clip_train.config import from_yaml
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import UserError
 from clip_train.evaluation.result import write_result
 from clip_train.evaluation.samples import collect, save_samples
 from clip_train.evaluation.table import print_results
+from clip_train.schema import EvaluateConfig, TrainConfig
 
 if TYPE_CHECKING:
     from clip_train.evaluation.config import EvaluationConfig

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from clip_train.config import TrainConfig
 from clip_train.distributed.collectives import all_reduce, broadcast_object
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.model.clip import CLIP
+from clip_train.schema import TrainConfig
 from clip_train.step import TrainStep
 from clip_train.types import Batch
 

@@ -11,11 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
-from clip_train.config import OnNonfinite, TrainConfig, changes, to_yaml
+from clip_train.config import changes, to_yaml
 from clip_train.data.prefetch import batches_on
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.distributed.stop import StopReason, StopRequest
@@ -27,15 +24,15 @@ from clip_train.metrics.log import Metrics
 from clip_train.metrics.panel import say
 from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
-from clip_train.model.config import TextConfig
 from clip_train.model.flops import training_flops
+from clip_train.nonfinite import NonfiniteSteps
+from clip_train.schema import TrainConfig
+from clip_train.starting_point import suited_to
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
+    from clip_train.checkpoint.checkpointer import Checkpointer
     from clip_train.data.loader import TrainStream
-    from clip_train.tokenizer.base import Tokenizer
-
-MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Progress:
@@ -139,7 +136,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             where = f"{world.size} x {world.device.type}, {precision}, captions: ragged={captions.value}"
             say(f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
         batches = batches_on(world.device, stream.batches(progress.samples_seen))
-        skips = SkippedSteps(config.on_nonfinite)
+        faults = NonfiniteSteps(config.on_nonfinite)
         newest: dict[str, float] = {}
         reason = StopReason.none
 
@@ -154,19 +151,24 @@ def train(config: TrainConfig) -> dict[str, float]:
             progress.advance(config.global_batch_size)
             flops = training_flops(config.model, lengths=batch.lengths.tolist())
             metrics.add(measures(result), seconds_waiting=seconds_waiting, flops=flops)
-            skips.watch(result, step=progress.step)
             profiler.after(progress.step)
+            if faults.watch(result, step=progress.step):
+                # Every rank saw the same flag: weights go back, the data goes on after the bad batch.
+                faults.rewound_to(rewind(checkpointer, progress=progress))
+                metrics.rewind(progress.step)
+                continue
 
             # All ranks reach each of these at the same step; only rank 0 writes.
             if due(progress.step, every=config.logging.every, total=total_steps):
-                faults = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
-                values = {"train/learning_rate": rate, "train/skipped_steps": skips.total, **faults}
+                bad = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
+                values = {"train/learning_rate": rate, "train/nonfinite_steps": faults.total, **bad}
                 newest |= metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
             chosen = {
                 n: e
                 for n, e in evaluators.items()
                 if due(progress.step, every=config.evaluation[n].every, total=total_steps)
             }
+            scores: dict[str, float] = {}
             if chosen:
                 scores = run_evaluations(
                     chosen, model, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
@@ -175,15 +177,16 @@ def train(config: TrainConfig) -> dict[str, float]:
                 )  # fmt: skip
                 metrics.write(scores, step=progress.step, samples_seen=progress.samples_seen)
                 newest |= scores
+            best = bool(chosen) and checkpointer.is_best(scores, step=progress.step)
             reason = stop.agreed(world=world)
-            if reason or due(progress.step, every=config.checkpoint.every, total=total_steps):
+            if reason or best or due(progress.step, every=config.checkpoint.every, total=total_steps):
                 checkpointer.save(
                     step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config),
                     files=tokenizer.files(),
                 )  # fmt: skip
             if chosen or reason:
                 metrics.restart_window()
-        skips.judge()
+        faults.judge(last=True)
         checkpointer.wait()
     if reason is StopReason.preempted:
         raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
@@ -208,72 +211,18 @@ def measures(result: StepResult) -> dict[str, Any]:
     }
 
 
-class SkippedSteps:
-    """Watches for updates that were dropped because something was not finite. Alike on all ranks.
-
-    The flag of a step is read when the next one is under way, so that no step waits for the device; weights stay finite
-    in any case.
-    """
-
-    def __init__(self, on_nonfinite: OnNonfinite) -> None:
-        self.on_nonfinite = on_nonfinite
-        self.total = 0
-        self.in_a_row = 0
-        self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
-
-    def watch(self, result: StepResult, *, step: int) -> None:
-        """Judge the step before this one, and remember this one.
-
-        Raises:
-            TrainingFailed: see `judge`.
-        """
-        self.judge()
-        finite, copied = result.finite.to("cpu", non_blocking=True), None
-        if result.finite.is_cuda:
-            copied = torch.cuda.Event()
-            copied.record()
-        self.pending = (step, finite, copied)
-
-    def judge(self) -> None:
-        """Judge the newest step that was watched.
-
-        Raises:
-            TrainingFailed: it was not finite, and the run is to stop for that or this is the tenth in a row.
-        """
-        if self.pending is None:
-            return
-        (step, finite, copied), self.pending = self.pending, None
-        if copied is not None:
-            copied.synchronize()  # of the step before, while the next one is under way
-        self.in_a_row = 0 if bool(finite) else self.in_a_row + 1
-        self.total += self.in_a_row > 0
-        if self.in_a_row and (self.on_nonfinite is OnNonfinite.stop or self.in_a_row >= MAX_SKIPPED_IN_A_ROW):
-            raise TrainingFailed(
-                f"loss or gradient is not finite at step {step}; the weights are still good. Lower optim.lr, set "
-                "optim.max_grad_norm=1, or skip such steps with on_nonfinite=skip_step"
-            )
-
-
-def suited_to(tokenizer: Tokenizer, *, config: TrainConfig) -> TrainConfig:
-    """Return the config with the vocabulary, end token and context of the tokenizer in the text tower.
+def rewind(checkpointer: Checkpointer, *, progress: Progress) -> int:
+    """Load the newest good checkpoint but keep the place in the data; return its step. Every rank calls it.
 
     Raises:
-        UserError: the text tower was given another vocabulary or end token.
+        TrainingFailed: there is none yet.
     """
-    text = config.model.text
-    # The end token is found as the largest id where it is that, which every library can do.
-    end_id = None if tokenizer.end_id == tokenizer.vocab_size - 1 else tokenizer.end_id
-    if text.vocab_size not in (TextConfig().vocab_size, tokenizer.vocab_size):
-        raise UserError(
-            f"model.text.vocab_size={text.vocab_size} differs from the {tokenizer.vocab_size} ids of "
-            f"tokenizer={config.tokenizer.name}; choose the model's own tokenizer"
-        )
-    if text.end_id not in (None, end_id):
-        raise UserError(f"model.text.end_id={text.end_id} is not the tokenizer's, which is {tokenizer.end_id}")
-    text = replace(
-        text, vocab_size=tokenizer.vocab_size, end_id=end_id, context_length=tokenizer.context_length
-    )  # fmt: skip
-    return replace(config, model=replace(config.model, text=text))
+    samples_seen = progress.samples_seen
+    checkpointer.wait()
+    if checkpointer.resume("auto") is None:
+        raise TrainingFailed("not finite before the first checkpoint: nothing to rewind to; lower checkpoint.every")
+    progress.samples_seen = samples_seen
+    return progress.step
 
 
 def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:

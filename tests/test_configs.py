@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from clip_train.config import TrainConfig, changes, from_yaml, load, to_yaml
+from clip_train.config import changes, from_yaml, load, to_yaml
 from clip_train.errors import UserError
+from clip_train.schema import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASE = ["steps=100", "optim.warmup=1", "data.train=x"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from clip_train.checkpoint.agree import on_main
+from clip_train.checkpoint.best import Score, read_best, write_best
 from clip_train.checkpoint.load import (
     TRAIN_STATE_NAME,
     find_checkpoint,
@@ -87,6 +88,7 @@ class Checkpointer:
         self._failures = 0  # in a row
         self._verified: set[Path] = set()
         self._resumed: set[Path] = set()
+        self._challenger: Score | None = None  # to be named best when its checkpoint stands
         self._origin: str | None = None
         self._commit_id = git_commit() if world.is_main else None
         self._leftovers = on_main(self._prepare, world=self.world)
@@ -99,11 +101,31 @@ class Checkpointer:
     ) -> None:
         self.close()
 
+    def is_best(self, metrics: Mapping[str, float], *, step: int) -> bool:
+        """Return whether these metrics of the weights at `step` beat the best of the run. Every rank calls this.
+
+        Raises:
+            UserError: `checkpoint.best` is not among them.
+            IntegrityError: the record of the best is damaged.
+        """
+        metric = self.config.best
+        if metric is None:
+            return False
+        self._settle()
+
+        def judge() -> bool:
+            score = Score.of(metrics, metric=metric, step=step)
+            self._challenger = score if score and score.beats(read_best(self.run_dir)) else None
+            return self._challenger is not None
+
+        return on_main(judge, world=self.world)
+
     def save(
         self, *, step: int, consumed: int, config_yaml: str, files: Mapping[str, bytes] = MappingProxyType({})
     ) -> Path:
         """Save every part and return where the checkpoint stands once it is published. Every rank calls this.
 
+        If `is_best` has just said so, it becomes the best checkpoint of the run.
         `files`, by name, are what else the model needs, such as its tokenizer's.
 
         With `asynchronous`, this returns when the parts are copied to CPU memory; `wait` returns when they are on disk.
@@ -264,18 +286,29 @@ class Checkpointer:
             self._failures = 0
             self._error = None
             self._verified.add(path)
+            self._keep_best(path)
             self._prune()
+
+    def _keep_best(self, path: Path) -> None:
+        score, self._challenger = self._challenger, None
+        if score is None or checkpoint_path(self.run_dir, step=score.step) != path:
+            return
+        try:
+            write_best(self.run_dir, score)
+        except OSError as error:
+            self._say(f"{path} is best by {score.metric}, but that could not be written down ({error})")
 
     def _prune(self) -> None:
         try:
+            best = read_best(self.run_dir)
             prune(
                 self.run_dir,
                 keep=self.config.keep,
                 milestone_every=self.config.milestone_every,
-                protected=self._resumed,
+                protected=self._resumed | ({checkpoint_path(self.run_dir, step=best.step)} if best else set()),
                 is_verified=self._is_verified,
             )
-        except OSError as error:
+        except (OSError, IntegrityError) as error:
             self._say(f"{self.run_dir}: an old checkpoint could not be deleted ({error})")
 
     def _is_verified(self, path: Path) -> bool:

@@ -26,6 +26,9 @@ class CheckpointConfig:
     """Newest verified checkpoints that stay on disk, at least 2: one may turn out damaged."""
     milestone_every: int | None = None
     """Steps from one checkpoint that is never deleted to the next, a multiple of `every`; null keeps none for ever."""
+    best: str | None = None
+    """Metric whose best checkpoint stays besides the newest, as in `val/image_retrieval_recall@1`; a leading minus says
+    that smaller is better. An evaluation that beats it saves at once. null: none."""
     asynchronous: bool = True
     """Write while training goes on, from a copy in CPU memory; false waits until the checkpoint is on disk."""
 

@@ -64,8 +64,10 @@ def clear_leftovers(checkpoints: Path) -> list[str]:
         replaced = checkpoints / path.name.removeprefix(".stale-").rpartition("-")[0]
         if path.name.startswith(".stale-") and not replaced.exists():
             path.rename(replaced)
-        else:
+        elif path.is_dir():
             shutil.rmtree(path)
+        else:
+            path.unlink()
     return [path.name for path in leftovers]
 
 

@@ -24,6 +24,8 @@ class LoggingConfig:
     """`offline` writes files to upload later with `wandb sync`; `online` needs a login from `wandb login`."""
     wandb_project: str = "clip-train"
     """Project that wandb rows go to."""
+    tensorboard: bool = False
+    """Also write event files under `tensorboard/` in the run directory; needs the extra `tensorboard`."""
 
     def __post_init__(self) -> None:
         if self.every < 1:

@@ -20,8 +20,8 @@ from PIL import Image
 from clip_train.errors import UserError
 from clip_train.evaluation.result import read_result
 from clip_train.evaluation.samples import ReportSamples, load_samples
-from clip_train.metrics.log import read_metrics
 from clip_train.metrics.panel import duration
+from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.charts import HEIGHT, WIDTH, Chart, compact, line_chart, show
 
 HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1")

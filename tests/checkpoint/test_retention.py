@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from clip_train.checkpoint.best import best_checkpoint
 from clip_train.checkpoint.config import CheckpointConfig
 from clip_train.checkpoint.retention import list_checkpoints, step_of
 from clip_train.errors import UserError
@@ -99,3 +100,50 @@ def test_the_config_is_typed():
     assert OmegaConf.to_object(config) == CheckpointConfig(milestone_every=2000)
     with pytest.raises(ValidationError):
         config.every = "often"
+
+
+def save_scored(run_dir, scores, *, best="val/acc1", **config):
+    """Save after steps 1, 2, … whose evaluations gave `scores`; return the steps that were best in their time."""
+    checkpointer, part = open_fixed(run_dir, best=best, **config)
+    winners = []
+    with checkpointer:
+        for step, value in enumerate(scores, start=1):
+            part.fill(step)
+            if checkpointer.is_best({best.removeprefix("-"): value}, step=step):
+                winners.append(step)
+            checkpointer.save(step=step, consumed=step, config_yaml="")
+    return winners
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_best_by_a_metric_stays_and_is_named(tmp_path, asynchronous):
+    assert save_scored(tmp_path, [0.1, 0.7, 0.3, float("nan"), 0.5], asynchronous=asynchronous) == [1, 2]
+    assert steps_on_disk(tmp_path) == [2, 4, 5]
+    assert step_of(best_checkpoint(tmp_path)) == 2
+
+
+def test_a_leading_minus_makes_the_smallest_best(tmp_path):
+    assert save_scored(tmp_path, [5.0, 2.0, 3.0, 4.0], best="-val/median_rank") == [1, 2]
+    assert step_of(best_checkpoint(tmp_path)) == 2
+
+
+def test_a_later_attempt_must_beat_the_best_of_the_former(tmp_path):
+    save_scored(tmp_path, [0.9])
+    checkpointer, _ = open_fixed(tmp_path, best="val/acc1")
+    with checkpointer:
+        checkpointer.resume("auto")
+        assert not checkpointer.is_best({"val/acc1": 0.8}, step=2)
+        assert checkpointer.is_best({"val/acc1": 0.95}, step=3)
+    assert step_of(best_checkpoint(tmp_path)) == 1, "only a checkpoint that stands is best"
+
+
+def test_a_metric_that_no_evaluation_reports_is_named(tmp_path):
+    checkpointer, _ = open_fixed(tmp_path, best="val/acc")
+    with checkpointer, pytest.raises(UserError, match="checkpoint.best=val/acc is not one of val/acc1"):
+        checkpointer.is_best({"val/acc1": 0.5}, step=1)
+
+
+def test_a_run_without_a_best_says_how_to_get_one(tmp_path):
+    save_steps(tmp_path, 1)
+    with pytest.raises(UserError, match=r"no best checkpoint.*checkpoint.best=EVALUATION/METRIC"):
+        best_checkpoint(tmp_path)

@@ -6,7 +6,8 @@ import torch
 from clip_train.distributed.world import World
 from clip_train.metrics.config import LoggingConfig
 from clip_train.metrics.hardware import peak_flops, peak_memory_gib
-from clip_train.metrics.log import Metrics, read_metrics
+from clip_train.metrics.log import Metrics
+from clip_train.metrics.sinks import read_metrics
 
 
 def test_a_row_holds_means_rates_and_the_share_of_the_peak(tmp_path):
