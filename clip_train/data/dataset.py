@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from clip_train.data.decode import BadSampleError, decode_image
 from clip_train.data.reader import ShardReader
-from clip_train.data.transforms import TrainTransform, sample_uniforms
+from clip_train.data.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.errors import ClipTrainError
 from clip_train.types import Batch
 
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from clip_train.data.captions import CaptionChooser
     from clip_train.data.order import SlotOrder
     from clip_train.data.source import Source
-
-_MAX_CAPTION_BYTES = 1 << 16
 
 
 class Tokenizer(Protocol):
@@ -74,12 +73,13 @@ class SampleDataset(Dataset[TaskResult]):
         global_batch_size: decides which samples may substitute for others.
         substitute: replace unusable samples where possible, else mask them.
         transform: geometry of the pictures.
+        captions: draws the caption of a sample.
         tokenizer: turns captions into ids.
     """
 
     def __init__(
         self, sources: Sequence[Source], *, order: SlotOrder, seed: int, global_batch_size: int, substitute: bool,
-        transform: TrainTransform, tokenizer: Tokenizer,
+        transform: TrainTransform, captions: CaptionChooser, tokenizer: Tokenizer,
     ) -> None:  # fmt: skip
         self._readers = [ShardReader(source) for source in sources]
         self._order = order
@@ -87,6 +87,7 @@ class SampleDataset(Dataset[TaskResult]):
         self._global_batch_size = global_batch_size
         self._substitute = substitute
         self._transform = transform
+        self._captions = captions
         self._tokenizer = tokenizer
 
     def __getitem__(self, task: Task) -> TaskResult:
@@ -114,49 +115,32 @@ class SampleDataset(Dataset[TaskResult]):
         bad: list[BadSample] = []
         places = zip(*(column.tolist() for column in self._order.locate(task.slots)), strict=True)
         for row, (slot, (source, shard, index)) in enumerate(zip(task.slots.tolist(), places, strict=True)):
+            uniforms = sample_uniforms(self._seed, slot)  # a substitute keeps the numbers of its slot
             try:
-                image, caption = self._read(source, shard, index)
+                image, caption = self._read(source, shard, index, uniforms=uniforms)
             except BadSampleError as error:
                 bad.append(BadSample(slot, self._readers[source].key(shard, index), error.reason))
-                substitute = self._find_substitute(slot) if self._substitute else None
+                substitute = self._find_substitute(slot, uniforms=uniforms) if self._substitute else None
                 if substitute is None:
                     continue
                 image, caption = substitute
-            # A substitute keeps the numbers of its slot.
-            self._transform(image, uniforms=sample_uniforms(self._seed, slot), out=images[row])
+            self._transform(image, uniforms=uniforms, out=images[row])
             tokens[row], lengths[row], _ = self._tokenizer.encode_padded(caption)
             valid[row] = True
         return TaskResult(task.consumed, rows, bad, None)
 
-    def _read(self, source: int, shard: int, index: int) -> tuple[np.ndarray, str]:
-        image, caption = self._readers[source].read(shard, index)
-        return decode_image(image), decode_caption(caption)
+    def _read(self, source: int, shard: int, index: int, *, uniforms: Sequence[float]) -> tuple[np.ndarray, str]:
+        image, members = self._readers[source].read(shard, index)
+        return decode_image(image), self._captions(members, uniform=uniforms[CAPTION_WORD])
 
-    def _find_substitute(self, slot: int) -> tuple[np.ndarray, str] | None:
+    def _find_substitute(self, slot: int, *, uniforms: Sequence[float]) -> tuple[np.ndarray, str] | None:
         source, shards, indices = self._order.substitutes(slot, global_batch_size=self._global_batch_size)
         for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
             try:
-                return self._read(source, shard, index)
+                return self._read(source, shard, index, uniforms=uniforms)
             except BadSampleError:
                 continue
         return None
-
-
-def decode_caption(content: bytes) -> str:
-    """Return the caption in a `.txt` member.
-
-    Raises:
-        BadSampleError: it is empty, not UTF-8, or longer than 64 KiB.
-    """
-    if len(content) > _MAX_CAPTION_BYTES:
-        raise BadSampleError("caption_too_long")
-    try:
-        caption = content.decode("utf-8-sig").replace("\0", " ").strip()
-    except UnicodeDecodeError as error:
-        raise BadSampleError("caption_not_utf8") from error
-    if not caption:
-        raise BadSampleError("caption_empty")
-    return caption
 
 
 def _shared_zeros(*shape: int) -> Tensor:
