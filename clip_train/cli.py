@@ -71,7 +71,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command(context_settings=KEY_VALUE, add_help_option=False, short_help="Train a model, or continue a run.")
 def train(context: typer.Context) -> None:
-    """Train a model, or continue a run. Takes KEY=VALUE."""
+    """Train a model, or continue a run. Takes KEY=VALUE; with -m a grid of runs."""
+    if {"-m", "--multirun"} & set(context.args):
+        from clip_train.tools.grid import run_grid
+
+        raise typer.Exit(run_grid([a for a in context.args if a not in ("-m", "--multirun")]))
     overrides = _overrides(context, command="train")
     if overrides is None:
         return
