@@ -9,13 +9,15 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
 from clip_train.config import changes, to_yaml
+from clip_train.data.bad import LEDGER_FOLDER
+from clip_train.data.delivery import StepExchange
 from clip_train.data.prefetch import batches_on
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.distributed.stop import StopReason, StopRequest
@@ -37,13 +39,22 @@ if TYPE_CHECKING:
 MAX_SKIPPED_IN_A_ROW = 10
 
 
+class BatchSize(NamedTuple):
+    """The global batch size from a step on."""
+
+    step: int  # steps done before
+    samples_seen: int
+    global_batch_size: int
+
+
 class Progress:
     """How far the run is. `samples_seen` alone decides which sample comes next."""
 
-    def __init__(self, stream: TrainStream) -> None:
+    def __init__(self, stream: TrainStream, *, global_batch_size: int) -> None:
         self.step = 0
         self.samples_seen = 0
         self.stream = stream
+        self.batch_sizes = [BatchSize(0, 0, global_batch_size)]  # which samples a past step had, see `shards replay`
 
     def advance(self, num_samples: int) -> None:
         """Count one step over `num_samples` pairs of all ranks."""
@@ -52,12 +63,21 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: two counters and the identity of the data they count."""
-        return {"step": self.step, "samples_seen": self.samples_seen, "data": self.stream.state_dict(self.samples_seen)}
+        return {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "batch_sizes": list(self.batch_sizes),
+            "data": self.stream.state_dict(self.samples_seen),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; the data must be what it was."""
-        self.stream.check(state["data"])
+        """Continue from `state`; the data must be what it was, or a new segment was asked for."""
+        self.stream.load_state_dict(state["data"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
+        current = BatchSize(self.step, self.samples_seen, self.batch_sizes[-1].global_batch_size)
+        self.batch_sizes = [BatchSize(*row) for row in state["batch_sizes"]]
+        if self.batch_sizes[-1].global_batch_size != current.global_batch_size:
+            self.batch_sizes.append(current)
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -106,7 +126,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             name: evaluation.build(world=world, tokenizer=tokenizer, image_size=image_size)
             for name, evaluation in config.evaluation.items()
         }
-        progress = Progress(stream)
+        progress = Progress(stream, global_batch_size=config.global_batch_size)
 
         # Resume. Rank 0 chooses the checkpoint, every rank loads it; without one, step 0 is where the run begins.
         tensors: dict[str, Stateful] = {"model": ModelState(wrapped), "optimizer": OptimizerState(wrapped, optimizer)}
@@ -132,17 +152,26 @@ def train(config: TrainConfig) -> dict[str, float]:
             say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
             where = f"{world.size} x {world.device.type}, {precision}, captions: ragged={captions.value}"
             say(f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
-        batches = batches_on(world.device, stream.batches(progress.samples_seen))
+        exchange = StepExchange(
+            stream, batches=batches_on(world.device, stream.batches(progress.samples_seen)), run_dir=run_dir,
+            world=world, step=progress.step,
+        )  # fmt: skip
+        stack.callback(exchange.close)
+        saved = progress.step
         skips = SkippedSteps(config.on_nonfinite)
         newest: dict[str, float] = {}
         reason = StopReason.none
 
-        while progress.step < total_steps and not reason:
-            # One global batch: each rank its own rows, negatives from all ranks.
+        while progress.step < total_steps:
+            # Every rank fetches its rows; then all ranks train on theirs, or all stop for what one of them reports.
             profiler.before(progress.step + 1)
             asked = time.monotonic()
-            batch = next(batches)
+            batch, reason = exchange.next(step=progress.step + 1, stop=stop.wanted())
             seconds_waiting = time.monotonic() - asked
+            if batch is None:
+                break
+
+            # One global batch: each rank its own rows, negatives from all ranks.
             rate = config.optim.learning_rate(progress.step, total_steps=total_steps)
             result = train_step(batch, learning_rate=rate, step=progress.step)
             progress.advance(config.global_batch_size)
@@ -171,13 +200,17 @@ def train(config: TrainConfig) -> dict[str, float]:
                 metrics.write(scores, step=progress.step, samples_seen=progress.samples_seen)
                 newest |= scores
             best = bool(chosen) and checkpointer.is_best(scores, step=progress.step)
-            reason = stop.agreed(world=world)
-            if reason or best or due(progress.step, every=config.checkpoint.every, total=total_steps):
+            if best or due(progress.step, every=config.checkpoint.every, total=total_steps):
                 checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
-            if chosen or reason:
+                saved = progress.step
+            if chosen:
                 metrics.restart_window()
+        if progress.step > saved:
+            checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
         skips.judge()
         checkpointer.wait()
+    if world.is_main and (counts := stream.counters()):
+        say(f"samples that could not be used: {bad_summary(counts)}; each is listed in {run_dir / LEDGER_FOLDER}")
     if reason is StopReason.preempted:
         raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
     if reason and world.is_main:
@@ -189,6 +222,11 @@ def train(config: TrainConfig) -> dict[str, float]:
 def due(step: int, *, every: int | None, total: int) -> bool:
     """Return whether a periodic action is due after `step` steps: every so many (null or 0: not), and at the end."""
     return step == total or (every is not None and every > 0 and step % every == 0)
+
+
+def bad_summary(counts: dict[str, int]) -> str:
+    """Return counts by reason as one phrase."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
 def measures(result: StepResult) -> dict[str, Any]:

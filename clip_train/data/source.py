@@ -41,7 +41,11 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """sha256 that changes with the names, the counts or the sizes of the shards, not with their folder."""
-        return fingerprint((s.path.relative_to(self.root).as_posix(), s.n, s.bytes) for s in self.shards)
+        return fingerprint((self.shard_name(i), s.n, s.bytes) for i, s in enumerate(self.shards))
+
+    def shard_name(self, shard: int) -> str:
+        """Return the name of a shard below `root`."""
+        return self.shards[shard].path.relative_to(self.root).as_posix()
 
 
 def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> list[Path]:
