@@ -53,6 +53,7 @@ class Precision(StrEnum):
 class OnNonfinite(StrEnum):
     stop = "stop"
     skip_step = "skip_step"
+    rewind = "rewind"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,7 +86,8 @@ class TrainConfig:
     max_hours: float | None = None
     """Save and stop after this many hours of this process; null: no limit."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
-    """When a loss or gradient is NaN or infinite: `stop`, or `skip_step` (at most 10 in a row). Weights stay finite."""
+    """When a loss or gradient is NaN or infinite: `stop`; `skip_step`, at most 10 in a row; or `rewind` to the newest
+    checkpoint and on with the data after the bad batch, at most 3 times to one. Weights stay finite in any case."""
     profile: str | None = None
     """Steps to trace, as FIRST:LAST or one number, counted from 1: `profile=10:13` writes torch profiler traces to
     `profile/` in run_dir. null: none."""

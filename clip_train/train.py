@@ -11,9 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
 from clip_train.config import changes, to_yaml
 from clip_train.data.bad import LEDGER_FOLDER
@@ -30,17 +27,17 @@ from clip_train.metrics.panel import say
 from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.flops import training_flops
-from clip_train.schema import OnNonfinite, TrainConfig
+from clip_train.nonfinite import NonfiniteSteps
+from clip_train.schema import TrainConfig
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
+    from clip_train.checkpoint.checkpointer import Checkpointer
     from clip_train.data.loader import TrainStream
 
-MAX_SKIPPED_IN_A_ROW = 10
 
-
-class BatchSize(NamedTuple):
-    """The global batch size from a step on."""
+class Stretch(NamedTuple):
+    """From a step on, the samples follow each other in batches of one size."""
 
     step: int  # steps done before
     samples_seen: int
@@ -54,7 +51,8 @@ class Progress:
         self.step = 0
         self.samples_seen = 0
         self.stream = stream
-        self.batch_sizes = [BatchSize(0, 0, global_batch_size)]  # which samples a past step had, see `shards replay`
+        self.global_batch_size = global_batch_size
+        self.stretches = [Stretch(0, 0, global_batch_size)]  # from which `shards replay` knows the samples of a step
 
     def advance(self, num_samples: int) -> None:
         """Count one step over `num_samples` pairs of all ranks."""
@@ -66,7 +64,7 @@ class Progress:
         return {
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "batch_sizes": list(self.batch_sizes),
+            "stretches": [list(stretch) for stretch in self.stretches],
             "data": self.stream.state_dict(self.samples_seen),
         }
 
@@ -74,10 +72,15 @@ class Progress:
         """Continue from `state`; the data must be what it was, or a new segment was asked for."""
         self.stream.load_state_dict(state["data"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
-        current = BatchSize(self.step, self.samples_seen, self.batch_sizes[-1].global_batch_size)
-        self.batch_sizes = [BatchSize(*row) for row in state["batch_sizes"]]
-        if self.batch_sizes[-1].global_batch_size != current.global_batch_size:
-            self.batch_sizes.append(current)
+        self.stretches = [Stretch(*row) for row in state["stretches"]]
+        if self.stretches[-1].global_batch_size != self.global_batch_size:
+            self.stretches.append(Stretch(self.step, self.samples_seen, self.global_batch_size))
+
+    def keep_place(self, state: dict[str, Any]) -> None:
+        """After the weights went back, go on with the data where `state` was."""
+        self.stream.load_state_dict(state["data"])
+        self.samples_seen = state["samples_seen"]
+        self.stretches.append(Stretch(self.step, self.samples_seen, self.global_batch_size))
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -154,11 +157,11 @@ def train(config: TrainConfig) -> dict[str, float]:
             say(f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
         exchange = StepExchange(
             stream, batches=batches_on(world.device, stream.batches(progress.samples_seen)), run_dir=run_dir,
-            world=world, step=progress.step,
+            world=world, step=progress.step, consumed=progress.samples_seen,
         )  # fmt: skip
         stack.callback(exchange.close)
         saved = progress.step
-        skips = SkippedSteps(config.on_nonfinite)
+        faults = NonfiniteSteps(config.on_nonfinite)
         newest: dict[str, float] = {}
         reason = StopReason.none
 
@@ -177,13 +180,17 @@ def train(config: TrainConfig) -> dict[str, float]:
             progress.advance(config.global_batch_size)
             flops = training_flops(config.model, lengths=batch.lengths.tolist())
             metrics.add(measures(result), seconds_waiting=seconds_waiting, flops=flops)
-            skips.watch(result, step=progress.step)
             profiler.after(progress.step)
+            if faults.watch(result, step=progress.step):
+                # Every rank saw the same flag: weights go back, the data goes on after the bad batch.
+                faults.rewound_to(rewind(checkpointer, progress=progress))
+                metrics.rewind(progress.step)
+                continue
 
             # All ranks reach each of these at the same step; only rank 0 writes.
             if due(progress.step, every=config.logging.every, total=total_steps):
-                faults = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
-                values = {"train/learning_rate": rate, "train/skipped_steps": skips.total, **faults}
+                bad = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
+                values = {"train/learning_rate": rate, "train/nonfinite_steps": faults.total, **bad}
                 newest |= metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
             chosen = {
                 n: e
@@ -207,15 +214,12 @@ def train(config: TrainConfig) -> dict[str, float]:
                 metrics.restart_window()
         if progress.step > saved:
             checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
-        skips.judge()
+        faults.judge(last=True)
         checkpointer.wait()
-    if world.is_main and (counts := stream.counters()):
-        say(f"samples that could not be used: {bad_summary(counts)}; each is listed in {run_dir / LEDGER_FOLDER}")
+    if world.is_main:
+        say_end(progress, reason=reason, run_dir=run_dir)
     if reason is StopReason.preempted:
         raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
-    if reason and world.is_main:
-        why = reason.name.replace("_", " ")
-        say(f"stopped ({why}): saved at step {progress.step:,}; the same command continues there")
     return newest
 
 
@@ -224,9 +228,14 @@ def due(step: int, *, every: int | None, total: int) -> bool:
     return step == total or (every is not None and every > 0 and step % every == 0)
 
 
-def bad_summary(counts: dict[str, int]) -> str:
-    """Return counts by reason as one phrase."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+def say_end(progress: Progress, *, reason: StopReason, run_dir: Path) -> None:
+    """Say what became of the data, and why a run stopped before its end."""
+    if counts := progress.stream.counters():
+        listed = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+        say(f"samples that could not be used: {listed}; each is listed in {run_dir / LEDGER_FOLDER}")
+    if reason in (StopReason.time_limit, StopReason.interrupted):
+        why = reason.name.replace("_", " ")
+        say(f"stopped ({why}): saved at step {progress.step:,}; the same command continues there")
 
 
 def measures(result: StepResult) -> dict[str, Any]:
@@ -239,50 +248,18 @@ def measures(result: StepResult) -> dict[str, Any]:
     }
 
 
-class SkippedSteps:
-    """Watches for updates that were dropped because something was not finite. Alike on all ranks.
+def rewind(checkpointer: Checkpointer, *, progress: Progress) -> int:
+    """Load the newest good checkpoint but keep the place in the data; return its step. Every rank calls it.
 
-    The flag of a step is read when the next one is under way, so that no step waits for the device; weights stay finite
-    in any case.
+    Raises:
+        TrainingFailed: there is none yet.
     """
-
-    def __init__(self, on_nonfinite: OnNonfinite) -> None:
-        self.on_nonfinite = on_nonfinite
-        self.total = 0
-        self.in_a_row = 0
-        self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
-
-    def watch(self, result: StepResult, *, step: int) -> None:
-        """Judge the step before this one, and remember this one.
-
-        Raises:
-            TrainingFailed: see `judge`.
-        """
-        self.judge()
-        finite, copied = result.finite.to("cpu", non_blocking=True), None
-        if result.finite.is_cuda:
-            copied = torch.cuda.Event()
-            copied.record()
-        self.pending = (step, finite, copied)
-
-    def judge(self) -> None:
-        """Judge the newest step that was watched.
-
-        Raises:
-            TrainingFailed: it was not finite, and the run is to stop for that or this is the tenth in a row.
-        """
-        if self.pending is None:
-            return
-        (step, finite, copied), self.pending = self.pending, None
-        if copied is not None:
-            copied.synchronize()  # of the step before, while the next one is under way
-        self.in_a_row = 0 if bool(finite) else self.in_a_row + 1
-        self.total += self.in_a_row > 0
-        if self.in_a_row and (self.on_nonfinite is OnNonfinite.stop or self.in_a_row >= MAX_SKIPPED_IN_A_ROW):
-            raise TrainingFailed(
-                f"loss or gradient is not finite at step {step}; the weights are still good. Lower optim.lr, set "
-                "optim.max_grad_norm=1, or skip such steps with on_nonfinite=skip_step"
-            )
+    before = progress.state_dict()
+    checkpointer.wait()
+    if checkpointer.resume("auto") is None:
+        raise TrainingFailed("not finite before the first checkpoint: nothing to rewind to; lower checkpoint.every")
+    progress.keep_place(before)
+    return progress.step
 
 
 def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:

@@ -7,10 +7,11 @@ ROOT = Path(__file__).parent.parent / "clip_train"
 ROWS = [
     {"__main__"},
     {"cli"},
+    {"cli_shards"},
     {"tools"},
     {"__init__"},
     {"train", "help"},
-    {"evaluate", "micro_batch"},
+    {"evaluate", "micro_batch", "nonfinite"},
     {"config", "step"},
     {"schema"},
     {"evaluation", "interop"},

@@ -114,7 +114,7 @@ class Checkpointer:
 
         def judge() -> bool:
             score = Score.of(metrics, metric=metric, step=step)
-            self._challenger = score if score.beats(read_best(self.run_dir)) else None
+            self._challenger = score if score and score.beats(read_best(self.run_dir)) else None
             return self._challenger is not None
 
         return on_main(judge, world=self.world)

@@ -105,11 +105,12 @@ class BadLedger:
             self._file.close()
 
 
-def cut_ledgers(run_dir: Path, *, step: int) -> None:
-    """Drop what a killed attempt wrote after `step`, in the ledgers of all ranks that ever were: it comes again."""
+def cut_ledgers(run_dir: Path, *, consumed: int) -> None:
+    """Drop what a killed attempt wrote of slots from `consumed` on, for all ranks that ever were: it comes again."""
     for path in sorted((run_dir / LEDGER_FOLDER).glob("rank-*.jsonl")):
         part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in _rows(path) if row["step"] <= step), encoding="utf-8")
+        kept = "".join(json.dumps(row) + "\n" for row in _rows(path) if row["g"] < consumed)
+        part.write_text(kept, encoding="utf-8")
         part.replace(path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_train.errors import UserError
 
@@ -23,10 +23,6 @@ class Decode(StrEnum):
     exact = "exact"
 
 
-class Caption(StrEnum):
-    txt = "txt"
-
-
 class OnBad(StrEnum):
     substitute = "substitute"
     mask = "mask"
@@ -42,6 +38,14 @@ class EpochEnd(StrEnum):
     drop_last = "drop_last"
 
 
+class CaptionField(NamedTuple):
+    """A place that holds captions."""
+
+    extension: str  # of the member, txt or json
+    path: tuple[str, ...]  # names of the nested fields, empty for txt
+    weight: float  # share of the samples that take their caption here, relative to the other fields
+
+
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
     """Which shards are read, and how their samples become batches."""
@@ -51,8 +55,13 @@ class DataConfig:
     `{name: {shards: PATTERN, weight: SHARE}}`; without weights a mixture is proportional to the sizes."""
     val: Any = None
     """Held-out shards, a pattern, a folder or a list. null: none."""
-    caption: Caption = Caption.txt
-    """Member that holds the caption."""
+    caption: Any = "txt"
+    """Where captions are: `txt`, a field of the json member such as `json:caption` or `json:meta.alt` (a list there
+    holds several captions, of which each use draws one), or a list of these, of which each use draws one."""
+    caption_weights: list[float] | None = None
+    """Share of the samples that take their caption from each field of a list. null: the same for all."""
+    caption_template: str = "{}"
+    """Text around every caption, such as `a photo of {}`. `{}` alone changes nothing."""
     workers: int = 2
     """Loader processes per rank. 0 loads in the trainer's process."""
     decode: Decode = Decode.exact
@@ -81,6 +90,9 @@ class DataConfig:
             _patterns_by_source(self.train)
         if self.val is not None and not _is_patterns(self.val):
             raise UserError(f"data.val={self.val!r} must be a pattern or a list of patterns")
+        self.caption_fields()
+        if self.caption_template.count("{}") != 1:
+            raise UserError(f"data.caption_template={self.caption_template!r} must hold {{}} once")
         low, high = self.crop_scale if len(self.crop_scale) == 2 else (0.0, 0.0)
         if not 0 < low <= high <= 1:
             raise UserError(f"data.crop_scale={self.crop_scale} must be two shares with 0 < first <= second <= 1")
@@ -94,6 +106,22 @@ class DataConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)} must be positive")
 
+    def caption_fields(self) -> list[CaptionField]:
+        """Return where captions are.
+
+        Raises:
+            UserError: a field is not understood, or fields and weights do not match.
+        """
+        names = self.caption if isinstance(self.caption, list) else [self.caption]
+        weights = self.caption_weights or [1.0] * len(names)
+        if not names or len(set(map(str, names))) < len(names):
+            raise UserError(f"data.caption={self.caption!r} must name at least one field, and none twice")
+        if len(weights) != len(names) or not all(0 < weight < float("inf") for weight in weights):
+            raise UserError(
+                f"data.caption_weights={self.caption_weights} must be a positive number for each of {names}"
+            )
+        return [_caption_field(name, weight) for name, weight in zip(names, weights, strict=True)]
+
     def open_train(self, *, world: World) -> list[Source]:
         """Open the sources of `train`, indexing them where needed. Every rank calls it.
 
@@ -101,14 +129,16 @@ class DataConfig:
             UserError: `train` is not set, or shards are missing.
             IntegrityError: a shard or an index is damaged.
         """
+        from clip_train.data.captions import caption_extensions
         from clip_train.data.source import open_source
 
+        captions = caption_extensions(self.caption_fields())
         if self.train is None:
             raise UserError("data.train is not set: name the shards, as in data.train='shards/train-{000..009}.tar'")
         by_source = _patterns_by_source(self.train)
         fields = {name: "data.train" if name == TRAIN_SOURCE else f"data.train.{name}.shards" for name in by_source}
         return [
-            open_source(patterns, name=name, world=world, field=fields[name])
+            open_source(patterns, name=name, world=world, field=fields[name], captions=captions)
             for name, (patterns, _) in by_source.items()
         ]
 
@@ -153,6 +183,7 @@ class DataConfig:
         Raises:
             UserError: there are fewer samples than a batch holds.
         """
+        from clip_train.data.captions import CaptionChooser
         from clip_train.data.loader import TrainStream
         from clip_train.data.transforms import TrainTransform
 
@@ -165,6 +196,7 @@ class DataConfig:
             seed=seed,
             global_batch_size=global_batch_size,
             tokenizer=tokenizer,
+            captions=CaptionChooser(self.caption_fields(), template=self.caption_template),
             transform=TrainTransform(image_size=image_size, crop_scale=(low, high), flip=self.flip),
             workers=self.workers,
             lanes=self.lanes,
@@ -174,6 +206,15 @@ class DataConfig:
             drop_last=self.epoch_end is EpochEnd.drop_last,
             new_segment=self.on_change is OnChange.new_segment,
         )
+
+
+def _caption_field(name: object, weight: float) -> CaptionField:
+    if name == "txt":
+        return CaptionField("txt", (), weight)
+    extension, _, path = str(name).partition(":")
+    if extension != "json" or not all(path.split(".")):
+        raise UserError(f"data.caption: {name!r} must be txt or json:FIELD, as in json:caption or json:meta.alt")
+    return CaptionField("json", tuple(path.split(".")), weight)
 
 
 def _patterns_by_source(train: object) -> dict[str, tuple[Any, float | None]]:

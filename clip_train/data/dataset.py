@@ -19,7 +19,7 @@ from clip_train.data.audit import hash_samples
 from clip_train.data.bad import BadSample
 from clip_train.data.decode import BadSampleError, decode_image
 from clip_train.data.reader import ShardReader
-from clip_train.data.transforms import TrainTransform, sample_uniforms
+from clip_train.data.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.errors import ClipTrainError
 from clip_train.types import Batch
 
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from clip_train.data.captions import CaptionChooser
     from clip_train.data.order import SlotOrder
     from clip_train.data.source import Source
-
-_MAX_CAPTION_BYTES = 1 << 16
 
 
 class Tokenizer(Protocol):
@@ -94,12 +93,13 @@ class SampleDataset(Dataset[TaskResult]):
         global_batch_size: decides which samples may substitute for others.
         substitute: replace unusable samples where possible, else mask them.
         transform: geometry of the pictures.
+        captions: draws the caption of a sample.
         tokenizer: turns captions into ids.
     """
 
     def __init__(
         self, sources: Sequence[Source], *, order: SlotOrder, seed: int, global_batch_size: int, substitute: bool,
-        transform: TrainTransform, tokenizer: Tokenizer,
+        transform: TrainTransform, captions: CaptionChooser, tokenizer: Tokenizer,
     ) -> None:  # fmt: skip
         self._sources = tuple(sources)
         self._sids = np.array([source.sid for source in order.sources], dtype=np.uint64)
@@ -109,6 +109,7 @@ class SampleDataset(Dataset[TaskResult]):
         self._global_batch_size = global_batch_size
         self._substitute = substitute
         self._transform = transform
+        self._captions = captions
         self._tokenizer = tokenizer
 
     def __getitem__(self, task: Task) -> TaskResult:
@@ -141,17 +142,17 @@ class SampleDataset(Dataset[TaskResult]):
         sources, shards, indices = self.order.locate(task.slots)
         for row, slot in enumerate(task.slots.tolist()):
             source, shard, index = int(sources[row]), int(shards[row]), int(indices[row])
+            uniforms = sample_uniforms(self._seed, slot)  # a substitute keeps the numbers of its slot
             try:
-                image, caption = self._read(source, shard, index)
+                image, caption = self._read(source, shard, index, uniforms=uniforms)
             except BadSampleError as error:
-                found = self._find_substitute(slot) if self._substitute else None
+                found = self._find_substitute(slot, uniforms=uniforms) if self._substitute else None
                 bad.append(self._bad_sample(slot, source, shard, index, error.reason, found.k if found else None))
                 if found is None:
                     continue
                 shards[row], indices[row] = found.shard, found.index
                 image, caption = found.image, found.caption
-            # A substitute keeps the numbers of its slot.
-            self._transform(image, uniforms=sample_uniforms(self._seed, slot), out=images[row])
+            self._transform(image, uniforms=uniforms, out=images[row])
             tokens[row], lengths[row], _ = self._tokenizer.encode_padded(caption)
             valid[row] = True
         id_hash = hash_samples(self._sids[sources[valid]], shards[valid], indices[valid])
@@ -163,35 +164,18 @@ class SampleDataset(Dataset[TaskResult]):
             slot, self._sources[source].name, self._sources[source].shard_name(shard), index, key, reason, k
         )
 
-    def _read(self, source: int, shard: int, index: int) -> tuple[np.ndarray, str]:
-        image, caption = self._readers[source].read(shard, index)
-        return decode_image(image), decode_caption(caption)
+    def _read(self, source: int, shard: int, index: int, *, uniforms: Sequence[float]) -> tuple[np.ndarray, str]:
+        image, members = self._readers[source].read(shard, index)
+        return decode_image(image), self._captions(members, uniform=uniforms[CAPTION_WORD])
 
-    def _find_substitute(self, slot: int) -> Replacement | None:
+    def _find_substitute(self, slot: int, *, uniforms: Sequence[float]) -> Replacement | None:
         source, shards, indices = self.order.substitutes(slot, global_batch_size=self._global_batch_size)
         for k, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True), start=1):
             try:
-                return Replacement(k, shard, index, *self._read(source, shard, index))
+                return Replacement(k, shard, index, *self._read(source, shard, index, uniforms=uniforms))
             except BadSampleError:
                 continue
         return None
-
-
-def decode_caption(content: bytes) -> str:
-    """Return the caption in a `.txt` member.
-
-    Raises:
-        BadSampleError: it is empty, not UTF-8, or longer than 64 KiB.
-    """
-    if len(content) > _MAX_CAPTION_BYTES:
-        raise BadSampleError("caption_too_long")
-    try:
-        caption = content.decode("utf-8-sig").replace("\0", " ").strip()
-    except UnicodeDecodeError as error:
-        raise BadSampleError("caption_not_utf8") from error
-    if not caption:
-        raise BadSampleError("caption_empty")
-    return caption
 
 
 def _shared_zeros(*shape: int) -> Tensor:

@@ -42,16 +42,16 @@ class StepExchange:
         batches: its batches, on the device.
         run_dir: the run's directory.
         world: the ranks.
-        step: steps done; what an earlier attempt wrote of later ones is dropped.
+        step, consumed: steps done and samples seen; what an earlier attempt wrote of later ones is dropped.
     """
 
     def __init__(
-        self, stream: TrainStream, *, batches: Iterator[Batch], run_dir: Path, world: World, step: int
+        self, stream: TrainStream, *, batches: Iterator[Batch], run_dir: Path, world: World, step: int, consumed: int
     ) -> None:
         self._stream, self._batches, self._world = stream, batches, world
         self._audit: AuditTrail | None = None
         if world.is_main:  # the others write after the first exchange, thus after this
-            cut_ledgers(run_dir, step=step)
+            cut_ledgers(run_dir, consumed=consumed)
             self._audit = AuditTrail(run_dir, step=step)
         self._ledger = BadLedger(run_dir, rank=world.rank)
 

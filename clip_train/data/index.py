@@ -3,6 +3,10 @@
 Beside each shard `NAME.tar` stands `NAME.idx`, 32 bytes per sample, and in each folder one `index.json` that lists its
 shards. Only pairs of a picture and a caption are samples; anything incomplete is counted and never gets a place in the
 order. File times are no part of an index, since they change on copy; sizes and hashes are.
+
+Which members hold captions (`.txt`, `.json` or both) decides what a sample is. Every choice has files of its own, so
+that runs with different captions share a folder: `NAME.idx` and `index.json` for `.txt`, `NAME.json.idx` and
+`index-json.json` for `.json`, `NAME.txt+json.idx` and `index-txt+json.json` for both.
 """
 
 from __future__ import annotations
@@ -30,22 +34,28 @@ if TYPE_CHECKING:
 INDEX_FORMAT = "clip-train-index"
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"
-CAPTION_EXTENSION = "txt"
+# What may hold captions, in the order in which an index and a reader hold them.
+CAPTION_EXTENSIONS = ("txt", "json")
+DEFAULT_CAPTIONS = ("txt",)
+_CAPTION_CHOICES = (DEFAULT_CAPTIONS, ("json",), CAPTION_EXTENSIONS)
 # In order of preference, should a sample have several. The position + 1 is the kind stored in the index.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 HAS_CRC = 1
-RECORD = np.dtype(
-    [
-        ("image_block", "<u4"),  # content offsets in blocks of 512 bytes
-        ("caption_block", "<u4"),
-        ("image_length", "<u4"),  # bytes
-        ("caption_length", "<u4"),
-        ("image_crc32", "<u4"),  # valid if flags has HAS_CRC
-        ("caption_crc32", "<u4"),
-        ("image_kind", "<u2"),
-        ("flags", "<u2"),
-        ("zero", "<u4"),
-    ]
+_FIELDS = [
+    ("image_block", "<u4"),  # content offsets in blocks of 512 bytes
+    ("caption_block", "<u4"),
+    ("image_length", "<u4"),  # bytes
+    ("caption_length", "<u4"),
+    ("image_crc32", "<u4"),  # valid if flags has HAS_CRC
+    ("caption_crc32", "<u4"),
+    ("image_kind", "<u2"),
+    ("flags", "<u2"),
+    ("zero", "<u4"),
+]
+RECORD = np.dtype(_FIELDS)
+# With both caption members: the first is `caption_*`, the second `json_*`.
+RECORD_WITH_JSON = np.dtype(
+    [*_FIELDS, ("json_block", "<u4"), ("json_length", "<u4"), ("json_crc32", "<u4"), ("zero2", "<u4")]
 )
 _JOBS_PAY_FROM = 8  # shards; below that, starting processes costs more than it saves
 
@@ -58,11 +68,17 @@ class ShardEntry:
     n: int  # samples
     bytes: int  # size of the tar
     idx_sha256: str
+    captions: tuple[str, ...] = DEFAULT_CAPTIONS  # extensions of the members that hold them
 
     @property
     def idx_path(self) -> Path:
         """Where the sample records of the shard are."""
-        return idx_path(self.path)
+        return idx_path(self.path, captions=self.captions)
+
+    @property
+    def record(self) -> np.dtype:
+        """Layout of a sample's record."""
+        return record_layout(self.captions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,26 +99,42 @@ class IndexSummary:
         return f"{self.num_samples:,} samples in {shards}{left_out}"
 
 
-def idx_path(shard: Path) -> Path:
+def idx_path(shard: Path, *, captions: tuple[str, ...] = DEFAULT_CAPTIONS) -> Path:
     """Return where the sample records of a shard are kept."""
-    return shard.with_suffix(".idx")
+    return shard.with_suffix(".idx" if captions == DEFAULT_CAPTIONS else f".{'+'.join(captions)}.idx")
 
 
-def index_shards(shards: Sequence[Path], *, crc: bool = False, jobs: int | None = None) -> IndexSummary:
+def listing_path(folder: Path, *, captions: tuple[str, ...] = DEFAULT_CAPTIONS) -> Path:
+    """Return where the shards of a folder are listed."""
+    return folder / (INDEX_NAME if captions == DEFAULT_CAPTIONS else f"index-{'+'.join(captions)}.json")
+
+
+def record_layout(captions: tuple[str, ...]) -> np.dtype:
+    """Return the layout of records for one caption member or for both."""
+    return RECORD if len(captions) == 1 else RECORD_WITH_JSON
+
+
+def index_shards(
+    shards: Sequence[Path], *, captions: tuple[str, ...] = DEFAULT_CAPTIONS, crc: bool = False, jobs: int | None = None
+) -> IndexSummary:
     """Walk the shards, write their `.idx` files and list them in the `index.json` of their folders.
 
     Args:
         shards: the tars to index.
+        captions: extensions of the members that hold captions; a sample has all of them.
         crc: also read every sample and store its crc32.
         jobs: processes; None takes one per core if there are shards enough.
 
     Raises:
         IntegrityError: a shard is damaged, or no shard holds a pair of picture and caption.
-        UserError: a shard cannot be read or its folder cannot be written.
+        UserError: a shard cannot be read, its folder cannot be written, or `captions` is no such choice.
     """
+    if captions not in _CAPTION_CHOICES:
+        choices = ", ".join("+".join(choice) for choice in _CAPTION_CHOICES)
+        raise UserError(f"captions={'+'.join(captions)} must be one of {choices}")
     if jobs is None:
         jobs = min(os.cpu_count() or 1, len(shards) // _JOBS_PAY_FROM + 1)
-    index_one = partial(_index_shard, crc=crc)
+    index_one = partial(_index_shard, captions=captions, crc=crc)
     if jobs > 1:
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             results = list(pool.map(index_one, shards))
@@ -114,17 +146,19 @@ def index_shards(shards: Sequence[Path], *, crc: bool = False, jobs: int | None 
         seen = ", ".join(f"{count:,} of {parts}" for parts, count in skipped.most_common(5)) or "none at all"
         raise IntegrityError(
             f"{_few(shards)}: no sample has both a picture ({', '.join(IMAGE_EXTENSIONS)}) and a caption "
-            f"({CAPTION_EXTENSION}); samples by extensions: {seen}"
+            f"({' and '.join(captions)}); samples by extensions: {seen}"
         )
     by_folder: dict[Path, list[ShardEntry]] = {}
     for entry in summary.shards:
         by_folder.setdefault(entry.path.parent, []).append(entry)
     for folder, entries in by_folder.items():
-        _write_listing(folder, entries)
+        _write_listing(folder, entries, captions=captions)
     return summary
 
 
-def load_index(shards: Sequence[Path]) -> tuple[list[ShardEntry], list[Path]]:
+def load_index(
+    shards: Sequence[Path], *, captions: tuple[str, ...] = DEFAULT_CAPTIONS
+) -> tuple[list[ShardEntry], list[Path]]:
     """Return the entries of the shards that have an index, in the given order, and the shards that have none.
 
     Raises:
@@ -136,7 +170,7 @@ def load_index(shards: Sequence[Path]) -> tuple[list[ShardEntry], list[Path]]:
     for shard in shards:
         listing = listings.get(shard.parent)
         if listing is None:
-            listing = listings[shard.parent] = _read_listing(shard.parent)
+            listing = listings[shard.parent] = _read_listing(shard.parent, captions=captions)
         entry = listing.get(shard.name)
         if entry is None or not entry.idx_path.exists():
             missing.append(shard)
@@ -161,16 +195,20 @@ def check_sizes(entry: ShardEntry) -> None:
             f"{entry.path} changed after indexing: size {entry.bytes} -> {size} bytes; if that is meant, "
             f"{_how_to_index(entry.path.parent)}"
         )
-    if idx_size != entry.n * RECORD.itemsize:
+    if idx_size != entry.n * entry.record.itemsize:
         raise IntegrityError(
-            f"{entry.idx_path} has {idx_size} bytes, not {RECORD.itemsize} for each of {entry.n} samples: "
+            f"{entry.idx_path} has {idx_size} bytes, not {entry.record.itemsize} for each of {entry.n} samples: "
             f"{_how_to_index(entry.path.parent)}"
         )
 
 
-def fingerprint(names_counts_sizes: Iterable[tuple[str, int, int]]) -> str:
-    """Return the sha256 that identifies a list of shards by names, sample counts and sizes."""
+def fingerprint(
+    names_counts_sizes: Iterable[tuple[str, int, int]], *, captions: tuple[str, ...] = DEFAULT_CAPTIONS
+) -> str:
+    """Return the sha256 that identifies a list of shards by names, sample counts, sizes and caption members."""
     lines = "".join(f"{name}\t{n}\t{size}\n" for name, n, size in names_counts_sizes)
+    if captions != DEFAULT_CAPTIONS:
+        lines += f"captions\t{'+'.join(captions)}\n"
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -194,63 +232,68 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _index_shard(path: Path, *, crc: bool) -> tuple[ShardEntry, Counter[str]]:
+def _index_shard(path: Path, *, captions: tuple[str, ...], crc: bool) -> tuple[ShardEntry, Counter[str]]:
     rows: list[tuple[int, ...]] = []
     incomplete: Counter[str] = Counter()
     for sample in read_samples(path):
-        row = _record(sample)
+        row = _record(sample, captions=captions)
         if row is None:
             incomplete["+".join(sorted(sample.members))] += 1
         else:
             rows.append(row)
-    records = np.array(rows, dtype=RECORD) if rows else np.empty(0, dtype=RECORD)
+    records = np.array(rows, dtype=record_layout(captions))
     if crc:
         _add_crcs(path, records)
     content = records.tobytes()
-    write_atomically(idx_path(path), content)
+    write_atomically(idx_path(path, captions=captions), content)
     entry = ShardEntry(
-        path=path, n=len(records), bytes=path.stat().st_size, idx_sha256=hashlib.sha256(content).hexdigest()
-    )
+        path=path, n=len(records), bytes=path.stat().st_size, idx_sha256=hashlib.sha256(content).hexdigest(),
+        captions=captions,
+    )  # fmt: skip
     return entry, incomplete
 
 
-def _record(sample: TarSample) -> tuple[int, ...] | None:
-    caption = sample.members.get(CAPTION_EXTENSION)
-    if caption is None:
+def _record(sample: TarSample, *, captions: tuple[str, ...]) -> tuple[int, ...] | None:
+    if not sample.members.keys() >= set(captions):
         return None
+    caption, *others = (sample.members[extension] for extension in captions)
+    second = [value for member in others for value in (member.offset // BLOCK, member.size, 0, 0)]
     for kind, extension in enumerate(IMAGE_EXTENSIONS, start=1):
         image = sample.members.get(extension)
         if image is not None:
-            return image.offset // BLOCK, caption.offset // BLOCK, image.size, caption.size, 0, 0, kind, 0, 0
+            first = image.offset // BLOCK, caption.offset // BLOCK, image.size, caption.size, 0, 0, kind, 0, 0
+            return *first, *second
     return None
 
 
 def _add_crcs(path: Path, records: np.ndarray) -> None:
+    parts = [name.removesuffix("_block") for name in records.dtype.names or () if name.endswith("_block")]
     with path.open("rb") as file:
         for record in records:
-            for part in ("image", "caption"):
+            for part in parts:
                 file.seek(int(record[f"{part}_block"]) * BLOCK)
                 record[f"{part}_crc32"] = zlib.crc32(file.read(int(record[f"{part}_length"])))
     records["flags"] |= HAS_CRC
 
 
-def _write_listing(folder: Path, entries: list[ShardEntry]) -> None:
+def _write_listing(folder: Path, entries: list[ShardEntry], *, captions: tuple[str, ...]) -> None:
     """List the entries in the folder's index, beside shards that were indexed earlier and still exist."""
-    listed = {name: entry for name, entry in _read_listing(folder).items() if entry.path.exists()}
+    listed = {name: entry for name, entry in _read_listing(folder, captions=captions).items() if entry.path.exists()}
     listed.update((entry.path.name, entry) for entry in entries)
     shards = [listed[name] for name in sorted(listed, key=os.fsencode)]
     document = {
         "format": INDEX_FORMAT,
         "version": INDEX_VERSION,
+        "captions": "+".join(captions),
         "shards": [{"name": s.path.name, "n": s.n, "bytes": s.bytes, "idx_sha256": s.idx_sha256} for s in shards],
         "N": sum(s.n for s in shards),
-        "fingerprint": fingerprint((s.path.name, s.n, s.bytes) for s in shards),
+        "fingerprint": fingerprint(((s.path.name, s.n, s.bytes) for s in shards), captions=captions),
     }
-    write_atomically(folder / INDEX_NAME, (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(listing_path(folder, captions=captions), (json.dumps(document, indent=1) + "\n").encode())
 
 
-def _read_listing(folder: Path) -> dict[str, ShardEntry]:
-    path = folder / INDEX_NAME
+def _read_listing(folder: Path, *, captions: tuple[str, ...]) -> dict[str, ShardEntry]:
+    path = listing_path(folder, captions=captions)
     try:
         document: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -265,7 +308,11 @@ def _read_listing(folder: Path) -> dict[str, ShardEntry]:
             )
         return {
             row["name"]: ShardEntry(
-                path=folder / row["name"], n=row["n"], bytes=row["bytes"], idx_sha256=row["idx_sha256"]
+                path=folder / row["name"],
+                n=row["n"],
+                bytes=row["bytes"],
+                idx_sha256=row["idx_sha256"],
+                captions=captions,
             )
             for row in document["shards"]
         }

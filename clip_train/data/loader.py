@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from clip_train.data.captions import CaptionChooser
     from clip_train.data.source import Source
     from clip_train.data.transforms import TrainTransform
     from clip_train.distributed.world import World
@@ -69,6 +70,7 @@ class TrainStream:
         seed: seed of the order and of every crop.
         global_batch_size: samples of a step over all ranks.
         tokenizer: turns captions into ids.
+        captions: draws the caption of a sample.
         transform: geometry of the pictures.
         workers: loader processes of this rank; 0 loads in the trainer's process.
         lanes, window: see data/order.py.
@@ -83,8 +85,9 @@ class TrainStream:
 
     def __init__(
         self, sources: Sequence[Source], *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer,
-        transform: TrainTransform, workers: int, lanes: int, window: int, substitute: bool, max_bad_fraction: float,
-        weights: Sequence[float] | None = None, drop_last: bool = False, new_segment: bool = False,
+        captions: CaptionChooser, transform: TrainTransform, workers: int, lanes: int, window: int, substitute: bool,
+        max_bad_fraction: float, weights: Sequence[float] | None = None, drop_last: bool = False,
+        new_segment: bool = False,
     ) -> None:  # fmt: skip
         assert global_batch_size % world.size == 0 and (not drop_last or len(sources) == 1)
         samples = sum(source.num_samples for source in sources)
@@ -113,7 +116,7 @@ class TrainStream:
         self._warn_of_duplicates_in_a_batch()
         self._dataset = SampleDataset(
             sources, order=self._order, seed=seed, global_batch_size=global_batch_size, substitute=substitute,
-            transform=transform, tokenizer=tokenizer,
+            transform=transform, captions=captions, tokenizer=tokenizer,
         )  # fmt: skip
         self._bad = BadSamples(max_bad_fraction)
         self._reports: deque[StepReport] = deque()

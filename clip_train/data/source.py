@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_train.data.index import ShardEntry, fingerprint, index_shards, load_index
+from clip_train.data.index import DEFAULT_CAPTIONS, ShardEntry, fingerprint, index_shards, load_index
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.errors import ClipTrainError, UserError
 
@@ -27,6 +27,7 @@ class Source:
     name: str
     root: Path
     shards: tuple[ShardEntry, ...]
+    captions: tuple[str, ...] = DEFAULT_CAPTIONS  # extensions of the members that hold captions
 
     @property
     def counts(self) -> list[int]:
@@ -40,8 +41,9 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 that changes with the names, the counts or the sizes of the shards, not with their folder."""
-        return fingerprint((self.shard_name(i), s.n, s.bytes) for i, s in enumerate(self.shards))
+        """sha256 that changes with names, counts, sizes and caption members of the shards, not with their folder."""
+        listed = ((self.shard_name(i), s.n, s.bytes) for i, s in enumerate(self.shards))
+        return fingerprint(listed, captions=self.captions)
 
     def shard_name(self, shard: int) -> str:
         """Return the name of a shard below `root`."""
@@ -87,8 +89,17 @@ def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> li
     return _in_order(found, field=field)
 
 
-def open_source(patterns: str | Sequence[str], *, name: str, world: World, field: str) -> Source:
+def open_source(
+    patterns: str | Sequence[str], *, name: str, world: World, field: str, captions: tuple[str, ...] = DEFAULT_CAPTIONS
+) -> Source:
     """Open the shards that patterns name. Every rank calls it; rank 0 indexes the shards that have no index.
+
+    Args:
+        patterns: as for `expand_shards`.
+        name: of the source; decides its order.
+        world: all ranks.
+        field: what to call the patterns in messages.
+        captions: extensions of the members that hold captions; a sample has all of them.
 
     Raises:
         UserError: shards are missing, or their folder cannot be written and they have no index.
@@ -97,7 +108,7 @@ def open_source(patterns: str | Sequence[str], *, name: str, world: World, field
     outcome: Source | ClipTrainError | None = None
     if world.is_main:
         try:
-            outcome = _open(patterns, name=name, field=field)
+            outcome = _open(patterns, name=name, field=field, captions=captions)
         except ClipTrainError as error:
             outcome = error  # raised on every rank, so that none waits for the others
     outcome = broadcast_object(outcome, world=world)
@@ -107,16 +118,16 @@ def open_source(patterns: str | Sequence[str], *, name: str, world: World, field
     return outcome
 
 
-def _open(patterns: str | Sequence[str], *, name: str, field: str) -> Source:
+def _open(patterns: str | Sequence[str], *, name: str, field: str, captions: tuple[str, ...]) -> Source:
     shards = expand_shards(patterns, field=field)
-    entries, missing = load_index(shards)
+    entries, missing = load_index(shards, captions=captions)
     if missing:
         logger.info("%s: indexing %d of %d shards", field, len(missing), len(shards))
-        summary = index_shards(missing)
+        summary = index_shards(missing, captions=captions)
         for parts, count in summary.skipped.items():
             logger.warning("%s: %d samples have only %s and are left out", field, count, parts)
-        entries, _ = load_index(shards)
-    return Source(name=name, root=_common_folder(shards), shards=tuple(entries))
+        entries, _ = load_index(shards, captions=captions)
+    return Source(name=name, root=_common_folder(shards), shards=tuple(entries), captions=captions)
 
 
 def _in_order(paths: list[Path], *, field: str) -> list[Path]:

@@ -79,7 +79,9 @@ def steps(training_stream, world, run_dir: Path, *, batch: int = 8, done: int = 
     """Fetch the batches of `count` steps as the trainer does, after `done` steps, with account kept in `run_dir`."""
     run_dir.mkdir(exist_ok=True)
     batches = training_stream.batches(done * batch)
-    exchange = StepExchange(training_stream, batches=batches, run_dir=run_dir, world=world, step=done)
+    exchange = StepExchange(
+        training_stream, batches=batches, run_dir=run_dir, world=world, step=done, consumed=done * batch
+    )
     try:
         return [exchange.next(step=done + i + 1, stop=StopReason.none).batch for i in range(count)]
     finally:

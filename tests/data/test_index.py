@@ -30,7 +30,7 @@ def test_every_sample_equals_what_webdataset_reads(tmp_path):
         samples = list(webdataset.WebDataset(str(entry.path), shardshuffle=False))
         assert entry.n == len(samples)
         for index, sample in enumerate(samples):
-            assert reader.read(shard, index) == (sample["png"], sample["txt"])
+            assert reader.read(shard, index) == (sample["png"], [sample["txt"]])
             assert reader.key(shard, index) == f"{entry.path.name}/{sample['__key__']}.png"
     reader.close()
 
