@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from clip_train.data.dataset import Tokenizer
     from clip_train.data.loader import TrainStream
     from clip_train.data.source import Source
@@ -54,6 +53,8 @@ class DataConfig:
     """Share of the samples that take their caption from each field of a list. null: the same for all."""
     caption_template: str = "{}"
     """Text around every caption, such as `a photo of {}`. `{}` alone changes nothing."""
+    index_dir: str | None = None
+    """Folder for the index of shards whose own folder cannot be written. null: beside the shards."""
     workers: int = 2
     """Loader processes per rank. 0 loads in the trainer's process."""
     decode: Decode = Decode.exact
@@ -144,12 +145,13 @@ class DataConfig:
         from clip_train.data.source import open_source
 
         captions = caption_extensions(self.caption_fields())
+        index_dir = None if self.index_dir is None else Path(self.index_dir).expanduser()
         if self.train is None:
             raise UserError("data.train is not set: name the shards, as in data.train='shards/train-{000..009}.tar'")
         by_source = _patterns_by_source(self.train)
         fields = {name: "data.train" if name == TRAIN_SOURCE else f"data.train.{name}.shards" for name in by_source}
         return [
-            open_source(patterns, name=name, world=world, field=fields[name], captions=captions)
+            open_source(patterns, name=name, world=world, field=fields[name], captions=captions, index_dir=index_dir)
             for name, (patterns, _) in by_source.items()
         ]
 
