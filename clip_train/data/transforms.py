@@ -83,6 +83,13 @@ class TrainTransform:
                 image = augmentation(image, uniforms=uniforms)
             row.copy_(image)
 
+    def scale_factor(self, crop: Crop) -> int:
+        """Return the largest factor at which a plain JPEG may be decoded for `crop`."""
+        if self.decode_floor is None:
+            return 1
+        needed = self.decode_floor * self.image_size
+        return next((f for f in SCALE_FACTORS if min(scaled_crop(crop, factor=f)[2:]) >= needed), 1)
+
     def _decode_crop(self, content: bytes, uniforms: Sequence[float]) -> np.ndarray:
         jpeg = open_plain_jpeg(content)
         if jpeg is None:
@@ -90,17 +97,11 @@ class TrainTransform:
             crop = random_crop(*pixels.shape[:2], uniforms=uniforms, scale=self.crop_scale)
         else:
             crop = random_crop(jpeg.height, jpeg.width, uniforms=uniforms, scale=self.crop_scale)
-            factor = self._scale_factor(crop)
+            factor = self.scale_factor(crop)
             pixels = jpeg.decode(factor=factor)
             if factor > 1:
                 crop = scaled_crop(crop, factor=factor)
         return pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-
-    def _scale_factor(self, crop: Crop) -> int:
-        if self.decode_floor is None:
-            return 1
-        needed = self.decode_floor * self.image_size
-        return next((f for f in SCALE_FACTORS if min(scaled_crop(crop, factor=f)[2:]) >= needed), 1)
 
 
 def scaled_crop(crop: Crop, *, factor: int) -> Crop:
