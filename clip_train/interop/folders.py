@@ -14,11 +14,15 @@ from clip_train.errors import UserError
 from clip_train.interop import open_clip, transformers
 from clip_train.interop.weights import read_tensors, read_weights
 from clip_train.model.config import ModelConfig
+from clip_train.tokenizer.config import TOKENIZERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+    from clip_train.tokenizer.base import Tokenizer
+    from clip_train.tokenizer.config import TokenizerConfig
 
 WEIGHT_CHOICES = ("auto", "ema", "raw", "best")
 RUN_CONFIG_FILE = "config.yaml"
@@ -30,11 +34,12 @@ TRANSFORMERS_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json"
 
 
 class Source(NamedTuple):
-    """An architecture, its weights under native names, and where they came from."""
+    """An architecture, its weights under native names, where they came from, and the tokenizer if not CLIP's."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]
     origin: Path
+    tokenizer: Tokenizer | None = None
 
 
 def read_folder(folder: Path, *, weights: str) -> Source:
@@ -76,6 +81,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no JSON object")
     return values
+
+
+def _read_export(folder: Path) -> Source:
+    path = folder / EXPORT_FILE
+    values = read_json(path)
+    file = open_clip.find_weights(folder)
+    config = _model_config(values, path=path)
+    tokenizer = _tokenizer(values, path=path, context_length=config.text.context_length)
+    return Source(config, read_weights(file), file, tokenizer)
 
 
 def _read_transformers(folder: Path) -> Source:
@@ -124,12 +138,15 @@ def _read_run(path: Path, *, weights: str) -> Source:
     if weights == "ema" and not has_average:
         raise UserError(f"{checkpoint}: weights=ema, but the run keeps no moving average (optim.ema_decay)")
     part = "ema" if has_average and weights != "raw" else "model"
-    return Source(_run_config(checkpoint / RUN_CONFIG_FILE), load_tensors(checkpoint, part), checkpoint)
+    values = _read_yaml(checkpoint / RUN_CONFIG_FILE)
+    config = _model_config(values, path=checkpoint / RUN_CONFIG_FILE)
+    tokenizer = _tokenizer(values, path=checkpoint / RUN_CONFIG_FILE, context_length=config.text.context_length)
+    return Source(config, load_tensors(checkpoint, part), checkpoint, tokenizer)
 
 
-def _run_config(path: Path) -> ModelConfig:
+def _read_yaml(path: Path) -> Mapping[Any, Any]:
     try:
-        return _model_config(cast("DictConfig", OmegaConf.load(path)), path=path)
+        return cast("DictConfig", OmegaConf.load(path))
     except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: not the config of a run ({str(error).splitlines()[0]})") from error
 
@@ -141,3 +158,14 @@ def _model_config(values: Mapping[Any, Any], *, path: Path) -> ModelConfig:
         return cast("ModelConfig", OmegaConf.to_object(merged))
     except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: its `model` is not an architecture ({str(error).splitlines()[0]})") from error
+
+
+def _tokenizer(values: Mapping[Any, Any], *, path: Path, context_length: int) -> Tokenizer:
+    """Return the tokenizer of a run's or an export's config; its files lie beside the config."""
+    try:
+        chosen = values.get("tokenizer", {"name": "clip"})
+        merged = OmegaConf.merge(OmegaConf.structured(TOKENIZERS[chosen["name"]]), chosen)
+        config = cast("TokenizerConfig", OmegaConf.to_object(merged))
+    except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: its `tokenizer` is none ({str(error).splitlines()[0]})") from error
+    return config.build(context_length=context_length, kept_in=path.parent)

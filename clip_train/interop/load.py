@@ -64,7 +64,7 @@ def load(
     source = read_source(name_or_path, weights=weights, model=model, cache_dir=download_root)
     if image_size is not None and image_size != source.config.vision.image_size:
         source = _resize(source, image_size=image_size)
-    loaded = empty_model(source.config)
+    loaded = empty_model(source.config, tokenizer=source.tokenizer)
     assign_weights(loaded, source.tensors, origin=str(source.origin))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,4 +113,4 @@ def _resize(source: Source, *, image_size: int) -> Source:
     tensors = dict(source.tensors)
     for line in resize_positions(tensors, expected=expected):
         print(f"{source.origin}: {line}", file=sys.stderr)
-    return Source(config, tensors, source.origin)
+    return source._replace(config=config, tensors=tensors)

@@ -10,12 +10,13 @@ from torch.overrides import TorchFunctionMode
 
 from clip_train.data.transforms import preprocess_pixels
 from clip_train.model.clip import CLIP
-from clip_train.tokenizer.bpe import ClipTokenizer
+from clip_train.tokenizer.config import ClipTokenizerConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from clip_train.model.config import ModelConfig
+    from clip_train.tokenizer.base import Tokenizer
 
 
 class LoadedModel(CLIP):
@@ -32,9 +33,10 @@ class LoadedModel(CLIP):
         logit_scale: [] log of the inverse temperature; use `.exp()`.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> None:
+        """Make the towers; without a tokenizer the model has CLIP's."""
         super().__init__(config)
-        self.tokenize = ClipTokenizer(config.text.context_length)
+        self.tokenize = tokenizer or ClipTokenizerConfig().build(context_length=config.text.context_length)
         self.preprocess = Preprocess(config)
 
     @property
@@ -65,10 +67,10 @@ class LoadedModel(CLIP):
         return super().encode_text(tokens, normalize=normalize)
 
 
-def empty_model(config: ModelConfig) -> LoadedModel:
+def empty_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> LoadedModel:
     """Make the model with memory in place of weights, to be assigned. Pages that nobody writes to cost nothing."""
     with _WithoutInit():
-        return LoadedModel(config)
+        return LoadedModel(config, tokenizer=tokenizer)
 
 
 class _WithoutInit(TorchFunctionMode):
