@@ -27,6 +27,7 @@ from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.flops import training_flops
 from clip_train.nonfinite import NonfiniteSteps
 from clip_train.schema import TrainConfig
+from clip_train.starting_point import suited_to
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
@@ -72,8 +73,11 @@ def train(config: TrainConfig) -> dict[str, float]:
         stack.callback(stop_world)
         stop = stack.enter_context(StopRequest(max_hours=config.max_hours))
         run_dir = Path(config.run_dir)
+        tokenizer = config.tokenizer.build(
+            context_length=config.model.text.context_length, kept_in=None if config.resume == "never" else run_dir
+        )
+        config = suited_to(tokenizer, config=config)
         require_same_run(config, run_dir=run_dir, world=world)
-        tokenizer = config.tokenizer.build(context_length=config.model.text.context_length)
         image_size = config.model.vision.image_size
         stream = config.data.build_train(
             world=world,
@@ -125,6 +129,8 @@ def train(config: TrainConfig) -> dict[str, float]:
         stack.callback(profiler.close)
         if world.is_main:
             (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            for name, content in tokenizer.files().items():
+                (run_dir / name).write_bytes(content)
             start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {run_dir}"
             say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
             where = f"{world.size} x {world.device.type}, {precision}, captions: ragged={captions.value}"
@@ -174,7 +180,10 @@ def train(config: TrainConfig) -> dict[str, float]:
             best = bool(chosen) and checkpointer.is_best(scores, step=progress.step)
             reason = stop.agreed(world=world)
             if reason or best or due(progress.step, every=config.checkpoint.every, total=total_steps):
-                checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
+                checkpointer.save(
+                    step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config),
+                    files=tokenizer.files(),
+                )  # fmt: skip
             if chosen or reason:
                 metrics.restart_window()
         faults.judge(last=True)

@@ -190,7 +190,9 @@ def test_nothing_to_rewind_to_is_said(scenes, tmp_path, monkeypatch):
 def test_the_best_checkpoint_is_saved_when_an_evaluation_beats_the_former(scenes, tmp_path):
     best = ["evaluation=[val]", f"evaluation.val.shards={scenes}/val", "evaluation.val.every=15", "data.val=null"]
     metric = "checkpoint.best=val/image_retrieval_recall@10"
-    train(load("train", overrides(scenes, tmp_path, "steps=120", "global_batch_size=64", "optim.lr=2e-3", metric, *best)))
+    train(
+        load("train", overrides(scenes, tmp_path, "steps=120", "global_batch_size=64", "optim.lr=2e-3", metric, *best))
+    )
     name = metric.partition("=")[2]
     scores = {row["step"]: row[name] for row in read_metrics(tmp_path) if name in row}
     assert len(scores) >= 3  # until then the model counts as collapsed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from clip_train.interop.export.refuse import refusals
 from clip_train.interop.export.targets import MAIN_TARGET, TARGETS_OF, Part, Target
 from clip_train.interop.export.verify import INSTALL, Benchmark, Check, Status, table, verify
 from clip_train.interop.export.write import can_write_onnx, write_parts
-from clip_train.interop.load import read_source
+from clip_train.interop.load import Source, read_source
 from clip_train.interop.loaded_model import LoadedModel, Preprocess
 from clip_train.interop.weights import assign_weights
 from clip_train.tools.report import read_evaluations
@@ -77,7 +77,7 @@ def export_command(
         parts.remove(Part.onnx)
         note = f"not written, onnx and onnxscript are missing: {INSTALL[Target.onnxruntime]}"
         checks.append(Check(target=Target.onnxruntime, status=Status.skipped, note=note))
-    model = _build(found.config, found.tensors, origin=str(found.origin))
+    model = _build(found)
     provenance = describe_origin(found.origin, weights=weights, name=found.config.name)
     with staged(out) as folder:
         served = write_parts(folder, model=model, parts=parts, refused=refused)
@@ -161,10 +161,10 @@ def _default_out(source: str, *, name: str) -> Path:
     return Path("exports") / name.replace("/", "-")
 
 
-def _build(config: Any, tensors: Mapping[str, torch.Tensor], *, origin: str) -> LoadedModel:
+def _build(source: Source) -> LoadedModel:
     with torch.device("meta"):
-        model = LoadedModel(config)
-    assign_weights(model, dict(tensors), origin=origin)
+        model = LoadedModel(source.config, tokenizer=source.tokenizer)
+    assign_weights(model, source.tensors, origin=str(source.origin))
     return model.eval()
 
 

@@ -40,7 +40,7 @@ class Provenance:
 
     name: str
     origin: str
-    """The run and its step, or the name of the file; empty if unknown."""
+    """The run and its step, or the name of the file."""
     weights: str
     """`ema`, `raw`, `best` or `auto`."""
     run_config: Mapping[str, Any] | None = None
