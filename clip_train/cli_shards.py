@@ -8,6 +8,17 @@ from typing import Annotated
 
 import typer
 
+CORES = os.cpu_count() or 1
+
+ShardsArgument = Annotated[
+    str, typer.Argument(help="Folder of .tar files, or a pattern such as 'data/{000..331}.tar'.")
+]
+Captions = Annotated[str, typer.Option(help="Members that hold captions: txt, json or txt+json.")]
+IndexDir = Annotated[
+    Path | None, typer.Option(help="Folder of the index, if it is not beside the shards. Also set data.index_dir.")
+]
+Jobs = Annotated[int, typer.Option(help="Processes.")]
+
 shards = typer.Typer(help="Make and index shards of image-caption pairs.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -30,17 +41,46 @@ def shards_make(
     print(make_shards(source, out, val=val, resize=resize, samples_per_shard=samples_per_shard, seed=seed))
 
 
-@shards.command(name="index", epilog="clip-train shards index shards/mine/train")
+@shards.command(
+    name="index", epilog="clip-train shards index shards/laion --filter 'similarity>=0.3' --filter LANGUAGE=en"
+)
 def shards_index(
-    source: Annotated[str, typer.Argument(help="Folder of .tar files, or a pattern such as 'data/{000..331}.tar'.")],
-    crc: Annotated[bool, typer.Option(help="Read every image and caption once and record its checksum.")] = False,
-    captions: Annotated[str, typer.Option(help="Members that hold captions: txt, json or txt+json.")] = "txt",
-    jobs: Annotated[int, typer.Option(help="Shards read at a time.")] = os.cpu_count() or 1,
+    source: ShardsArgument,
+    crc: Annotated[
+        bool, typer.Option("--crc", help="Read every image and caption once and record its checksum.")
+    ] = False,
+    captions: Captions = "txt",
+    conditions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            help="Keep samples with FIELD >=, <=, >, <, = or != VALUE, or 'FIELD in FILE'. FIELD is width, height, "
+            "key or a field of the json member. Several must all hold.",
+        ),
+    ] = None,
+    quarantine: Annotated[
+        Path | None, typer.Option(help="RUN/bad: leave out the samples which that run could not use.")
+    ] = None,
+    source_name: Annotated[
+        str | None, typer.Option("--source", help="Which source of the run SOURCE was, if it had several.")
+    ] = None,
+    allow_truncated: Annotated[
+        bool, typer.Option("--allow-truncated", help="Use the samples before the cut of a shard that is cut off.")
+    ] = False,
+    index_dir: IndexDir = None,
+    jobs: Jobs = CORES,
 ) -> None:
-    """Walk the headers of shards, check them and write the index that training reads."""
+    """Walk the headers of shards, check them and write the index that training reads.
+
+    The index holds what this call keeps: without --filter and --quarantine all samples are back.
+    """
     from clip_train.data.shards.index import index_source
 
-    print(index_source(source, captions=tuple(captions.split("+")), crc=crc, jobs=jobs))
+    summary = index_source(
+        source, captions=tuple(captions.split("+")), crc=crc, conditions=conditions or [], quarantine=quarantine,
+        source=source_name, allow_truncated=allow_truncated, index_dir=index_dir, jobs=jobs,
+    )  # fmt: skip
+    print(summary)
 
 
 @shards.command(name="scenes", epilog="clip-train shards scenes shards/demo")
