@@ -21,7 +21,8 @@ from clip_train.interop.export.refuse import refusals
 from clip_train.interop.export.targets import MAIN_TARGET, TARGETS_OF, Part, Target
 from clip_train.interop.export.verify import INSTALL, Benchmark, Check, Status, table, verify
 from clip_train.interop.export.write import can_write_onnx, write_parts
-from clip_train.interop.load import Source, read_source
+from clip_train.interop.folders import Source
+from clip_train.interop.load import read_source
 from clip_train.interop.loaded_model import LoadedModel, Preprocess
 from clip_train.interop.weights import assign_weights
 from clip_train.tools.report import read_evaluations

@@ -45,7 +45,26 @@ def real_captions():
 
 def drawn_strings(rng, *, count):
     """Strings that mix words with letters of one Unicode block, markup, control characters and broken encodings."""
-    words = "a photo of the Cat's DOG 42 naïve don't I'LL straße o'clock re-do foo_bar x@y.com #tag 1,000.50 …".split()
+    words = [
+        "a",
+        "photo",
+        "of",
+        "the",
+        "Cat's",
+        "DOG",
+        "42",
+        "naïve",
+        "don't",
+        "I'LL",
+        "straße",
+        "o'clock",
+        "re-do",
+        "foo_bar",
+        "x@y.com",
+        "#tag",
+        "1,000.50",
+        "…",
+    ]
     for _ in range(count):
         start = rng.choice([0, 0x80, 0x100, 0x300, 0x2000, 0x3000, 0xFE00, 0x1F000, rng.randrange(0x110000)])
         block = [chr(c) for c in range(start & ~0xFF, (start & ~0xFF) + 0x100) if not 0xD800 <= c < 0xE000]
