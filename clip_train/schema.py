@@ -39,7 +39,7 @@ NAMED = ("loss", "optim")
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
     "profile",
-    "data.workers", "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
+    "data.workers", "data.cache", "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
 

@@ -71,6 +71,11 @@ class ShardEntry:
     captions: tuple[str, ...] = DEFAULT_CAPTIONS  # extensions of the members that hold them
 
     @property
+    def location(self) -> str:
+        """What messages call the shard, and what its name in a fingerprint comes from."""
+        return str(self.path)
+
+    @property
     def idx_path(self) -> Path:
         """Where the sample records of the shard are."""
         return idx_path(self.path, captions=self.captions)
@@ -134,7 +139,7 @@ def index_shards(
         raise UserError(f"captions={'+'.join(captions)} must be one of {choices}")
     if jobs is None:
         jobs = min(os.cpu_count() or 1, len(shards) // _JOBS_PAY_FROM + 1)
-    index_one = partial(_index_shard, captions=captions, crc=crc)
+    index_one = partial(index_shard, captions=captions, crc=crc)
     if jobs > 1:
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             results = list(pool.map(index_one, shards))
@@ -232,7 +237,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _index_shard(path: Path, *, captions: tuple[str, ...], crc: bool) -> tuple[ShardEntry, Counter[str]]:
+def index_shard(path: Path, *, captions: tuple[str, ...], crc: bool) -> tuple[ShardEntry, Counter[str]]:
+    """Walk one shard and write its records; return its entry and its incomplete samples by what they consist of.
+
+    Raises:
+        IntegrityError: the shard is damaged.
+        UserError: it cannot be read, or its folder cannot be written.
+    """
     rows: list[tuple[int, ...]] = []
     incomplete: Counter[str] = Counter()
     for sample in read_samples(path):
@@ -294,30 +305,48 @@ def _write_listing(folder: Path, entries: list[ShardEntry], *, captions: tuple[s
 
 def _read_listing(folder: Path, *, captions: tuple[str, ...]) -> dict[str, ShardEntry]:
     path = listing_path(folder, captions=captions)
+    advice = f"remove it, then {_how_to_index(folder)}"
     try:
-        document: Any = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be read ({error}): remove it, then {_how_to_index(folder)}") from error
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error}): {advice}") from error
+    return {
+        row["name"]: ShardEntry(
+            path=folder / row["name"], n=row["n"], bytes=row["bytes"], idx_sha256=row["idx_sha256"], captions=captions
+        )
+        for row in parse_listing(content, origin=str(path), advice=advice)
+    }
+
+
+def parse_listing(content: bytes, *, origin: str, advice: str) -> list[dict[str, Any]]:
+    """Return the rows of an `index.json`, each with `name`, `n`, `bytes` and `idx_sha256`.
+
+    Args:
+        content: of the file.
+        origin: what to call it in messages.
+        advice: what to do if it is damaged.
+
+    Raises:
+        IntegrityError: it is damaged or of another version.
+    """
+    try:
+        document: Any = json.loads(content)
+    except ValueError as error:
+        raise IntegrityError(f"{origin} cannot be read ({error}): {advice}") from error
     try:
         if (document["format"], document["version"]) != (INDEX_FORMAT, INDEX_VERSION):
             raise IntegrityError(
-                f"{path} is {document['format']} version {document['version']}, not {INDEX_FORMAT} version "
-                f"{INDEX_VERSION}: remove it, then {_how_to_index(folder)}"
+                f"{origin} is {document['format']} version {document['version']}, not {INDEX_FORMAT} version "
+                f"{INDEX_VERSION}: {advice}"
             )
-        return {
-            row["name"]: ShardEntry(
-                path=folder / row["name"],
-                n=row["n"],
-                bytes=row["bytes"],
-                idx_sha256=row["idx_sha256"],
-                captions=captions,
-            )
-            for row in document["shards"]
-        }
-    except (KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} is damaged: remove it, then {_how_to_index(folder)}") from error
+        rows = document["shards"]
+        if not all(row.keys() >= {"name", "n", "bytes", "idx_sha256"} for row in rows):
+            raise KeyError("name, n, bytes, idx_sha256")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{origin} is damaged: {advice}") from error
+    return rows
 
 
 def _how_to_index(folder: Path) -> str:

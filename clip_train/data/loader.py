@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from clip_train.data.dataset import BadSample, SampleDataset, Task, TaskResult, Tokenizer
 from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
+from clip_train.data.spool import Spool, check_room
 from clip_train.data.workers import WORKER_START_METHOD, as_is, start_worker, start_worker_server
 from clip_train.errors import IntegrityError, UserError
 from clip_train.types import Batch
@@ -92,18 +93,30 @@ class TrainStream:
         )  # fmt: skip
         self._bad = _BadSamples(max_bad_fraction)
         self._batches: Generator[Batch, None, None] | None = None
+        self._spool: Spool | None = None
+        if any(source.cache is not None for source in sources):
+            check_room(sources, lanes=lanes, window=window, world=world)
+            if workers:
+                self._spool = Spool(
+                    sources, order=self._order, world=world, global_batch_size=global_batch_size,
+                    ahead=2 * min(lanes * window, self.num_samples),
+                )  # fmt: skip
         if workers:
             start_worker_server()  # its imports take seconds, in which the caller can build the model
 
     def batches(self, consumed: int) -> Iterator[Batch]:
         """Yield this rank's rows of the global batches from slot `consumed` on, without end.
 
-        Nothing before `consumed` is read or decoded. One iterator is alive at a time: a new one ends the former.
+        Nothing before `consumed` is read or decoded. One iterator is alive at a time: a new one ends the former. With
+        remote shards every rank must call it, and it waits for those of the first batch.
 
         Raises:
-            IntegrityError: data is damaged, or too many samples cannot be used.
+            IntegrityError: data is damaged or does not arrive, or too many samples cannot be used.
+            UserError: a remote shard is absent or forbidden.
         """
         self.close()
+        if self._spool is not None:
+            self._spool.start(consumed)
         self._batches = self._generate(consumed)
         return self._batches
 
@@ -117,6 +130,8 @@ class TrainStream:
                 parts = [self._checked(next(tasks), consumed=consumed) for _ in range(sampler.tasks_per_batch)]
                 yield self._join(parts)
                 consumed += self._global_batch_size
+                if self._spool is not None:
+                    self._spool.advance(consumed)
         finally:
             del tasks  # it owns the workers, which must end now and not when some traceback is forgotten
 
@@ -171,6 +186,8 @@ class TrainStream:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+        if self._spool is not None:
+            self._spool.close()
         self._dataset.close()
 
     def _loader(self, sampler: _TaskSampler) -> DataLoader:
