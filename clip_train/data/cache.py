@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from clip_train.data.index import ShardEntry, idx_path, index_shard, write_atomically
+from clip_train.data.index import ShardEntry, idx_path, write_atomically
+from clip_train.data.indexing import IndexOptions, idx_part, index_shard
 from clip_train.data.remote import download, read_file, size_of
 from clip_train.errors import IntegrityError, UserError
 
@@ -166,11 +167,11 @@ class ShardCache:
     def _walk(self, tar: Path, *, url: str, captions: tuple[str, ...]) -> tuple[ShardEntry, Counter[str]]:
         """Walk a shard, complete or under its temporary name, and put its records where they belong."""
         try:
-            entry, skipped = index_shard(tar, captions=captions, crc=False)
+            indexed = index_shard(tar, options=IndexOptions(captions=captions))
         except IntegrityError as error:
             raise IntegrityError(str(error).replace(str(tar), url)) from error
-        entry.idx_path.replace(idx_path(self.path(url), captions=captions))
-        return entry, skipped
+        idx_part(indexed.entry.idx_path).replace(idx_path(self.path(url), captions=captions))
+        return indexed.entry, indexed.incomplete
 
     @contextmanager
     def _part(self, url: str, *, room: int, distance: int, wait: bool) -> Iterator[Path]:

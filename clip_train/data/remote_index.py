@@ -72,20 +72,21 @@ def load_remote_index(
 
 def _listed(folder: str, *, cache: ShardCache, captions: tuple[str, ...]) -> dict[str, RemoteShard]:
     """Return the shards that the index of a remote folder lists, else those of an earlier pass of ours."""
-    url = f"{folder}/{listing_path(Path(), captions=captions).name}"
-    content, has_idx, origin = read_file(url), True, url
+    origin = f"{folder}/{listing_path(Path(), captions=captions).name}"
+    content, has_idx = read_file(origin), True
     if content is None:
         kept = _kept_path(folder, cache=cache, captions=captions)
         if not kept.exists():
             return {}
         content, has_idx, origin = kept.read_bytes(), False, str(kept)
-    return {
-        f"{folder}/{row['name']}": RemoteShard(
-            path=cache.path(f"{folder}/{row['name']}"), n=row["n"], bytes=row["bytes"], idx_sha256=row["idx_sha256"],
-            captions=captions, url=f"{folder}/{row['name']}", sha256=row.get("sha256"), has_idx=has_idx,
-        )
-        for row in parse_listing(content, origin=origin, advice="remove it")
-    }  # fmt: skip
+    found: dict[str, RemoteShard] = {}
+    for row in parse_listing(content, origin=origin, advice="remove it"):
+        url = f"{folder}/{row['name']}"
+        found[url] = RemoteShard(
+            path=cache.path(url), n=row["n"], bytes=row["bytes"], idx_sha256=row["idx_sha256"], captions=captions,
+            filter_sha256=row.get("filter_sha256"), url=url, sha256=row.get("sha256"), has_idx=has_idx,
+        )  # fmt: skip
+    return found
 
 
 def _from_stats(url: str, *, cache: ShardCache, captions: tuple[str, ...]) -> RemoteShard:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from clip_train.data.index import DEFAULT_CAPTIONS, ShardEntry, fingerprint, index_shards, load_index
+from clip_train.data.index import DEFAULT_CAPTIONS, ShardEntry, fingerprint, load_index
+from clip_train.data.indexing import index_shards
 from clip_train.data.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
 from clip_train.data.remote_index import load_remote_index
 from clip_train.distributed.collectives import broadcast_object
@@ -49,8 +50,8 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 that changes with names, counts, sizes and caption members of the shards, not with their folder."""
-        listed = ((self.shard_name(i), s.n, s.bytes) for i, s in enumerate(self.shards))
+        """sha256 that changes with names, counts, sizes, filters and caption members, not with the shards' folder."""
+        listed = ((self.shard_name(i), s) for i, s in enumerate(self.shards))
         return fingerprint(listed, captions=self.captions)
 
     def shard_name(self, shard: int) -> str:
@@ -136,7 +137,7 @@ def _remote_matches(name: str, *, field: str) -> list[str]:
 
 def open_source(
     patterns: str | Sequence[str], *, name: str, world: World, field: str, captions: tuple[str, ...] = DEFAULT_CAPTIONS,
-    cache: ShardCache | None = None, counts_from_stats: bool = False,
+    index_dir: Path | None = None, cache: ShardCache | None = None, counts_from_stats: bool = False,
 ) -> Source:  # fmt: skip
     """Open the shards that patterns name. Every rank calls it; rank 0 indexes the shards that have no index.
 
@@ -146,6 +147,7 @@ def open_source(
         world: all ranks.
         field: what to call the patterns in messages.
         captions: extensions of the members that hold captions; a sample has all of them.
+        index_dir: where the index of local shards is, None beside them.
         cache: where remote shards are read; without it they are refused.
         counts_from_stats: take the counts of remote shards from img2dataset where they have no index.
 
@@ -158,7 +160,7 @@ def open_source(
         try:
             locations = find_shards(patterns, field=field)
             if not is_remote(locations[0]):
-                return _open(locations, name=name, field=field, captions=captions)
+                return _open(locations, name=name, field=field, captions=captions, index_dir=index_dir)
             if cache is None:
                 raise UserError(f"{field}={patterns}: shards must be local files here")
             entries = load_remote_index(
@@ -189,15 +191,17 @@ def _from_main(attempt: Callable[[], _Result], *, world: World) -> _Result:
     return result[0]
 
 
-def _open(locations: Sequence[str], *, name: str, field: str, captions: tuple[str, ...]) -> Source:
+def _open(
+    locations: Sequence[str], *, name: str, field: str, captions: tuple[str, ...], index_dir: Path | None
+) -> Source:
     shards = [Path(location) for location in locations]
-    entries, missing = load_index(shards, captions=captions)
+    entries, missing = load_index(shards, captions=captions, index_dir=index_dir)
     if missing:
         logger.info("%s: indexing %d of %d shards", field, len(missing), len(shards))
-        summary = index_shards(missing, captions=captions)
+        summary = index_shards(missing, captions=captions, index_dir=index_dir)
         for parts, count in summary.skipped.items():
             logger.warning("%s: %d samples have only %s and are left out", field, count, parts)
-        entries, _ = load_index(shards, captions=captions)
+        entries, _ = load_index(shards, captions=captions, index_dir=index_dir)
     return Source(name=name, root=_common_folder(locations), shards=tuple(entries), captions=captions)
 
 
