@@ -38,7 +38,7 @@ NAMED = ("tokenizer", "loss", "optim")
 
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
-    "profile", "data.train", "data.workers", "data.on_change",
+    "profile", "data.train", "data.workers", "data.cache", "data.on_change",
     "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
