@@ -18,12 +18,12 @@ from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
 from clip_train.model.config import ModelConfig
 from clip_train.optim.config import AdamWConfig, OptimConfig
-from clip_train.tokenizer.config import TokenizerConfig
+from clip_train.tokenizer.config import TOKENIZERS, TokenizerConfig
 
 CHOICES: dict[str, dict[str, type]] = {
     "data": {"shards": DataConfig},
     "model": {"clip": ModelConfig},
-    "tokenizer": {"clip": TokenizerConfig},
+    "tokenizer": {**TOKENIZERS},
     "loss": {"clip": ClipLossConfig, "siglip": SigLipLossConfig},
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
@@ -33,7 +33,7 @@ CHOICES: dict[str, dict[str, type]] = {
 """Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.
 Where there are several, the `name` field must say which."""
 
-NAMED = ("loss", "optim")
+NAMED = ("tokenizer", "loss", "optim")
 """Groups whose dataclass depends on the choice: a written config tells it by `name`."""
 
 MAY_CHANGE_ON_RESUME = (

@@ -9,7 +9,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
 from clip_train.config import changes, to_yaml
@@ -19,7 +19,7 @@ from clip_train.data.prefetch import batches_on
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.distributed.stop import StopReason, StopRequest
 from clip_train.distributed.world import World, stop_world
-from clip_train.errors import Preempted, TrainingFailed, UserError
+from clip_train.errors import Preempted, UserError
 from clip_train.evaluate import run_evaluations
 from clip_train.metrics.hardware import peak_flops
 from clip_train.metrics.log import Metrics
@@ -28,59 +28,13 @@ from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.flops import training_flops
 from clip_train.nonfinite import NonfiniteSteps
+from clip_train.progress import Progress, rewind
 from clip_train.schema import TrainConfig
+from clip_train.starting_point import suited_to
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
-    from clip_train.checkpoint.checkpointer import Checkpointer
-    from clip_train.data.loader import TrainStream
-
-
-class Stretch(NamedTuple):
-    """From a step on, the samples follow each other in batches of one size."""
-
-    step: int  # steps done before
-    samples_seen: int
-    global_batch_size: int
-
-
-class Progress:
-    """How far the run is. `samples_seen` alone decides which sample comes next."""
-
-    def __init__(self, stream: TrainStream, *, global_batch_size: int) -> None:
-        self.step = 0
-        self.samples_seen = 0
-        self.stream = stream
-        self.global_batch_size = global_batch_size
-        self.stretches = [Stretch(0, 0, global_batch_size)]  # from which `shards replay` knows the samples of a step
-
-    def advance(self, num_samples: int) -> None:
-        """Count one step over `num_samples` pairs of all ranks."""
-        self.step += 1
-        self.samples_seen += num_samples
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: two counters and the identity of the data they count."""
-        return {
-            "step": self.step,
-            "samples_seen": self.samples_seen,
-            "stretches": [list(stretch) for stretch in self.stretches],
-            "data": self.stream.state_dict(self.samples_seen),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; the data must be what it was, or a new segment was asked for."""
-        self.stream.load_state_dict(state["data"])
-        self.step, self.samples_seen = state["step"], state["samples_seen"]
-        self.stretches = [Stretch(*row) for row in state["stretches"]]
-        if self.stretches[-1].global_batch_size != self.global_batch_size:
-            self.stretches.append(Stretch(self.step, self.samples_seen, self.global_batch_size))
-
-    def keep_place(self, state: dict[str, Any]) -> None:
-        """After the weights went back, go on with the data where `state` was."""
-        self.stream.load_state_dict(state["data"])
-        self.samples_seen = state["samples_seen"]
-        self.stretches.append(Stretch(self.step, self.samples_seen, self.global_batch_size))
+    from collections.abc import Mapping
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -98,8 +52,11 @@ def train(config: TrainConfig) -> dict[str, float]:
         stack.callback(stop_world)
         stop = stack.enter_context(StopRequest(max_hours=config.max_hours))
         run_dir = Path(config.run_dir)
+        tokenizer = config.tokenizer.build(
+            context_length=config.model.text.context_length, kept_in=None if config.resume == "never" else run_dir
+        )
+        config = suited_to(tokenizer, config=config)
         require_same_run(config, run_dir=run_dir, world=world)
-        tokenizer = config.tokenizer.build(context_length=config.model.text.context_length)
         image_size = config.model.vision.image_size
         stream = config.data.build_train(
             world=world,
@@ -150,7 +107,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         profiler = StepProfiler(config.profiled_steps(), run_dir=run_dir, world=world)
         stack.callback(profiler.close)
         if world.is_main:
-            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            begin_run(config, run_dir=run_dir, files=tokenizer.files())
             start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {run_dir}"
             say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
             where = f"{world.size} x {world.device.type}, {precision}, captions: ragged={captions.value}"
@@ -160,6 +117,12 @@ def train(config: TrainConfig) -> dict[str, float]:
             world=world, step=progress.step, consumed=progress.samples_seen,
         )  # fmt: skip
         stack.callback(exchange.close)
+
+        def save() -> None:
+            checkpointer.save(
+                step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config), files=tokenizer.files()
+            )
+
         saved = progress.step
         faults = NonfiniteSteps(config.on_nonfinite)
         newest: dict[str, float] = {}
@@ -208,12 +171,12 @@ def train(config: TrainConfig) -> dict[str, float]:
                 newest |= scores
             best = bool(chosen) and checkpointer.is_best(scores, step=progress.step)
             if best or due(progress.step, every=config.checkpoint.every, total=total_steps):
-                checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
+                save()
                 saved = progress.step
             if chosen:
                 metrics.restart_window()
         if progress.step > saved:
-            checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
+            save()
         faults.judge(last=True)
         checkpointer.wait()
     if world.is_main:
@@ -226,6 +189,13 @@ def train(config: TrainConfig) -> dict[str, float]:
 def due(step: int, *, every: int | None, total: int) -> bool:
     """Return whether a periodic action is due after `step` steps: every so many (null or 0: not), and at the end."""
     return step == total or (every is not None and every > 0 and step % every == 0)
+
+
+def begin_run(config: TrainConfig, *, run_dir: Path, files: Mapping[str, bytes]) -> None:
+    """Write down what the run is, for those who load it and for the same command given again."""
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    for name, content in files.items():
+        (run_dir / name).write_bytes(content)
 
 
 def say_end(progress: Progress, *, reason: StopReason, run_dir: Path) -> None:
@@ -246,20 +216,6 @@ def measures(result: StepResult) -> dict[str, Any]:
         "grad_norm": result.grad_norm,
         "logit_scale": result.logit_scale.exp(),
     }
-
-
-def rewind(checkpointer: Checkpointer, *, progress: Progress) -> int:
-    """Load the newest good checkpoint but keep the place in the data; return its step. Every rank calls it.
-
-    Raises:
-        TrainingFailed: there is none yet.
-    """
-    before = progress.state_dict()
-    checkpointer.wait()
-    if checkpointer.resume("auto") is None:
-        raise TrainingFailed("not finite before the first checkpoint: nothing to rewind to; lower checkpoint.every")
-    progress.keep_place(before)
-    return progress.step
 
 
 def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:

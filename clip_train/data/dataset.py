@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from clip_train.data.audit import hash_samples
 from clip_train.data.bad import BadSample
-from clip_train.data.decode import BadSampleError, decode_image
+from clip_train.data.decode import BadSampleError
 from clip_train.data.reader import ShardReader
 from clip_train.data.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.errors import ClipTrainError
@@ -73,14 +73,21 @@ class TaskResult(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Replacement:
+class Substitute:
     """The sample that stands in for a bad one."""
 
     k: int  # its place in the list of candidates, from 1
     shard: int
     index: int
-    image: np.ndarray
-    caption: str
+
+
+class _RowArrays(NamedTuple):
+    """Views of the rows of a task, to be filled."""
+
+    images: NDArray[np.uint8]  # [B, S, S, 3]
+    tokens: NDArray[np.int64]  # [B, L]
+    lengths: NDArray[np.int64]  # [B]
+    valid: NDArray[np.bool_]  # [B]
 
 
 class SampleDataset(Dataset[TaskResult]):
@@ -92,7 +99,7 @@ class SampleDataset(Dataset[TaskResult]):
         seed: seed of the run, for crops and flips.
         global_batch_size: decides which samples may substitute for others.
         substitute: replace unusable samples where possible, else mask them.
-        transform: geometry of the pictures.
+        transform: decodes, crops and augments a picture.
         captions: draws the caption of a sample.
         tokenizer: turns captions into ids.
     """
@@ -137,24 +144,20 @@ class SampleDataset(Dataset[TaskResult]):
             slots=torch.from_numpy(task.slots),
             valid=torch.zeros(n, dtype=torch.bool),
         )
-        images, tokens, lengths, _, valid = (tensor.numpy() for tensor in rows)
+        arrays = _RowArrays(*(t.numpy() for t in (rows.images, rows.tokens, rows.lengths, rows.valid)))
         bad: list[BadSample] = []
         sources, shards, indices = self.order.locate(task.slots)
         for row, slot in enumerate(task.slots.tolist()):
             source, shard, index = int(sources[row]), int(shards[row]), int(indices[row])
-            uniforms = sample_uniforms(self._seed, slot)  # a substitute keeps the numbers of its slot
+            uniforms = sample_uniforms(self._seed, slot)
             try:
-                image, caption = self._read(source, shard, index, uniforms=uniforms)
+                self._fill(arrays, row, self._readers[source].read(shard, index), uniforms=uniforms)
             except BadSampleError as error:
-                found = self._find_substitute(slot, uniforms=uniforms) if self._substitute else None
+                found = self._fill_with_substitute(arrays, row, slot, uniforms=uniforms) if self._substitute else None
                 bad.append(self._bad_sample(slot, source, shard, index, error.reason, found.k if found else None))
-                if found is None:
-                    continue
-                shards[row], indices[row] = found.shard, found.index
-                image, caption = found.image, found.caption
-            self._transform(image, uniforms=uniforms, out=images[row])
-            tokens[row], lengths[row], _ = self._tokenizer.encode_padded(caption)
-            valid[row] = True
+                if found is not None:
+                    shards[row], indices[row] = found.shard, found.index
+        valid = arrays.valid
         id_hash = hash_samples(self._sids[sources[valid]], shards[valid], indices[valid])
         return TaskRows(rows, id_hash, bad)
 
@@ -164,15 +167,24 @@ class SampleDataset(Dataset[TaskResult]):
             slot, self._sources[source].name, self._sources[source].shard_name(shard), index, key, reason, k
         )
 
-    def _read(self, source: int, shard: int, index: int, *, uniforms: Sequence[float]) -> tuple[np.ndarray, str]:
-        image, members = self._readers[source].read(shard, index)
-        return decode_image(image), self._captions(members, uniform=uniforms[CAPTION_WORD])
+    def _fill(
+        self, arrays: _RowArrays, row: int, sample: tuple[bytes, Sequence[bytes]], *, uniforms: Sequence[float]
+    ) -> None:
+        image, members = sample
+        caption = self._captions(members, uniform=uniforms[CAPTION_WORD])
+        self._transform(image, uniforms=uniforms, out=arrays.images[row])  # last of what can fail
+        arrays.tokens[row], arrays.lengths[row], _ = self._tokenizer.encode_padded(caption)
+        arrays.valid[row] = True
 
-    def _find_substitute(self, slot: int, *, uniforms: Sequence[float]) -> Replacement | None:
+    def _fill_with_substitute(
+        self, arrays: _RowArrays, row: int, slot: int, *, uniforms: Sequence[float]
+    ) -> Substitute | None:
+        """Fill a row with the first usable substitute, which keeps the numbers of its slot; without one, leave it."""
         source, shards, indices = self.order.substitutes(slot, global_batch_size=self._global_batch_size)
         for k, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True), start=1):
             try:
-                return Replacement(k, shard, index, *self._read(source, shard, index, uniforms=uniforms))
+                self._fill(arrays, row, self._readers[source].read(shard, index), uniforms=uniforms)
+                return Substitute(k, shard, index)
             except BadSampleError:
                 continue
         return None

@@ -71,7 +71,7 @@ class TrainStream:
         global_batch_size: samples of a step over all ranks.
         tokenizer: turns captions into ids.
         captions: draws the caption of a sample.
-        transform: geometry of the pictures.
+        transform: decodes, crops and augments a picture.
         workers: loader processes of this rank; 0 loads in the trainer's process.
         lanes, window: see data/order.py.
         substitute: replace unusable samples where possible, else mask them.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_train.data.index import DEFAULT_CAPTIONS, ShardEntry, fingerprint, index_shards, load_index
+from clip_train.data.index import DEFAULT_CAPTIONS, ShardEntry, fingerprint, load_index
+from clip_train.data.indexing import index_shards
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.errors import ClipTrainError, UserError
 
@@ -41,8 +42,8 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 that changes with names, counts, sizes and caption members of the shards, not with their folder."""
-        listed = ((self.shard_name(i), s.n, s.bytes) for i, s in enumerate(self.shards))
+        """sha256 that changes with names, counts, sizes, filters and caption members, not with the shards' folder."""
+        listed = ((self.shard_name(i), shard) for i, shard in enumerate(self.shards))
         return fingerprint(listed, captions=self.captions)
 
     def shard_name(self, shard: int) -> str:
@@ -90,8 +91,9 @@ def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> li
 
 
 def open_source(
-    patterns: str | Sequence[str], *, name: str, world: World, field: str, captions: tuple[str, ...] = DEFAULT_CAPTIONS
-) -> Source:
+    patterns: str | Sequence[str], *, name: str, world: World, field: str,
+    captions: tuple[str, ...] = DEFAULT_CAPTIONS, index_dir: Path | None = None,
+) -> Source:  # fmt: skip
     """Open the shards that patterns name. Every rank calls it; rank 0 indexes the shards that have no index.
 
     Args:
@@ -100,6 +102,7 @@ def open_source(
         world: all ranks.
         field: what to call the patterns in messages.
         captions: extensions of the members that hold captions; a sample has all of them.
+        index_dir: where the index is, None beside the shards.
 
     Raises:
         UserError: shards are missing, or their folder cannot be written and they have no index.
@@ -108,7 +111,7 @@ def open_source(
     outcome: Source | ClipTrainError | None = None
     if world.is_main:
         try:
-            outcome = _open(patterns, name=name, field=field, captions=captions)
+            outcome = _open(patterns, name=name, field=field, captions=captions, index_dir=index_dir)
         except ClipTrainError as error:
             outcome = error  # raised on every rank, so that none waits for the others
     outcome = broadcast_object(outcome, world=world)
@@ -118,15 +121,17 @@ def open_source(
     return outcome
 
 
-def _open(patterns: str | Sequence[str], *, name: str, field: str, captions: tuple[str, ...]) -> Source:
+def _open(
+    patterns: str | Sequence[str], *, name: str, field: str, captions: tuple[str, ...], index_dir: Path | None
+) -> Source:
     shards = expand_shards(patterns, field=field)
-    entries, missing = load_index(shards, captions=captions)
+    entries, missing = load_index(shards, captions=captions, index_dir=index_dir)
     if missing:
         logger.info("%s: indexing %d of %d shards", field, len(missing), len(shards))
-        summary = index_shards(missing, captions=captions)
+        summary = index_shards(missing, captions=captions, index_dir=index_dir)
         for parts, count in summary.skipped.items():
             logger.warning("%s: %d samples have only %s and are left out", field, count, parts)
-        entries, _ = load_index(shards, captions=captions)
+        entries, _ = load_index(shards, captions=captions, index_dir=index_dir)
     return Source(name=name, root=_common_folder(shards), shards=tuple(entries), captions=captions)
 
 

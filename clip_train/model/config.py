@@ -73,7 +73,10 @@ class TextConfig:
     context_length: int = 77
     """Tokens of the longest caption, start and end token included."""
     vocab_size: int = 49408
-    """Rows of the token embedding; the tokenizer's vocabulary."""
+    """Rows of the token embedding. In training the tokenizer sets it."""
+    end_id: int | None = None
+    """Id of the token at which a caption is read, at its first place; null: the largest id of the caption, as in CLIP.
+    In training the tokenizer sets it."""
     width: int = 512
     """Channels of the residual stream."""
     layers: int = 12
@@ -83,6 +86,8 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_tower(self.width, self.layers, self.heads, tower="text")
+        if self.end_id is not None and not 0 <= self.end_id < self.vocab_size:
+            raise UserError(f"model.text.end_id={self.end_id} must lie below model.text.vocab_size={self.vocab_size}")
         if self.context_length < 3:
             raise UserError(
                 f"model.text.context_length={self.context_length} must be at least 3: start token, one token, end token"

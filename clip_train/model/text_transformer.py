@@ -29,6 +29,7 @@ class TextTransformer(nn.Module):
         text = config.text
         self.context_length = text.context_length
         self.vocab_size = text.vocab_size
+        self.end_id = text.end_id
         self.ragged = config.ragged
         # Attention over packed captions in place of torch's kernel, where that does not exist.
         self.varlen_attention: VarlenAttention | None = None
@@ -51,7 +52,7 @@ class TextTransformer(nn.Module):
     def embed_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Embed captions: int64 [B, L] to [B, D].
 
-        The end token is the first maximum of the ids, as in OpenAI CLIP: its id is the largest of the vocabulary.
+        The end token is the first one with `end_id`; without that, the first maximum of the ids, as in OpenAI CLIP.
 
         Args:
             lengths: tokens of each caption up to its end token, known on the host; None asks the device for them.
@@ -62,10 +63,10 @@ class TextTransformer(nn.Module):
         tokens = self._fit_context(tokens)
         layout = self.layout(tokens.device, dtype=self._compute_type(tokens.device))
         if layout is Ragged.off:
-            read = self._read(self.token_embedding(tokens), tokens.argmax(dim=1))
+            read = self._read(self.token_embedding(tokens), self._ends(tokens))
         else:
             if lengths is None:
-                lengths = (tokens.argmax(dim=1) + 1).tolist()  # the first of equal maxima
+                lengths = (self._ends(tokens) + 1).tolist()
             read = (self._read_packed if layout is Ragged.packed else self._read_in_buckets)(tokens, lengths)
         return self.ln_final(read) @ self.text_projection
 
@@ -123,16 +124,20 @@ class TextTransformer(nn.Module):
         # One lookup for all buckets: each would otherwise make its own gradient as large as the vocabulary.
         embedded = self.token_embedding(torch.cat([group.flatten() for group in groups]))
         read = [
-            self._read(x.view(*group.shape, -1), group.argmax(dim=1))[: len(rows)]
+            self._read(x.view(*group.shape, -1), self._ends(group))[: len(rows)]
             for x, group, rows in zip(embedded.split([g.numel() for g in groups]), groups, buckets, strict=True)
         ]
         return torch.cat(read)[order.argsort()]
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        """Return where each caption ends, int64 [n]: argmax takes the first of equal maxima."""
+        return tokens.argmax(dim=1) if self.end_id is None else (tokens == self.end_id).int().argmax(dim=1)
 
     def _fit_context(self, tokens: Tensor) -> Tensor:
         """Drop columns past the context, which must be padding: `tokenize` pads to 77 whatever the model."""
         if tokens.shape[1] <= self.context_length:
             return tokens
-        if (tokens[:, self.context_length :] != 0).any():
+        if (self._ends(tokens) >= self.context_length).any():
             raise UserError(
                 f"a caption is longer than the model's context of {self.context_length} tokens: "
                 f"tokenize with context_length={self.context_length}, truncate=True"

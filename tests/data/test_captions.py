@@ -12,7 +12,8 @@ import torch
 from clip_train.data.captions import CaptionChooser, caption_extensions
 from clip_train.data.config import DataConfig
 from clip_train.data.decode import BadSampleError
-from clip_train.data.index import RECORD_WITH_JSON, index_shards
+from clip_train.data.index import RECORD_WITH_JSON
+from clip_train.data.indexing import index_shards
 from clip_train.data.transforms import sample_uniforms
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
