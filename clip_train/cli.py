@@ -151,6 +151,44 @@ def classify(
     raise typer.Exit(classify_command(images, labels=labels, model=model, top=top, as_json=as_json))
 
 
+@app.command(epilog="clip-train export runs/demo --to all --verify")
+def export(
+    source: Annotated[str, typer.Argument(help="A run directory or anything that clip_train.load takes.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="folder (open_clip, transformers, sentence-transformers), clip (OpenAI's archive), onnx, or all."
+        ),
+    ] = "all",
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; RUN/export or exports/NAME if not given.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Of a run: ema, raw, best, or auto, the average if there is one.")
+    ] = "auto",
+    model: Annotated[str | None, typer.Option(help="Architecture of a weight file that does not tell it.")] = None,
+    drop_logit_bias: Annotated[
+        bool, typer.Option("--drop-logit-bias", help="Leave the bias out where there is none: other probabilities.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare features with every library that is installed.")
+    ] = False,
+    verify_python: Annotated[
+        list[Path] | None,
+        typer.Option(help="A Python that has more of the libraries; repeat for several. Implies --verify."),
+    ] = None,
+    push: Annotated[str | None, typer.Option(help="ORG/NAME on the hub to upload to.")] = None,
+) -> None:
+    """Write a model as other libraries read it, with a model card, and prove that they compute the same."""
+    from clip_train.tools.export import export_command
+
+    code = export_command(
+        source, to=to, out=out, weights=weights, model_name=model, drop_logit_bias=drop_logit_bias, prove=verify,
+        pythons=verify_python or [], repository=push,
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
 @tokenizers.command(name="train", epilog="clip-train tokenizer train shards/mine/train mine.json --vocab-size 32000")
 def tokenizer_train(
     source: Annotated[str, typer.Argument(help="Folder of .tar files, or a pattern such as 'data/{000..331}.tar'.")],
