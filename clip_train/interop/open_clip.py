@@ -94,6 +94,40 @@ def translate(model: dict[str, Any], preprocess: dict[str, Any], *, name: str, o
     )
 
 
+def write_config(path: Path, *, config: ModelConfig) -> None:
+    """Write the `open_clip_config.json` of an architecture, the inverse of `read_config`.
+
+    `model_cfg` becomes keyword arguments there, so it holds nothing that open_clip 3.3.0 does not know. Without a
+    tokenizer's name it takes its own copy of CLIP's.
+    """
+    vision, text = config.vision, config.text
+    is_resnet = bool(vision.resnet_stages)
+    tower: dict[str, Any] = {
+        "image_size": vision.image_size,
+        "layers": list(vision.resnet_stages) if is_resnet else vision.layers,
+        "width": vision.width,
+        "head_width": (32 if is_resnet else 1) * vision.width // vision.heads,
+        "patch_size": None if is_resnet else vision.patch_size,
+    }
+    if not is_resnet and vision.mlp_ratio != _VISION["mlp_ratio"]:
+        tower["mlp_ratio"] = vision.mlp_ratio
+    if not is_resnet and vision.layer_scale is not None:
+        tower["ls_init_value"] = vision.layer_scale
+    model: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": config.quick_gelu,
+        "vision_cfg": tower,
+        "text_cfg": {key: getattr(text, key) for key in _TEXT},
+    }
+    if config.init_logit_bias is not None:
+        model |= {key: getattr(config, key) for key in _OPTIONAL}
+    preprocess = {
+        "mean": list(config.mean), "std": list(config.std), "interpolation": "bicubic", "resize_mode": "shortest",
+    }  # fmt: skip
+    values = {"model_cfg": model, "preprocess_cfg": preprocess}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def find_weights(folder: Path) -> Path:
     """Return the weight file beside `open_clip_config.json`.
 
