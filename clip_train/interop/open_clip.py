@@ -46,7 +46,7 @@ def read_config(path: Path) -> ModelConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return translate(values["model_cfg"], values.get("preprocess_cfg", {}), name=path.parent.name, origin=str(path))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise UserError(f"{path}: not a config of open_clip ({type(error).__name__}: {error})") from error
 
 
