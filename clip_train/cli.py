@@ -13,6 +13,7 @@ import typer
 from clip_train import __version__
 from clip_train.cli_shards import shards
 from clip_train.errors import ClipTrainError, UserError
+from clip_train.tokenizer.config import Cleaning
 
 EXAMPLES = """\b
   clip-train train experiment=demo
@@ -31,6 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.add_typer(shards, name="shards")
+tokenizers = typer.Typer(help="Learn a vocabulary.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tokenizers, name="tokenizer")
 
 
 def main() -> None:
@@ -184,6 +187,19 @@ def export(
         pythons=verify_python or [], repository=push,
     )  # fmt: skip
     raise typer.Exit(code)
+
+
+@tokenizers.command(name="train", epilog="clip-train tokenizer train shards/mine/train mine.json --vocab-size 32000")
+def tokenizer_train(
+    source: Annotated[str, typer.Argument(help="Folder of .tar files, or a pattern such as 'data/{000..331}.tar'.")],
+    out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Ids: 256 bytes, merges, start and end token.")],
+    cleaning: Annotated[Cleaning, typer.Option(help="Of the captions, as tokenizer.cleaning.")] = Cleaning.clip,
+) -> None:
+    """Learn a byte-pair vocabulary from the captions of shards."""
+    from clip_train.tools.train_tokenizer import train_tokenizer
+
+    print(train_tokenizer(source, out, vocab_size=vocab_size, cleaning=cleaning))
 
 
 @app.command(epilog="clip-train report runs/demo")
