@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from clip_train import __version__
+from clip_train.cli_shards import shards
 from clip_train.errors import ClipTrainError, UserError
 
 EXAMPLES = """\b
@@ -29,7 +30,6 @@ app = typer.Typer(
     help=f"Train, evaluate and use CLIP models.\n\n{EXAMPLES}", no_args_is_help=True, add_completion=False,
     rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-shards = typer.Typer(help="Make and index shards of image-caption pairs.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(shards, name="shards")
 
 
@@ -71,7 +71,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command(context_settings=KEY_VALUE, add_help_option=False, short_help="Train a model, or continue a run.")
 def train(context: typer.Context) -> None:
-    """Train a model, or continue a run. Takes KEY=VALUE."""
+    """Train a model, or continue a run. Takes KEY=VALUE; with -m a grid of runs."""
+    if {"-m", "--multirun"} & set(context.args):
+        from clip_train.tools.grid import run_grid
+
+        raise typer.Exit(run_grid([a for a in context.args if a not in ("-m", "--multirun")]))
     overrides = _overrides(context, command="train")
     if overrides is None:
         return
@@ -128,50 +132,6 @@ def help_key(key: Annotated[str, typer.Argument(help="A key such as optim.lr")])
     from clip_train.help import explain
 
     print(explain(key))
-
-
-@shards.command(name="make", epilog="clip-train shards make ~/pictures shards/mine --val 0.01")
-def shards_make(
-    source: Annotated[Path, typer.Argument(help="Folder of pictures, each with a .txt of the same name beside it.")],
-    out: Annotated[Path, typer.Argument(help="Folder that gets train/ and val/.")],
-    val: Annotated[
-        float, typer.Option(help="Share of the pictures for validation, chosen by a hash of the picture.")
-    ] = 0.0,
-    resize: Annotated[
-        int | None, typer.Option(help="Shrink so that the short side has at most this many pixels.")
-    ] = None,
-    samples_per_shard: Annotated[int, typer.Option(help="Pairs in one shard.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
-) -> None:
-    """Turn a folder of pictures and captions into shuffled, indexed WebDataset shards."""
-    from clip_train.data.shards.make import make_shards
-
-    print(make_shards(source, out, val=val, resize=resize, samples_per_shard=samples_per_shard, seed=seed))
-
-
-@shards.command(name="index", epilog="clip-train shards index shards/mine/train")
-def shards_index(
-    source: Annotated[str, typer.Argument(help="Folder of .tar files, or a pattern such as 'data/{000..331}.tar'.")],
-    crc: Annotated[bool, typer.Option(help="Read every image and caption once and record its checksum.")] = False,
-    jobs: Annotated[int, typer.Option(help="Shards read at a time.")] = os.cpu_count() or 1,
-) -> None:
-    """Walk the headers of shards, check them and write the index that training reads."""
-    from clip_train.data.shards.index import index_source
-
-    print(index_source(source, crc=crc, jobs=jobs))
-
-
-@shards.command(name="scenes", epilog="clip-train shards scenes shards/demo")
-def shards_scenes(
-    out: Annotated[Path, typer.Argument(help="Folder that gets train/, val/ and classes/.")],
-    train: Annotated[int, typer.Option(help="Training pairs.")] = 40_000,
-    val: Annotated[int, typer.Option(help="Validation pairs.")] = 1_000,
-    seed: Annotated[int, typer.Option(help="Seed of the drawings.")] = 0,
-) -> None:
-    """Draw compositional pictures with captions; 20 combinations of shape and colour are kept out of training."""
-    from clip_train.data.scenes.write import write_scenes
-
-    print(write_scenes(out, num_train=train, num_val=val, seed=seed))
 
 
 @app.command(epilog='clip-train classify cat.jpg --labels "a corgi,a cat" --model runs/demo')

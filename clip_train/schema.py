@@ -18,12 +18,12 @@ from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
 from clip_train.model.config import ModelConfig
 from clip_train.optim.config import AdamWConfig, OptimConfig
-from clip_train.tokenizer.config import TokenizerConfig
+from clip_train.tokenizer.config import TOKENIZERS, TokenizerConfig
 
 CHOICES: dict[str, dict[str, type]] = {
     "data": {"shards": DataConfig},
     "model": {"clip": ModelConfig},
-    "tokenizer": {"clip": TokenizerConfig},
+    "tokenizer": {**TOKENIZERS},
     "loss": {"clip": ClipLossConfig, "siglip": SigLipLossConfig},
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
@@ -33,7 +33,7 @@ CHOICES: dict[str, dict[str, type]] = {
 """Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.
 Where there are several, the `name` field must say which."""
 
-NAMED = ("loss", "optim")
+NAMED = ("tokenizer", "loss", "optim")
 """Groups whose dataclass depends on the choice: a written config tells it by `name`."""
 
 MAY_CHANGE_ON_RESUME = (
@@ -53,6 +53,7 @@ class Precision(StrEnum):
 class OnNonfinite(StrEnum):
     stop = "stop"
     skip_step = "skip_step"
+    rewind = "rewind"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,7 +86,8 @@ class TrainConfig:
     max_hours: float | None = None
     """Save and stop after this many hours of this process; null: no limit."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
-    """When a loss or gradient is NaN or infinite: `stop`, or `skip_step` (at most 10 in a row). Weights stay finite."""
+    """When a loss or gradient is NaN or infinite: `stop`; `skip_step`, at most 10 in a row; or `rewind` to the newest
+    checkpoint and on with the data after the bad batch, at most 3 times to one. Weights stay finite in any case."""
     profile: str | None = None
     """Steps to trace, as FIRST:LAST or one number, counted from 1: `profile=10:13` writes torch profiler traces to
     `profile/` in run_dir. null: none."""

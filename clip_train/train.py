@@ -11,9 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
 from clip_train.config import changes, to_yaml
 from clip_train.data.prefetch import batches_on
@@ -28,13 +25,14 @@ from clip_train.metrics.panel import say
 from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.flops import training_flops
-from clip_train.schema import OnNonfinite, TrainConfig
+from clip_train.nonfinite import NonfiniteSteps
+from clip_train.schema import TrainConfig
+from clip_train.starting_point import suited_to
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
+    from clip_train.checkpoint.checkpointer import Checkpointer
     from clip_train.data.loader import TrainStream
-
-MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Progress:
@@ -75,8 +73,11 @@ def train(config: TrainConfig) -> dict[str, float]:
         stack.callback(stop_world)
         stop = stack.enter_context(StopRequest(max_hours=config.max_hours))
         run_dir = Path(config.run_dir)
+        tokenizer = config.tokenizer.build(
+            context_length=config.model.text.context_length, kept_in=None if config.resume == "never" else run_dir
+        )
+        config = suited_to(tokenizer, config=config)
         require_same_run(config, run_dir=run_dir, world=world)
-        tokenizer = config.tokenizer.build(context_length=config.model.text.context_length)
         image_size = config.model.vision.image_size
         stream = config.data.build_train(
             world=world,
@@ -128,12 +129,14 @@ def train(config: TrainConfig) -> dict[str, float]:
         stack.callback(profiler.close)
         if world.is_main:
             (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            for name, content in tokenizer.files().items():
+                (run_dir / name).write_bytes(content)
             start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {run_dir}"
             say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
             where = f"{world.size} x {world.device.type}, {precision}, captions: ragged={captions.value}"
             say(f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
         batches = batches_on(world.device, stream.batches(progress.samples_seen))
-        skips = SkippedSteps(config.on_nonfinite)
+        faults = NonfiniteSteps(config.on_nonfinite)
         newest: dict[str, float] = {}
         reason = StopReason.none
 
@@ -148,13 +151,17 @@ def train(config: TrainConfig) -> dict[str, float]:
             progress.advance(config.global_batch_size)
             flops = training_flops(config.model, lengths=batch.lengths.tolist())
             metrics.add(measures(result), seconds_waiting=seconds_waiting, flops=flops)
-            skips.watch(result, step=progress.step)
             profiler.after(progress.step)
+            if faults.watch(result, step=progress.step):
+                # Every rank saw the same flag: weights go back, the data goes on after the bad batch.
+                faults.rewound_to(rewind(checkpointer, progress=progress))
+                metrics.rewind(progress.step)
+                continue
 
             # All ranks reach each of these at the same step; only rank 0 writes.
             if due(progress.step, every=config.logging.every, total=total_steps):
-                faults = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
-                values = {"train/learning_rate": rate, "train/skipped_steps": skips.total, **faults}
+                bad = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
+                values = {"train/learning_rate": rate, "train/nonfinite_steps": faults.total, **bad}
                 newest |= metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
             chosen = {
                 n: e
@@ -173,10 +180,13 @@ def train(config: TrainConfig) -> dict[str, float]:
             best = bool(chosen) and checkpointer.is_best(scores, step=progress.step)
             reason = stop.agreed(world=world)
             if reason or best or due(progress.step, every=config.checkpoint.every, total=total_steps):
-                checkpointer.save(step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config))
+                checkpointer.save(
+                    step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config),
+                    files=tokenizer.files(),
+                )  # fmt: skip
             if chosen or reason:
                 metrics.restart_window()
-        skips.judge()
+        faults.judge(last=True)
         checkpointer.wait()
     if reason is StopReason.preempted:
         raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
@@ -201,50 +211,18 @@ def measures(result: StepResult) -> dict[str, Any]:
     }
 
 
-class SkippedSteps:
-    """Watches for updates that were dropped because something was not finite. Alike on all ranks.
+def rewind(checkpointer: Checkpointer, *, progress: Progress) -> int:
+    """Load the newest good checkpoint but keep the place in the data; return its step. Every rank calls it.
 
-    The flag of a step is read when the next one is under way, so that no step waits for the device; weights stay finite
-    in any case.
+    Raises:
+        TrainingFailed: there is none yet.
     """
-
-    def __init__(self, on_nonfinite: OnNonfinite) -> None:
-        self.on_nonfinite = on_nonfinite
-        self.total = 0
-        self.in_a_row = 0
-        self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
-
-    def watch(self, result: StepResult, *, step: int) -> None:
-        """Judge the step before this one, and remember this one.
-
-        Raises:
-            TrainingFailed: see `judge`.
-        """
-        self.judge()
-        finite, copied = result.finite.to("cpu", non_blocking=True), None
-        if result.finite.is_cuda:
-            copied = torch.cuda.Event()
-            copied.record()
-        self.pending = (step, finite, copied)
-
-    def judge(self) -> None:
-        """Judge the newest step that was watched.
-
-        Raises:
-            TrainingFailed: it was not finite, and the run is to stop for that or this is the tenth in a row.
-        """
-        if self.pending is None:
-            return
-        (step, finite, copied), self.pending = self.pending, None
-        if copied is not None:
-            copied.synchronize()  # of the step before, while the next one is under way
-        self.in_a_row = 0 if bool(finite) else self.in_a_row + 1
-        self.total += self.in_a_row > 0
-        if self.in_a_row and (self.on_nonfinite is OnNonfinite.stop or self.in_a_row >= MAX_SKIPPED_IN_A_ROW):
-            raise TrainingFailed(
-                f"loss or gradient is not finite at step {step}; the weights are still good. Lower optim.lr, set "
-                "optim.max_grad_norm=1, or skip such steps with on_nonfinite=skip_step"
-            )
+    samples_seen = progress.samples_seen
+    checkpointer.wait()
+    if checkpointer.resume("auto") is None:
+        raise TrainingFailed("not finite before the first checkpoint: nothing to rewind to; lower checkpoint.every")
+    progress.samples_seen = samples_seen
+    return progress.step
 
 
 def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:

@@ -16,6 +16,7 @@ NEEDED = {  # what a choice leaves to the user
     "evaluation=[retrieve]": "evaluation.retrieve.shards=x",
     "evaluation=[val]": "data.val=x",
     "loss=siglip": "model.init_logit_bias=-10",
+    "tokenizer=huggingface": "tokenizer.path=x tokenizer.eos=x",
 }
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 CHOICES = [
@@ -28,7 +29,7 @@ CHOICES = [
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_reads_back(choice, tmp_path):
-    config = load("train", [*BASE, choice, *filter(None, [NEEDED.get(choice)])])
+    config = load("train", [*BASE, choice, *NEEDED.get(choice, "").split()])
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert from_yaml(path) == config

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from clip_train.checkpoint.best import best_checkpoint
 from clip_train.config import from_yaml, load
 from clip_train.data.scenes.write import write_scenes
-from clip_train.errors import UserError
+from clip_train.errors import TrainingFailed, UserError
 from clip_train.metrics.sinks import read_metrics
+from clip_train.model.config import ModelConfig
+from clip_train.step import TrainStep
 from clip_train.train import train
 
 STEPS = 50
@@ -131,6 +134,70 @@ def test_gradient_caching_gives_the_losses_of_the_whole_batch(scenes, undisturbe
     assert from_yaml(whole / "config.yaml").micro_batch_size == 12
     cached, plain = losses(tmp_path), losses(whole)
     assert max(abs(cached[s] - plain[s]) for s in plain) < 1e-5
+
+
+def break_images(monkeypatch, *calls: int):
+    """Make the image tower return NaN in these forward passes, counted from 1; return every batch's slots in order."""
+    build, step = ModelConfig.build, TrainStep.__call__
+    passes, slots, weights = Counter(), [], []
+
+    def with_fault(config, **runtime):
+        model = build(config, **runtime)
+
+        def hook(module, _inputs, output):
+            passes["image"] += 1
+            weights.append(hashlib.sha256(module.proj.detach().numpy().tobytes()).hexdigest())
+            return output * float("nan") if passes["image"] in calls else output
+
+        model.visual.register_forward_hook(hook)
+        return model
+
+    def with_record(self, batch, **arguments):
+        slots.append(batch.slots.sort().values.tolist())
+        return step(self, batch, **arguments)
+
+    monkeypatch.setattr(ModelConfig, "build", with_fault)
+    monkeypatch.setattr(TrainStep, "__call__", with_record)
+    return slots, weights
+
+
+def test_a_rewound_run_goes_back_to_the_checkpoint_and_on_with_the_next_sample(scenes, tmp_path, monkeypatch):
+    slots, weights = break_images(monkeypatch, 15)
+    train(load("train", overrides(scenes, tmp_path, "steps=25", "on_nonfinite=rewind")))
+    # Step 15 is seen to be broken while step 16 is under way: steps 11 to 16 are taken again, on new data.
+    assert len(slots) == 25 + 6
+    assert [slot for batch in slots for slot in batch] == list(range(12 * 31))
+    assert weights[16] == weights[10]
+    assert list(losses(tmp_path)) == list(range(1, 26)) and all(v is not None for v in losses(tmp_path).values())
+    rows = [row for row in read_metrics(tmp_path) if row["step"] == 25]
+    assert rows[0]["samples_seen"] == 12 * 31
+
+
+def test_a_run_that_breaks_after_every_rewind_ends_with_the_reason(scenes, tmp_path, monkeypatch):
+    slots, _ = break_images(monkeypatch, *range(12, 400))
+    with pytest.raises(TrainingFailed, match="rewound 3 times to step 10"):
+        train(load("train", overrides(scenes, tmp_path, "steps=25", "on_nonfinite=rewind")))
+    assert len(slots) == 13 + 2 * 3
+
+
+def test_nothing_to_rewind_to_is_said(scenes, tmp_path, monkeypatch):
+    break_images(monkeypatch, 3)
+    with pytest.raises(TrainingFailed, match="nothing to rewind to"):
+        train(load("train", overrides(scenes, tmp_path, "steps=25", "on_nonfinite=rewind")))
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_saved_when_an_evaluation_beats_the_former(scenes, tmp_path):
+    best = ["evaluation=[val]", f"evaluation.val.shards={scenes}/val", "evaluation.val.every=15", "data.val=null"]
+    metric = "checkpoint.best=val/image_retrieval_recall@10"
+    train(
+        load("train", overrides(scenes, tmp_path, "steps=120", "global_batch_size=64", "optim.lr=2e-3", metric, *best))
+    )
+    name = metric.partition("=")[2]
+    scores = {row["step"]: row[name] for row in read_metrics(tmp_path) if name in row}
+    assert len(scores) >= 3  # until then the model counts as collapsed
+    winner = max(scores, key=lambda step: (scores[step], -step))
+    assert best_checkpoint(tmp_path).name == f"step-{winner:08d}"
 
 
 def test_wandb_offline_writes_the_run_and_no_source_code(scenes, tmp_path):

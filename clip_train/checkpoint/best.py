@@ -28,16 +28,17 @@ class Score:
     value: float
 
     @staticmethod
-    def of(metrics: Mapping[str, float], *, metric: str, step: int) -> Score:
-        """Pick a metric out of an evaluation's.
+    def of(metrics: Mapping[str, float], *, metric: str, step: int) -> Score | None:
+        """Pick a metric out of those of some evaluations; None if its evaluation gave none, as of a collapsed model.
 
         Raises:
-            UserError: it is not among them.
+            UserError: its evaluation gives others only.
         """
         name = metric.removeprefix("-")
-        if name not in metrics:
-            raise UserError(f"checkpoint.best={metric}: the evaluations report {', '.join(sorted(metrics))}")
-        return Score(step=step, metric=metric, value=metrics[name])
+        given = sorted(other for other in metrics if other.split("/")[0] == name.split("/")[0])
+        if given and name not in metrics:
+            raise UserError(f"checkpoint.best={metric} is not one of {', '.join(given)}")
+        return Score(step=step, metric=metric, value=metrics[name]) if given else None
 
     def beats(self, other: Score | None) -> bool:
         """Return whether this is better than `other`; anything beats none and another metric's."""

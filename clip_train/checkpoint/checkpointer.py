@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,15 +115,18 @@ class Checkpointer:
 
         def judge() -> bool:
             score = Score.of(metrics, metric=metric, step=step)
-            self._challenger = score if score.beats(read_best(self.run_dir)) else None
+            self._challenger = score if score and score.beats(read_best(self.run_dir)) else None
             return self._challenger is not None
 
         return on_main(judge, world=self.world)
 
-    def save(self, *, step: int, consumed: int, config_yaml: str) -> Path:
+    def save(
+        self, *, step: int, consumed: int, config_yaml: str, files: Mapping[str, bytes] = MappingProxyType({})
+    ) -> Path:
         """Save every part and return where the checkpoint stands once it is published. Every rank calls this.
 
         If `is_best` has just said so, it becomes the best checkpoint of the run.
+        `files`, by name, are what else the model needs, such as its tokenizer's.
 
         With `asynchronous`, this returns when the parts are copied to CPU memory; `wait` returns when they are on disk.
         A full or failing disk is survived twice in a row: the line says so and the older checkpoints stay.
@@ -136,7 +140,8 @@ class Checkpointer:
         state = {name: dict(part.state_dict()) for name, part in self._state.items()}
 
         def begin() -> None:
-            snapshot = take_snapshot(tensors, state, step=step, consumed=consumed, config_yaml=config_yaml)
+            texts = {**files, "config.yaml": config_yaml.encode()}
+            snapshot = take_snapshot(tensors, state, step=step, consumed=consumed, files=texts)
             if self.config.asynchronous:
                 self._saving = threading.Thread(target=self._commit, args=(snapshot,), name="checkpoint", daemon=True)
                 self._saving.start()

@@ -61,13 +61,10 @@ def take_snapshot(
     *,
     step: int,
     consumed: int,
-    config_yaml: str,
+    files: Mapping[str, bytes],
 ) -> Snapshot:
-    """Split the parts into tensors and text, which is made now: the parts go on changing."""
-    texts = {
-        TRAIN_STATE_NAME: _to_json({"step": step, "consumed": consumed, **state}),
-        "config.yaml": config_yaml.encode(),
-    }
+    """Split the parts into tensors and text, which is made now: the parts go on changing. `files` join the texts."""
+    texts = {**files, TRAIN_STATE_NAME: _to_json({"step": step, "consumed": consumed, **state})}
     by_part = {}
     for part, values in tensors.items():
         by_part[part] = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from clip_train.data.dataset import Tokenizer
     from clip_train.data.loader import TrainStream
     from clip_train.data.source import Source
+    from clip_train.data.transforms import TrainTransform
     from clip_train.distributed.world import World
 
 TRAIN_SOURCE = "train"
@@ -21,15 +21,20 @@ TRAIN_SOURCE = "train"
 
 class Decode(StrEnum):
     exact = "exact"
-
-
-class Caption(StrEnum):
-    txt = "txt"
+    fast = "fast"
 
 
 class OnBad(StrEnum):
     substitute = "substitute"
     mask = "mask"
+
+
+class CaptionField(NamedTuple):
+    """A place that holds captions."""
+
+    extension: str  # of the member, txt or json
+    path: tuple[str, ...]  # names of the nested fields, empty for txt
+    weight: float  # share of the samples that take their caption here, relative to the other fields
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,16 +46,31 @@ class DataConfig:
     `{name: {shards: PATTERN, weight: SHARE}}`; without weights a mixture is proportional to the sizes."""
     val: Any = None
     """Held-out shards, a pattern, a folder or a list. null: none."""
-    caption: Caption = Caption.txt
-    """Member that holds the caption."""
+    caption: Any = "txt"
+    """Where captions are: `txt`, a field of the json member such as `json:caption` or `json:meta.alt` (a list there
+    holds several captions, of which each use draws one), or a list of these, of which each use draws one."""
+    caption_weights: list[float] | None = None
+    """Share of the samples that take their caption from each field of a list. null: the same for all."""
+    caption_template: str = "{}"
+    """Text around every caption, such as `a photo of {}`. `{}` alone changes nothing."""
+    index_dir: str | None = None
+    """Folder for the index of shards whose own folder cannot be written. null: beside the shards."""
     workers: int = 2
     """Loader processes per rank. 0 loads in the trainer's process."""
     decode: Decode = Decode.exact
-    """`exact` decodes every pixel before the crop."""
+    """`exact` decodes every pixel. `fast` decodes large JPEGs at 1/2, 1/4 or 1/8, which blurs them a little."""
+    decode_floor: float = 1.0
+    """With `fast`, pixels that a crop keeps at least, as a multiple of the model's picture on each side. 2 stays above
+    48 dB of `exact`, 1 above 37 dB."""
     crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
     """Smallest and largest share of a picture's area that a training crop keeps. [1, 1] only changes the shape."""
     flip: bool = False
     """Mirror half of the training pictures. Wrong where captions say left and right."""
+    color_jitter: list[float] | None = None
+    """Largest relative change of brightness, contrast and saturation, and of hue in turns, as in [0.4, 0.4, 0.4, 0.1].
+    null changes no colours."""
+    randaugment: list[int] | None = None
+    """RandAugment: number of operations (up to 8) and magnitude (up to 30), as in [2, 9]. null: none."""
     on_bad: OnBad = OnBad.substitute
     """What stands in for a sample that cannot be decoded: another one of its window, or an empty, masked row."""
     max_bad_fraction: float = 0.01
@@ -65,9 +85,17 @@ class DataConfig:
             _patterns_by_source(self.train)
         if self.val is not None and not _is_patterns(self.val):
             raise UserError(f"data.val={self.val!r} must be a pattern or a list of patterns")
+        self.caption_fields()
+        if self.caption_template.count("{}") != 1:
+            raise UserError(f"data.caption_template={self.caption_template!r} must hold {{}} once")
         low, high = self.crop_scale if len(self.crop_scale) == 2 else (0.0, 0.0)
         if not 0 < low <= high <= 1:
             raise UserError(f"data.crop_scale={self.crop_scale} must be two shares with 0 < first <= second <= 1")
+        if not 1 <= self.decode_floor < float("inf"):
+            raise UserError(f"data.decode_floor={self.decode_floor} must be at least 1")
+        if self.decode_floor != 1 and self.decode != Decode.fast:
+            raise UserError(f"data.decode_floor={self.decode_floor} needs data.decode=fast")
+        self._check_augmentations()
         if self.workers < 0:
             raise UserError(f"data.workers={self.workers} must not be negative")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -76,6 +104,36 @@ class DataConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)} must be positive")
 
+    def caption_fields(self) -> list[CaptionField]:
+        """Return where captions are.
+
+        Raises:
+            UserError: a field is not understood, or fields and weights do not match.
+        """
+        names = self.caption if isinstance(self.caption, list) else [self.caption]
+        weights = self.caption_weights or [1.0] * len(names)
+        if not names or len(set(map(str, names))) < len(names):
+            raise UserError(f"data.caption={self.caption!r} must name at least one field, and none twice")
+        if len(weights) != len(names) or not all(0 < weight < float("inf") for weight in weights):
+            raise UserError(
+                f"data.caption_weights={self.caption_weights} must be a positive number for each of {names}"
+            )
+        return [_caption_field(name, weight) for name, weight in zip(names, weights, strict=True)]
+
+    def _check_augmentations(self) -> None:
+        jitter, randaugment = self.color_jitter, self.randaugment
+        if jitter is not None and not (
+            len(jitter) == 4 and all(0 <= strength < float("inf") for strength in jitter) and jitter[3] <= 0.5
+        ):
+            raise UserError(f"data.color_jitter={jitter} must be four numbers from 0, the last at most 0.5, or null")
+        if randaugment is not None and not (
+            len(randaugment) == 2 and 1 <= randaugment[0] <= 8 and 0 <= randaugment[1] <= 30
+        ):
+            raise UserError(
+                f"data.randaugment={randaugment} must be a number of operations in [1, 8] and a magnitude in [0, 30], "
+                "or null"
+            )
+
     def open_train(self, *, world: World) -> list[Source]:
         """Open the sources of `train`, indexing them where needed. Every rank calls it.
 
@@ -83,14 +141,17 @@ class DataConfig:
             UserError: `train` is not set, or shards are missing.
             IntegrityError: a shard or an index is damaged.
         """
+        from clip_train.data.captions import caption_extensions
         from clip_train.data.source import open_source
 
+        captions = caption_extensions(self.caption_fields())
+        index_dir = None if self.index_dir is None else Path(self.index_dir).expanduser()
         if self.train is None:
             raise UserError("data.train is not set: name the shards, as in data.train='shards/train-{000..009}.tar'")
         by_source = _patterns_by_source(self.train)
         fields = {name: "data.train" if name == TRAIN_SOURCE else f"data.train.{name}.shards" for name in by_source}
         return [
-            open_source(patterns, name=name, world=world, field=fields[name])
+            open_source(patterns, name=name, world=world, field=fields[name], captions=captions, index_dir=index_dir)
             for name, (patterns, _) in by_source.items()
         ]
 
@@ -135,11 +196,10 @@ class DataConfig:
         Raises:
             UserError: there are fewer samples than a batch holds.
         """
+        from clip_train.data.captions import CaptionChooser
         from clip_train.data.loader import TrainStream
-        from clip_train.data.transforms import TrainTransform
 
         weights = [weight for _, weight in _patterns_by_source(self.train).values() if weight is not None]
-        low, high = self.crop_scale
         return TrainStream(
             sources,
             weights=weights or None,
@@ -147,13 +207,44 @@ class DataConfig:
             seed=seed,
             global_batch_size=global_batch_size,
             tokenizer=tokenizer,
-            transform=TrainTransform(image_size=image_size, crop_scale=(low, high), flip=self.flip),
+            captions=CaptionChooser(self.caption_fields(), template=self.caption_template),
+            transform=self.transform(image_size=image_size),
             workers=self.workers,
             lanes=self.lanes,
             window=self.window,
             substitute=self.on_bad == OnBad.substitute,
             max_bad_fraction=self.max_bad_fraction,
         )
+
+    def transform(self, *, image_size: int) -> TrainTransform:
+        """Return what turns a file into the pixels of a training row."""
+        from clip_train.data.augment import ColorJitter, RandAugment
+        from clip_train.data.transforms import Augmentation, TrainTransform
+
+        augmentations: list[Augmentation] = []
+        if self.randaugment is not None:
+            num_operations, magnitude = self.randaugment
+            augmentations.append(RandAugment(num_operations=num_operations, magnitude=magnitude))
+        if self.color_jitter is not None:
+            brightness, contrast, saturation, hue = self.color_jitter
+            augmentations.append(ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue))
+        low, high = self.crop_scale
+        return TrainTransform(
+            image_size=image_size,
+            crop_scale=(low, high),
+            flip=self.flip,
+            decode_floor=self.decode_floor if self.decode == Decode.fast else None,
+            augmentations=tuple(augmentations),
+        )
+
+
+def _caption_field(name: object, weight: float) -> CaptionField:
+    if name == "txt":
+        return CaptionField("txt", (), weight)
+    extension, _, path = str(name).partition(":")
+    if extension != "json" or not all(path.split(".")):
+        raise UserError(f"data.caption: {name!r} must be txt or json:FIELD, as in json:caption or json:meta.alt")
+    return CaptionField("json", tuple(path.split(".")), weight)
 
 
 def _patterns_by_source(train: object) -> dict[str, tuple[Any, float | None]]:

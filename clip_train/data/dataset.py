@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from clip_train.data.decode import BadSampleError, decode_image
+from clip_train.data.decode import BadSampleError
 from clip_train.data.reader import ShardReader
-from clip_train.data.transforms import TrainTransform, sample_uniforms
+from clip_train.data.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.errors import ClipTrainError
 from clip_train.types import Batch
 
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from clip_train.data.captions import CaptionChooser
     from clip_train.data.order import SlotOrder
     from clip_train.data.source import Source
-
-_MAX_CAPTION_BYTES = 1 << 16
 
 
 class Tokenizer(Protocol):
@@ -64,6 +63,15 @@ class TaskResult(NamedTuple):
     error: ClipTrainError | None
 
 
+class _RowArrays(NamedTuple):
+    """Views of the rows of a task, to be filled."""
+
+    images: NDArray[np.uint8]  # [B, S, S, 3]
+    tokens: NDArray[np.int64]  # [B, L]
+    lengths: NDArray[np.int64]  # [B]
+    valid: NDArray[np.bool_]  # [B]
+
+
 class SampleDataset(Dataset[TaskResult]):
     """Reads, decodes, crops and tokenises the rows of a task.
 
@@ -73,13 +81,14 @@ class SampleDataset(Dataset[TaskResult]):
         seed: seed of the run, for crops and flips.
         global_batch_size: decides which samples may substitute for others.
         substitute: replace unusable samples where possible, else mask them.
-        transform: geometry of the pictures.
+        transform: decodes, crops and augments a picture.
+        captions: draws the caption of a sample.
         tokenizer: turns captions into ids.
     """
 
     def __init__(
         self, sources: Sequence[Source], *, order: SlotOrder, seed: int, global_batch_size: int, substitute: bool,
-        transform: TrainTransform, tokenizer: Tokenizer,
+        transform: TrainTransform, captions: CaptionChooser, tokenizer: Tokenizer,
     ) -> None:  # fmt: skip
         self._readers = [ShardReader(source) for source in sources]
         self._order = order
@@ -87,6 +96,7 @@ class SampleDataset(Dataset[TaskResult]):
         self._global_batch_size = global_batch_size
         self._substitute = substitute
         self._transform = transform
+        self._captions = captions
         self._tokenizer = tokenizer
 
     def __getitem__(self, task: Task) -> TaskResult:
@@ -110,53 +120,37 @@ class SampleDataset(Dataset[TaskResult]):
             slots=torch.from_numpy(task.slots),
             valid=torch.zeros(n, dtype=torch.bool),
         )
-        images, tokens, lengths, _, valid = (tensor.numpy() for tensor in rows)
+        arrays = _RowArrays(*(t.numpy() for t in (rows.images, rows.tokens, rows.lengths, rows.valid)))
         bad: list[BadSample] = []
         places = zip(*(column.tolist() for column in self._order.locate(task.slots)), strict=True)
         for row, (slot, (source, shard, index)) in enumerate(zip(task.slots.tolist(), places, strict=True)):
+            uniforms = sample_uniforms(self._seed, slot)
             try:
-                image, caption = self._read(source, shard, index)
+                self._fill(arrays, row, self._readers[source].read(shard, index), uniforms=uniforms)
             except BadSampleError as error:
                 bad.append(BadSample(slot, self._readers[source].key(shard, index), error.reason))
-                substitute = self._find_substitute(slot) if self._substitute else None
-                if substitute is None:
-                    continue
-                image, caption = substitute
-            # A substitute keeps the numbers of its slot.
-            self._transform(image, uniforms=sample_uniforms(self._seed, slot), out=images[row])
-            tokens[row], lengths[row], _ = self._tokenizer.encode_padded(caption)
-            valid[row] = True
+                if self._substitute:
+                    self._fill_with_substitute(arrays, row, slot, uniforms=uniforms)
         return TaskResult(task.consumed, rows, bad, None)
 
-    def _read(self, source: int, shard: int, index: int) -> tuple[np.ndarray, str]:
-        image, caption = self._readers[source].read(shard, index)
-        return decode_image(image), decode_caption(caption)
+    def _fill(
+        self, arrays: _RowArrays, row: int, sample: tuple[bytes, Sequence[bytes]], *, uniforms: Sequence[float]
+    ) -> None:
+        image, members = sample
+        caption = self._captions(members, uniform=uniforms[CAPTION_WORD])
+        self._transform(image, uniforms=uniforms, out=arrays.images[row])  # last of what can fail
+        arrays.tokens[row], arrays.lengths[row], _ = self._tokenizer.encode_padded(caption)
+        arrays.valid[row] = True
 
-    def _find_substitute(self, slot: int) -> tuple[np.ndarray, str] | None:
+    def _fill_with_substitute(self, arrays: _RowArrays, row: int, slot: int, *, uniforms: Sequence[float]) -> None:
+        """Fill a row with the first usable substitute, which keeps the numbers of its slot; without one, leave it."""
         source, shards, indices = self._order.substitutes(slot, global_batch_size=self._global_batch_size)
         for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
             try:
-                return self._read(source, shard, index)
+                return self._fill(arrays, row, self._readers[source].read(shard, index), uniforms=uniforms)
             except BadSampleError:
                 continue
         return None
-
-
-def decode_caption(content: bytes) -> str:
-    """Return the caption in a `.txt` member.
-
-    Raises:
-        BadSampleError: it is empty, not UTF-8, or longer than 64 KiB.
-    """
-    if len(content) > _MAX_CAPTION_BYTES:
-        raise BadSampleError("caption_too_long")
-    try:
-        caption = content.decode("utf-8-sig").replace("\0", " ").strip()
-    except UnicodeDecodeError as error:
-        raise BadSampleError("caption_not_utf8") from error
-    if not caption:
-        raise BadSampleError("caption_empty")
-    return caption
 
 
 def _shared_zeros(*shape: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Decode a picture from its bytes to RGB, by what the bytes are and never by the file's name.
 
-`exact` decodes every pixel. Plain JPEGs go through simplejpeg, everything else through Pillow; both use libjpeg-turbo
-with the accurate transform, so the two paths agree. Transparency goes over white.
+Plain JPEGs go through simplejpeg, everything else through Pillow; both use libjpeg-turbo with the accurate transform,
+so the two paths agree on every pixel. A plain JPEG can also be decoded at 1/2, 1/4 or 1/8 of its size, which libjpeg
+does inside the inverse transform. Transparency goes over white, EXIF rotation is applied.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ MAX_ASPECT = 20
 # Pillow's other formats run interpreters, guess, or read other files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF") + (("AVIF",) if features.check("avif") else ())
 
+SCALE_FACTORS = (8, 4, 2, 1)
+
 _EXIF_ORIENTATION = 0x0112
+_FIRST_TRANSPOSED = 5  # orientations from here on exchange height and width
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})
 _START_OF_SCAN = 0xDA
 _APP1 = 0xE1
@@ -47,21 +51,67 @@ class JpegHeader(NamedTuple):
     orientation: int  # EXIF, 1 is upright
 
 
+class PlainJpeg:
+    """A JPEG that simplejpeg decodes, of acceptable size.
+
+    Args:
+        content: the file.
+        header: its header, with `simple` set.
+    """
+
+    def __init__(self, content: bytes, header: JpegHeader) -> None:
+        self._content = content
+        self._header = header
+        self.height, self.width = header.height, header.width
+        if header.orientation >= _FIRST_TRANSPOSED:
+            self.height, self.width = self.width, self.height  # of the upright picture
+
+    def decode(self, *, factor: int = 1) -> np.ndarray:
+        """Return the upright picture as uint8 [ceil(H / factor), ceil(W / factor), 3].
+
+        Factors are 1, 2, 4 and 8: libjpeg's other scales are slower than decoding every pixel.
+
+        Raises:
+            BadSampleError: the picture is damaged.
+        """
+        assert factor in SCALE_FACTORS
+        smallest = {}
+        if factor > 1:
+            smallest = {"min_height": -(-self._header.height // factor), "min_width": -(-self._header.width // factor)}
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                self._content, colorspace="RGB", fastdct=False, fastupsample=False, **smallest
+            )
+        except ValueError as error:
+            raise BadSampleError("undecodable") from error
+        return _upright(pixels, self._header.orientation)
+
+
+def open_plain_jpeg(content: bytes) -> PlainJpeg | None:
+    """Read the header of a JPEG; None for any other picture and for JPEGs that only Pillow decodes.
+
+    Raises:
+        BadSampleError: the picture is too large, too small or too narrow.
+    """
+    if content[:3] != b"\xff\xd8\xff":
+        return None
+    header = jpeg_header(content)
+    if header is None or not header.simple:
+        return None
+    check_pixels(header.width, header.height)
+    check_shape(header.width, header.height)
+    return PlainJpeg(content, header)
+
+
 def decode_image(content: bytes) -> np.ndarray:
     """Return the upright picture as uint8 [H, W, 3], RGB, transparency over white.
 
     Raises:
         BadSampleError: the picture is damaged, of an unknown format, too large, too small or too narrow.
     """
-    if content[:3] == b"\xff\xd8\xff":
-        header = jpeg_header(content)
-        if header is not None and header.simple and header.orientation == 1:
-            check_pixels(header.width, header.height)
-            check_shape(header.width, header.height)
-            try:
-                return simplejpeg.decode_jpeg(content, colorspace="RGB", fastdct=False, fastupsample=False)
-            except ValueError as error:
-                raise BadSampleError("undecodable") from error
+    jpeg = open_plain_jpeg(content)
+    if jpeg is not None:
+        return jpeg.decode()
     image = open_image(content)
     check_shape(*image.size)
     try:
@@ -139,6 +189,17 @@ def _scale_to_uint8(image: Image.Image) -> np.ndarray:
         values = np.nan_to_num(values)
         low, high = float(values.min()), float(values.max())
     return np.rint((values - low) * (255.0 / (high - low or 1.0))).astype(np.uint8)
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation: 2-4 mirror and turn by 180 degrees, 5-8 also exchange the axes."""
+    if orientation in (3, 4, 6, 7):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 7, 8):
+        pixels = pixels[:, ::-1]
+    if orientation >= _FIRST_TRANSPOSED:
+        pixels = pixels.transpose(1, 0, 2)
+    return np.ascontiguousarray(pixels)
 
 
 def jpeg_header(content: bytes) -> JpegHeader | None:

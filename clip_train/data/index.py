@@ -2,25 +2,24 @@
 
 Beside each shard `NAME.tar` stands `NAME.idx`, 32 bytes per sample, and in each folder one `index.json` that lists its
 shards. Only pairs of a picture and a caption are samples; anything incomplete is counted and never gets a place in the
-order. File times are no part of an index, since they change on copy; sizes and hashes are.
+order. What a filter leaves out has no record either. File times are no part of an index, since they change on copy;
+sizes and hashes are.
+
+Which members hold captions (`.txt`, `.json` or both) decides what a sample is. Every choice has files of its own, so
+that runs with different captions share a folder: `NAME.idx` and `index.json` for `.txt`, `NAME.json.idx` and
+`index-json.json` for `.json`, `NAME.txt+json.idx` and `index-txt+json.json` for both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import zlib
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_train.data.tar import BLOCK, TarSample, read_samples
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:
@@ -30,24 +29,29 @@ if TYPE_CHECKING:
 INDEX_FORMAT = "clip-train-index"
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"
-CAPTION_EXTENSION = "txt"
+# What may hold captions, in the order in which an index and a reader hold them.
+CAPTION_EXTENSIONS = ("txt", "json")
+DEFAULT_CAPTIONS = ("txt",)
+CAPTION_CHOICES = (DEFAULT_CAPTIONS, ("json",), CAPTION_EXTENSIONS)
 # In order of preference, should a sample have several. The position + 1 is the kind stored in the index.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 HAS_CRC = 1
-RECORD = np.dtype(
-    [
-        ("image_block", "<u4"),  # content offsets in blocks of 512 bytes
-        ("caption_block", "<u4"),
-        ("image_length", "<u4"),  # bytes
-        ("caption_length", "<u4"),
-        ("image_crc32", "<u4"),  # valid if flags has HAS_CRC
-        ("caption_crc32", "<u4"),
-        ("image_kind", "<u2"),
-        ("flags", "<u2"),
-        ("zero", "<u4"),
-    ]
+_FIELDS = [
+    ("image_block", "<u4"),  # content offsets in blocks of 512 bytes
+    ("caption_block", "<u4"),
+    ("image_length", "<u4"),  # bytes
+    ("caption_length", "<u4"),
+    ("image_crc32", "<u4"),  # valid if flags has HAS_CRC
+    ("caption_crc32", "<u4"),
+    ("image_kind", "<u2"),
+    ("flags", "<u2"),
+    ("zero", "<u4"),
+]
+RECORD = np.dtype(_FIELDS)
+# With both caption members: the first is `caption_*`, the second `json_*`.
+RECORD_WITH_JSON = np.dtype(
+    [*_FIELDS, ("json_block", "<u4"), ("json_length", "<u4"), ("json_crc32", "<u4"), ("zero2", "<u4")]
 )
-_JOBS_PAY_FROM = 8  # shards; below that, starting processes costs more than it saves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,77 +62,51 @@ class ShardEntry:
     n: int  # samples
     bytes: int  # size of the tar
     idx_sha256: str
+    captions: tuple[str, ...] = DEFAULT_CAPTIONS  # extensions of the members that hold them
+    filter_sha256: str | None = None  # of one bit per pair, whether it was kept; None if nothing was filtered
+    index_dir: Path | None = None  # as for `index_folder`
 
     @property
     def idx_path(self) -> Path:
         """Where the sample records of the shard are."""
-        return idx_path(self.path)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexSummary:
-    """What an index pass found."""
-
-    shards: tuple[ShardEntry, ...]
-    skipped: dict[str, int]  # incomplete samples by what they consist of, such as "jpg" or "cls+jpg"
+        return idx_path(self.path, captions=self.captions, index_dir=self.index_dir)
 
     @property
-    def num_samples(self) -> int:
-        """Samples of all shards."""
-        return sum(shard.n for shard in self.shards)
-
-    def __str__(self) -> str:
-        left_out = "".join(f"; {count:,} with only {parts} left out" for parts, count in self.skipped.items())
-        shards = "1 shard" if len(self.shards) == 1 else f"{len(self.shards):,} shards"
-        return f"{self.num_samples:,} samples in {shards}{left_out}"
+    def record(self) -> np.dtype:
+        """Layout of a sample's record."""
+        return record_layout(self.captions)
 
 
-def idx_path(shard: Path) -> Path:
+def index_folder(folder: Path, *, index_dir: Path | None) -> Path:
+    """Return where the index of a folder's shards is: in the folder, or at its full path below `index_dir`."""
+    return folder if index_dir is None else index_dir / folder.relative_to(folder.anchor)
+
+
+def idx_path(shard: Path, *, captions: tuple[str, ...] = DEFAULT_CAPTIONS, index_dir: Path | None = None) -> Path:
     """Return where the sample records of a shard are kept."""
-    return shard.with_suffix(".idx")
+    suffix = ".idx" if captions == DEFAULT_CAPTIONS else f".{'+'.join(captions)}.idx"
+    return index_folder(shard.parent, index_dir=index_dir) / shard.with_suffix(suffix).name
 
 
-def index_shards(shards: Sequence[Path], *, crc: bool = False, jobs: int | None = None) -> IndexSummary:
-    """Walk the shards, write their `.idx` files and list them in the `index.json` of their folders.
-
-    Args:
-        shards: the tars to index.
-        crc: also read every sample and store its crc32.
-        jobs: processes; None takes one per core if there are shards enough.
-
-    Raises:
-        IntegrityError: a shard is damaged, or no shard holds a pair of picture and caption.
-        UserError: a shard cannot be read or its folder cannot be written.
-    """
-    if jobs is None:
-        jobs = min(os.cpu_count() or 1, len(shards) // _JOBS_PAY_FROM + 1)
-    index_one = partial(_index_shard, crc=crc)
-    if jobs > 1:
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results = list(pool.map(index_one, shards))
-    else:
-        results = [index_one(shard) for shard in shards]
-    skipped = sum((missing for _, missing in results), Counter[str]())
-    summary = IndexSummary(shards=tuple(entry for entry, _ in results), skipped=dict(skipped))
-    if not summary.num_samples:
-        seen = ", ".join(f"{count:,} of {parts}" for parts, count in skipped.most_common(5)) or "none at all"
-        raise IntegrityError(
-            f"{_few(shards)}: no sample has both a picture ({', '.join(IMAGE_EXTENSIONS)}) and a caption "
-            f"({CAPTION_EXTENSION}); samples by extensions: {seen}"
-        )
-    by_folder: dict[Path, list[ShardEntry]] = {}
-    for entry in summary.shards:
-        by_folder.setdefault(entry.path.parent, []).append(entry)
-    for folder, entries in by_folder.items():
-        _write_listing(folder, entries)
-    return summary
+def listing_path(folder: Path, *, captions: tuple[str, ...] = DEFAULT_CAPTIONS, index_dir: Path | None = None) -> Path:
+    """Return where the shards of a folder are listed."""
+    name = INDEX_NAME if captions == DEFAULT_CAPTIONS else f"index-{'+'.join(captions)}.json"
+    return index_folder(folder, index_dir=index_dir) / name
 
 
-def load_index(shards: Sequence[Path]) -> tuple[list[ShardEntry], list[Path]]:
+def record_layout(captions: tuple[str, ...]) -> np.dtype:
+    """Return the layout of records for one caption member or for both."""
+    return RECORD if len(captions) == 1 else RECORD_WITH_JSON
+
+
+def load_index(
+    shards: Sequence[Path], *, captions: tuple[str, ...] = DEFAULT_CAPTIONS, index_dir: Path | None = None
+) -> tuple[list[ShardEntry], list[Path]]:
     """Return the entries of the shards that have an index, in the given order, and the shards that have none.
 
     Raises:
         IntegrityError: an index is damaged or of another version, or a shard or its `.idx` changed after indexing.
+        UserError: a shard without index for these captions is filtered in the index for others.
     """
     listings: dict[Path, dict[str, ShardEntry]] = {}
     entries: list[ShardEntry] = []
@@ -136,13 +114,14 @@ def load_index(shards: Sequence[Path]) -> tuple[list[ShardEntry], list[Path]]:
     for shard in shards:
         listing = listings.get(shard.parent)
         if listing is None:
-            listing = listings[shard.parent] = _read_listing(shard.parent)
+            listing = listings[shard.parent] = read_listing(shard.parent, captions=captions, index_dir=index_dir)
         entry = listing.get(shard.name)
         if entry is None or not entry.idx_path.exists():
             missing.append(shard)
             continue
         check_sizes(entry)
         entries.append(entry)
+    _refuse_unfiltered(missing, captions=captions, index_dir=index_dir)
     return entries, missing
 
 
@@ -161,16 +140,21 @@ def check_sizes(entry: ShardEntry) -> None:
             f"{entry.path} changed after indexing: size {entry.bytes} -> {size} bytes; if that is meant, "
             f"{_how_to_index(entry.path.parent)}"
         )
-    if idx_size != entry.n * RECORD.itemsize:
+    if idx_size != entry.n * entry.record.itemsize:
         raise IntegrityError(
-            f"{entry.idx_path} has {idx_size} bytes, not {RECORD.itemsize} for each of {entry.n} samples: "
+            f"{entry.idx_path} has {idx_size} bytes, not {entry.record.itemsize} for each of {entry.n} samples: "
             f"{_how_to_index(entry.path.parent)}"
         )
 
 
-def fingerprint(names_counts_sizes: Iterable[tuple[str, int, int]]) -> str:
-    """Return the sha256 that identifies a list of shards by names, sample counts and sizes."""
-    lines = "".join(f"{name}\t{n}\t{size}\n" for name, n, size in names_counts_sizes)
+def fingerprint(named_shards: Iterable[tuple[str, ShardEntry]], *, captions: tuple[str, ...] = DEFAULT_CAPTIONS) -> str:
+    """Return the sha256 that identifies a list of shards by names, sample counts, sizes, filters, caption members."""
+    lines = ""
+    for name, shard in named_shards:
+        filtered = f"\t{shard.filter_sha256}" if shard.filter_sha256 else ""
+        lines += f"{name}\t{shard.n}\t{shard.bytes}{filtered}\n"
+    if captions != DEFAULT_CAPTIONS:
+        lines += f"captions\t{'+'.join(captions)}\n"
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -182,75 +166,61 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("wb") as file:
+        write_synced(part, content)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(_cannot_write(path, error)) from error
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk, making its folder if needed.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): shards need their index beside them; "
-            "index them where the folder is writable"
-        ) from error
+        raise UserError(_cannot_write(path, error)) from error
 
 
-def _index_shard(path: Path, *, crc: bool) -> tuple[ShardEntry, Counter[str]]:
-    rows: list[tuple[int, ...]] = []
-    incomplete: Counter[str] = Counter()
-    for sample in read_samples(path):
-        row = _record(sample)
-        if row is None:
-            incomplete["+".join(sorted(sample.members))] += 1
-        else:
-            rows.append(row)
-    records = np.array(rows, dtype=RECORD) if rows else np.empty(0, dtype=RECORD)
-    if crc:
-        _add_crcs(path, records)
-    content = records.tobytes()
-    write_atomically(idx_path(path), content)
-    entry = ShardEntry(
-        path=path, n=len(records), bytes=path.stat().st_size, idx_sha256=hashlib.sha256(content).hexdigest()
-    )
-    return entry, incomplete
-
-
-def _record(sample: TarSample) -> tuple[int, ...] | None:
-    caption = sample.members.get(CAPTION_EXTENSION)
-    if caption is None:
-        return None
-    for kind, extension in enumerate(IMAGE_EXTENSIONS, start=1):
-        image = sample.members.get(extension)
-        if image is not None:
-            return image.offset // BLOCK, caption.offset // BLOCK, image.size, caption.size, 0, 0, kind, 0, 0
-    return None
-
-
-def _add_crcs(path: Path, records: np.ndarray) -> None:
-    with path.open("rb") as file:
-        for record in records:
-            for part in ("image", "caption"):
-                file.seek(int(record[f"{part}_block"]) * BLOCK)
-                record[f"{part}_crc32"] = zlib.crc32(file.read(int(record[f"{part}_length"])))
-    records["flags"] |= HAS_CRC
-
-
-def _write_listing(folder: Path, entries: list[ShardEntry]) -> None:
+def write_listing(
+    folder: Path, entries: Sequence[ShardEntry], *, captions: tuple[str, ...], index_dir: Path | None
+) -> None:
     """List the entries in the folder's index, beside shards that were indexed earlier and still exist."""
-    listed = {name: entry for name, entry in _read_listing(folder).items() if entry.path.exists()}
+    earlier = read_listing(folder, captions=captions, index_dir=index_dir)
+    listed = {name: entry for name, entry in earlier.items() if entry.path.exists()}
     listed.update((entry.path.name, entry) for entry in entries)
     shards = [listed[name] for name in sorted(listed, key=os.fsencode)]
     document = {
         "format": INDEX_FORMAT,
         "version": INDEX_VERSION,
-        "shards": [{"name": s.path.name, "n": s.n, "bytes": s.bytes, "idx_sha256": s.idx_sha256} for s in shards],
+        "captions": "+".join(captions),
+        "shards": [
+            {"name": s.path.name, "n": s.n, "bytes": s.bytes, "idx_sha256": s.idx_sha256}
+            | ({"filter_sha256": s.filter_sha256} if s.filter_sha256 else {})
+            for s in shards
+        ],
         "N": sum(s.n for s in shards),
-        "fingerprint": fingerprint((s.path.name, s.n, s.bytes) for s in shards),
+        "fingerprint": fingerprint(((s.path.name, s) for s in shards), captions=captions),
     }
-    write_atomically(folder / INDEX_NAME, (json.dumps(document, indent=1) + "\n").encode())
+    path = listing_path(folder, captions=captions, index_dir=index_dir)
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
-def _read_listing(folder: Path) -> dict[str, ShardEntry]:
-    path = folder / INDEX_NAME
+def read_listing(
+    folder: Path, *, captions: tuple[str, ...] = DEFAULT_CAPTIONS, index_dir: Path | None = None
+) -> dict[str, ShardEntry]:
+    """Return the entries of a folder's index by the names of the shards; none if there is no index.
+
+    Raises:
+        IntegrityError: the index is damaged or of another version.
+    """
+    path = listing_path(folder, captions=captions, index_dir=index_dir)
     try:
         document: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -265,7 +235,13 @@ def _read_listing(folder: Path) -> dict[str, ShardEntry]:
             )
         return {
             row["name"]: ShardEntry(
-                path=folder / row["name"], n=row["n"], bytes=row["bytes"], idx_sha256=row["idx_sha256"]
+                path=folder / row["name"],
+                n=row["n"],
+                bytes=row["bytes"],
+                idx_sha256=row["idx_sha256"],
+                captions=captions,
+                filter_sha256=row.get("filter_sha256"),
+                index_dir=index_dir,
             )
             for row in document["shards"]
         }
@@ -277,5 +253,20 @@ def _how_to_index(folder: Path) -> str:
     return f"run `clip-train shards index {folder}`"
 
 
-def _few(paths: Sequence[Path]) -> str:
-    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+def _refuse_unfiltered(shards: Sequence[Path], *, captions: tuple[str, ...], index_dir: Path | None) -> None:
+    """Shards that are filtered for other captions must not come back whole without being asked for."""
+    for other in CAPTION_CHOICES:
+        for folder in {shard.parent for shard in shards} if other != captions else ():
+            listing = read_listing(folder, captions=other, index_dir=index_dir)
+            if any(s.name in listing and listing[s.name].filter_sha256 for s in shards if s.parent == folder):
+                raise UserError(
+                    f"{folder} is filtered for captions from {'+'.join(other)}, but not yet indexed for captions from "
+                    f"{'+'.join(captions)}: {_how_to_index(folder)} with --captions {'+'.join(captions)} and the filter"
+                )
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return (
+        f"{path} cannot be written ({error.strerror or error}): for folders that are read-only, keep the index "
+        "elsewhere with --index-dir and data.index_dir"
+    )

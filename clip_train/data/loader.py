@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from clip_train.data.captions import CaptionChooser
     from clip_train.data.source import Source
     from clip_train.data.transforms import TrainTransform
     from clip_train.distributed.world import World
@@ -51,7 +52,8 @@ class TrainStream:
         seed: seed of the order and of every crop.
         global_batch_size: samples of a step over all ranks.
         tokenizer: turns captions into ids.
-        transform: geometry of the pictures.
+        captions: draws the caption of a sample.
+        transform: decodes, crops and augments a picture.
         workers: loader processes of this rank; 0 loads in the trainer's process.
         lanes, window: see data/order.py.
         substitute: replace unusable samples where possible, else mask them.
@@ -63,8 +65,8 @@ class TrainStream:
 
     def __init__(
         self, sources: Sequence[Source], *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer,
-        transform: TrainTransform, workers: int, lanes: int, window: int, substitute: bool, max_bad_fraction: float,
-        weights: Sequence[float] | None = None,
+        captions: CaptionChooser, transform: TrainTransform, workers: int, lanes: int, window: int, substitute: bool,
+        max_bad_fraction: float, weights: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         assert global_batch_size % world.size == 0
         self.num_samples = sum(source.num_samples for source in sources)
@@ -86,7 +88,7 @@ class TrainStream:
         self._warn_of_duplicates_in_a_batch()
         self._dataset = SampleDataset(
             sources, order=self._order, seed=seed, global_batch_size=global_batch_size, substitute=substitute,
-            transform=transform, tokenizer=tokenizer,
+            transform=transform, captions=captions, tokenizer=tokenizer,
         )  # fmt: skip
         self._bad = _BadSamples(max_bad_fraction)
         self._batches: Generator[Batch, None, None] | None = None

@@ -9,7 +9,7 @@ import zlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
-from clip_train.data.index import HAS_CRC, RECORD, ShardEntry
+from clip_train.data.index import HAS_CRC, ShardEntry
 from clip_train.data.tar import BLOCK
 from clip_train.errors import IntegrityError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from clip_train.data.source import Source
 
 _RECORD = struct.Struct("<6I2HI")
+_SECOND_CAPTION = struct.Struct("<4I")
 _NAME_LENGTH = 100
 
 
@@ -41,31 +42,35 @@ class ShardReader:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._verified: set[int] = set()
 
-    def read(self, shard: int, index: int) -> tuple[bytes, bytes]:
-        """Return the picture's and the caption's bytes of a sample.
+    def read(self, shard: int, index: int) -> tuple[bytes, list[bytes]]:
+        """Return the bytes of a sample: its picture, and its members that hold captions in the order of the index.
 
         Raises:
             IntegrityError: a file vanished, changed after indexing, or fails its crc32.
         """
         entry = self._shards[shard]
+        size = entry.record.itemsize
         try:
             files = self._files(shard)
+            record = os.pread(files.idx, size, index * size)
             image_block, caption_block, image_length, caption_length, image_crc, caption_crc, _, flags, _ = (
-                _RECORD.unpack(os.pread(files.idx, _RECORD.size, index * _RECORD.size))
+                _RECORD.unpack_from(record)
             )
-            image = os.pread(files.tar, image_length, image_block * BLOCK)
-            caption = os.pread(files.tar, caption_length, caption_block * BLOCK)
+            parts = [(image_block, image_length, image_crc), (caption_block, caption_length, caption_crc)]
+            if len(entry.captions) > 1:
+                parts.append(_SECOND_CAPTION.unpack_from(record, _RECORD.size)[:3])
+            contents = [os.pread(files.tar, length, block * BLOCK) for block, length, _ in parts]
         except (OSError, struct.error) as error:
             raise IntegrityError(f"{entry.path}, sample {index}: {error}") from error
-        has_crc = bool(flags & HAS_CRC)
-        _check(entry, image_block, image, image_length, image_crc if has_crc else None)
-        _check(entry, caption_block, caption, caption_length, caption_crc if has_crc else None)
-        return image, caption
+        for (block, length, crc), content in zip(parts, contents, strict=True):
+            _check(entry, block, content, length, crc if flags & HAS_CRC else None)
+        return contents[0], contents[1:]
 
     def key(self, shard: int, index: int) -> str:
         """Return `shard.tar/member` of a sample, for messages. Member names are cut at 100 bytes."""
         files = self._files(shard)
-        image_block = _RECORD.unpack(os.pread(files.idx, _RECORD.size, index * _RECORD.size))[0]
+        start = index * self._shards[shard].record.itemsize
+        image_block = _RECORD.unpack(os.pread(files.idx, _RECORD.size, start))[0]
         header = os.pread(files.tar, _NAME_LENGTH, (image_block - 1) * BLOCK)
         name = header.split(b"\0", 1)[0].decode(errors="replace")
         return f"{self._shards[shard].path.name}/{name}"
@@ -114,7 +119,7 @@ class ShardReader:
         return files
 
     def _verify_records(self, entry: ShardEntry, idx: int) -> None:
-        records = os.pread(idx, entry.n * RECORD.itemsize + 1, 0)
+        records = os.pread(idx, entry.n * entry.record.itemsize + 1, 0)
         if hashlib.sha256(records).hexdigest() != entry.idx_sha256:
             raise IntegrityError(
                 f"{entry.idx_path} does not match its hash: run `clip-train shards index {entry.path.parent}`"

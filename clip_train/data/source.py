@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_train.data.index import ShardEntry, fingerprint, index_shards, load_index
+from clip_train.data.index import DEFAULT_CAPTIONS, ShardEntry, fingerprint, load_index
+from clip_train.data.indexing import index_shards
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.errors import ClipTrainError, UserError
 
@@ -27,6 +28,7 @@ class Source:
     name: str
     root: Path
     shards: tuple[ShardEntry, ...]
+    captions: tuple[str, ...] = DEFAULT_CAPTIONS  # extensions of the members that hold captions
 
     @property
     def counts(self) -> list[int]:
@@ -40,8 +42,9 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 that changes with the names, the counts or the sizes of the shards, not with their folder."""
-        return fingerprint((s.path.relative_to(self.root).as_posix(), s.n, s.bytes) for s in self.shards)
+        """sha256 that changes with names, counts, sizes, filters and caption members, not with the shards' folder."""
+        listed = ((s.path.relative_to(self.root).as_posix(), s) for s in self.shards)
+        return fingerprint(listed, captions=self.captions)
 
 
 def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> list[Path]:
@@ -83,8 +86,19 @@ def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> li
     return _in_order(found, field=field)
 
 
-def open_source(patterns: str | Sequence[str], *, name: str, world: World, field: str) -> Source:
+def open_source(
+    patterns: str | Sequence[str], *, name: str, world: World, field: str,
+    captions: tuple[str, ...] = DEFAULT_CAPTIONS, index_dir: Path | None = None,
+) -> Source:  # fmt: skip
     """Open the shards that patterns name. Every rank calls it; rank 0 indexes the shards that have no index.
+
+    Args:
+        patterns: as for `expand_shards`.
+        name: of the source; decides its order.
+        world: all ranks.
+        field: what to call the patterns in messages.
+        captions: extensions of the members that hold captions; a sample has all of them.
+        index_dir: where the index is, None beside the shards.
 
     Raises:
         UserError: shards are missing, or their folder cannot be written and they have no index.
@@ -93,7 +107,7 @@ def open_source(patterns: str | Sequence[str], *, name: str, world: World, field
     outcome: Source | ClipTrainError | None = None
     if world.is_main:
         try:
-            outcome = _open(patterns, name=name, field=field)
+            outcome = _open(patterns, name=name, field=field, captions=captions, index_dir=index_dir)
         except ClipTrainError as error:
             outcome = error  # raised on every rank, so that none waits for the others
     outcome = broadcast_object(outcome, world=world)
@@ -103,16 +117,18 @@ def open_source(patterns: str | Sequence[str], *, name: str, world: World, field
     return outcome
 
 
-def _open(patterns: str | Sequence[str], *, name: str, field: str) -> Source:
+def _open(
+    patterns: str | Sequence[str], *, name: str, field: str, captions: tuple[str, ...], index_dir: Path | None
+) -> Source:
     shards = expand_shards(patterns, field=field)
-    entries, missing = load_index(shards)
+    entries, missing = load_index(shards, captions=captions, index_dir=index_dir)
     if missing:
         logger.info("%s: indexing %d of %d shards", field, len(missing), len(shards))
-        summary = index_shards(missing)
+        summary = index_shards(missing, captions=captions, index_dir=index_dir)
         for parts, count in summary.skipped.items():
             logger.warning("%s: %d samples have only %s and are left out", field, count, parts)
-        entries, _ = load_index(shards)
-    return Source(name=name, root=_common_folder(shards), shards=tuple(entries))
+        entries, _ = load_index(shards, captions=captions, index_dir=index_dir)
+    return Source(name=name, root=_common_folder(shards), shards=tuple(entries), captions=captions)
 
 
 def _in_order(paths: list[Path], *, field: str) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 BLOCK = 512
@@ -30,6 +30,10 @@ _UNSUPPORTED = {
 }  # fmt: skip
 # webdataset's rule (tariterators.base_plus_ext): the key ends at the first dot of the base name.
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)
+
+
+class _CutOffError(IntegrityError):
+    """A tar that ends too early; everything before its end can be trusted."""
 
 
 class Member(NamedTuple):
@@ -53,8 +57,12 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def read_samples(path: Path) -> Iterator[TarSample]:
+def read_samples(path: Path, *, on_cut: Callable[[str], None] | None = None) -> Iterator[TarSample]:
     """Yield the samples of a shard in file order.
+
+    Args:
+        path: the tar.
+        on_cut: called with the message if the file is cut off, instead of an error; the members before that are used.
 
     Raises:
         IntegrityError: the tar is damaged, a key comes back after another one, or a member is repeated.
@@ -62,7 +70,7 @@ def read_samples(path: Path) -> Iterator[TarSample]:
     """
     finished: set[str] = set()
     current: TarSample | None = None
-    for member in walk_tar(path):
+    for member in walk_tar(path, on_cut=on_cut):
         parts = split_name(member.name)
         if parts is None:
             continue
@@ -81,8 +89,15 @@ def read_samples(path: Path) -> Iterator[TarSample]:
         yield current
 
 
-def walk_tar(path: Path) -> Iterator[Member]:
+def walk_tar(path: Path, *, on_cut: Callable[[str], None] | None = None) -> Iterator[Member]:
     """Yield the regular members of a tar in file order: ustar, GNU long names, PAX paths and sizes, base-256 sizes.
+
+    A file that ends between two members, without the end marker, counts as cut off: nothing tells it from a shard
+    that lost its tail there.
+
+    Args:
+        path: the tar.
+        on_cut: called with the message if the file is cut off, instead of an error; what came before is yielded.
 
     Raises:
         IntegrityError: a header checksum is wrong, the end marker of two zero blocks is missing or is followed by
@@ -95,6 +110,10 @@ def walk_tar(path: Path) -> Iterator[Member]:
                 raise IntegrityError(f"{path} is empty (0 bytes); a tar has at least its end marker")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 yield from _walk(path, data)
+    except _CutOffError as error:
+        if on_cut is None:
+            raise
+        on_cut(str(error))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -110,7 +129,9 @@ def _walk(path: Path, data: mmap.mmap) -> Iterator[Member]:
         content = position + BLOCK
         position = content + -(-stored_size // BLOCK) * BLOCK
         if position > len(data):
-            raise _damaged(path, content, f"the file is cut off: a member of {stored_size} bytes begins here")
+            raise _CutOffError(
+                f"{path} at byte {content}: the file is cut off: a member of {stored_size} bytes begins here"
+            )
         if kind in _EXTENDED:
             payload = data[content : content + stored_size]
             if kind == b"L":
@@ -129,7 +150,8 @@ def _walk(path: Path, data: mmap.mmap) -> Iterator[Member]:
 def _kind_and_size(path: Path, header: bytes, position: int) -> tuple[bytes, int]:
     """Check a header and return the member's type flag and stored size."""
     if len(header) < BLOCK:
-        raise _damaged(path, position, f"the file is cut off: there is no end marker{_guess(header, position)}")
+        error = _CutOffError if position else IntegrityError  # what is not even one block is no tar
+        raise error(f"{path} at byte {position}: the file is cut off: there is no end marker{_guess(header, position)}")
     if not _checksum_is_right(header):
         raise _damaged(path, position, f"the header checksum is wrong{_guess(header, position)}")
     kind, size = header[156:157], _number(header[124:136])
@@ -149,7 +171,7 @@ def _kind_and_size(path: Path, header: bytes, position: int) -> tuple[bytes, int
 def _check_end(path: Path, data: mmap.mmap, position: int) -> None:
     """Two zero blocks end a tar; whatever follows must be padding."""
     if len(data) - position < 2 * BLOCK:
-        raise _damaged(path, position, "the file is cut off inside its end marker")
+        raise _CutOffError(f"{path} at byte {position}: the file is cut off inside its end marker")
     for start in range(position, len(data), 1 << 20):
         piece = data[start : start + (1 << 20)]
         if piece.count(0) != len(piece):

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
-from clip_train.data.decode import to_rgb
+from clip_train.data.decode import SCALE_FACTORS, decode_image, open_plain_jpeg, to_rgb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
 # The words of a sample's Philox stream, each used for one thing only, so that a new use never shifts an old one.
-CAPTION_WORD = 0
+CAPTION_WORD = 0  # which field, and which item of a list
 CROP_WORDS = range(1, 41)  # ten attempts of (area, ratio, x, y)
 FLIP_WORD = 41
 SUBSTITUTION_WORD = 42
-NUM_WORDS = 64  # 43-63 are reserved
+JITTER_WORDS = range(43, 47)  # brightness, contrast, saturation, hue
+JITTER_ORDER_WORD = 47
+RANDAUGMENT_WORDS = range(48, 64)  # eight times (operation, sign)
+# All words are given out: a new use derives its numbers from those of a use that it excludes, or from a second key.
+NUM_WORDS = 64
 
 _RATIO = (3 / 4, 4 / 3)
 _LOG_RATIO = (math.log(_RATIO[0]), math.log(_RATIO[1]))
@@ -35,30 +41,74 @@ class Crop(NamedTuple):
     width: int
 
 
+class Augmentation(Protocol):
+    """A random change of a picture."""
+
+    def __call__(self, image: Tensor, *, uniforms: Sequence[float]) -> Tensor:
+        """Return a changed `image` [3, H, W] uint8, a pure function of the picture and the sample's numbers."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainTransform:
-    """Random resized crop and flip, a pure function of the picture and of the sample's numbers.
+    """From a file's bytes to the pixels of a row, a pure function of the bytes and of the sample's numbers.
 
     Args:
         image_size: side of the result in pixels.
         crop_scale: smallest and largest share of the area that a crop keeps.
         flip: mirror half of the pictures.
+        decode_floor: decode large JPEGs at 1/2, 1/4 or 1/8 as long as the crop keeps this many times `image_size`
+            pixels on each side; None decodes every pixel.
+        augmentations: applied in turn to the resized crop.
     """
 
     image_size: int
     crop_scale: tuple[float, float] = (0.9, 1.0)
     flip: bool = False
+    decode_floor: float | None = None
+    augmentations: tuple[Augmentation, ...] = ()
 
-    def __call__(self, image: np.ndarray, *, uniforms: Sequence[float], out: np.ndarray) -> None:
-        """Crop and resize `image` [H, W, 3] into `out` [S, S, 3], both uint8."""
-        crop = random_crop(image.shape[0], image.shape[1], uniforms=uniforms, scale=self.crop_scale)
-        cropped = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    def __call__(self, content: bytes, *, uniforms: Sequence[float], out: np.ndarray) -> None:
+        """Decode, crop and resize a picture into `out` [S, S, 3] uint8, which stays as it is if that fails.
+
+        Raises:
+            BadSampleError: the picture cannot be used.
+        """
+        resize_into(self._decode_crop(content, uniforms), out=out)
+        row = torch.from_numpy(out).permute(2, 0, 1)  # [3, S, S], a view of `out`
         if self.flip and uniforms[FLIP_WORD] < 0.5:
-            cropped = cropped[:, ::-1]
-        if cropped.shape == out.shape:
-            out[:] = cropped
+            row.copy_(row.flip(-1))
+        if self.augmentations:
+            image = row.contiguous()
+            for augmentation in self.augmentations:
+                image = augmentation(image, uniforms=uniforms)
+            row.copy_(image)
+
+    def _decode_crop(self, content: bytes, uniforms: Sequence[float]) -> np.ndarray:
+        jpeg = open_plain_jpeg(content)
+        if jpeg is None:
+            pixels = decode_image(content)
+            crop = random_crop(*pixels.shape[:2], uniforms=uniforms, scale=self.crop_scale)
         else:
-            resize_into(cropped, out=out)
+            crop = random_crop(jpeg.height, jpeg.width, uniforms=uniforms, scale=self.crop_scale)
+            factor = self._scale_factor(crop)
+            pixels = jpeg.decode(factor=factor)
+            if factor > 1:
+                crop = scaled_crop(crop, factor=factor)
+        return pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+
+    def _scale_factor(self, crop: Crop) -> int:
+        if self.decode_floor is None:
+            return 1
+        needed = self.decode_floor * self.image_size
+        return next((f for f in SCALE_FACTORS if min(scaled_crop(crop, factor=f)[2:]) >= needed), 1)
+
+
+def scaled_crop(crop: Crop, *, factor: int) -> Crop:
+    """Return the crop of a picture reduced by `factor` that is nearest to `crop` of the whole one."""
+    top, left, bottom, right = (
+        (edge + factor // 2) // factor for edge in (crop.top, crop.left, crop.top + crop.height, crop.left + crop.width)
+    )
+    return Crop(top, left, bottom - top, right - left)
 
 
 def sample_uniforms(seed: int, slot: int) -> list[float]:
@@ -86,11 +136,14 @@ def random_crop(height: int, width: int, *, uniforms: Sequence[float], scale: tu
 
 
 def resize_into(image: np.ndarray, *, out: np.ndarray) -> None:
-    """Resize `image` [H, W, 3] into `out` [h, w, 3], both uint8, antialiased bicubic.
+    """Resize `image` [H, W, 3] into `out` [h, w, 3], both uint8, antialiased bicubic; equal shapes are copied.
 
     torch's uint8 kernel is six times faster than Pillow's and differs from it by rounding only (over 65 dB). The
     operator behind `interpolate` is called directly, because it alone can write rows of [H, W, 3] without a copy.
     """
+    if image.shape == out.shape:
+        out[:] = image
+        return
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).unsqueeze(0)  # [1, 3, H, W]
     target = torch.from_numpy(out).permute(2, 0, 1).unsqueeze(0)  # [1, 3, h, w]
     torch.ops.aten._upsample_bicubic2d_aa.out(pixels, target.shape[2:], False, None, None, out=target)

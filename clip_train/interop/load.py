@@ -17,20 +17,24 @@ from clip_train.interop.open_clip import CONFIG_FILE, find_weights, read_config
 from clip_train.interop.weights import assign_weights, openai_config, read_weights, take_openai_integers
 from clip_train.model.config import ModelConfig
 from clip_train.model.zoo import available_models, model_config
+from clip_train.tokenizer.config import TOKENIZERS, TokenizerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from clip_train.tokenizer.base import Tokenizer
 
 WEIGHT_CHOICES = ("auto", "ema", "raw")
 RUN_CONFIG_FILE = "config.yaml"
 
 
 class Source(NamedTuple):
-    """An architecture, its weights under native names, and where they came from."""
+    """An architecture, its weights under native names, where they came from, and the tokenizer if not CLIP's."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]
     origin: Path
+    tokenizer: Tokenizer | None = None
 
 
 def load(
@@ -66,7 +70,7 @@ def load(
         raise UserError("jit=True: there is no scripted variant, pass jit=False")
     source = read_source(name_or_path, weights=weights, model=model, cache_dir=download_root)
     with torch.device("meta"):
-        loaded = LoadedModel(source.config)
+        loaded = LoadedModel(source.config, tokenizer=source.tokenizer)
     assign_weights(loaded, source.tensors, origin=str(source.origin))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,13 +122,17 @@ def _read_run(path: Path, *, weights: str) -> Source:
     if weights == "ema" and not has_average:
         raise UserError(f"{checkpoint}: weights=ema, but the run keeps no moving average (optim.ema_decay)")
     part = "ema" if has_average and weights != "raw" else "model"
-    return Source(_run_config(checkpoint / RUN_CONFIG_FILE), load_tensors(checkpoint, part), checkpoint)
+    config, tokenizer = _run_config(checkpoint / RUN_CONFIG_FILE)
+    built = tokenizer.build(context_length=config.text.context_length, kept_in=checkpoint)
+    return Source(config, load_tensors(checkpoint, part), checkpoint, built)
 
 
-def _run_config(path: Path) -> ModelConfig:
+def _run_config(path: Path) -> tuple[ModelConfig, TokenizerConfig]:
     try:
         values = cast("DictConfig", OmegaConf.load(path))
         merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), values["model"])
-        return cast("ModelConfig", OmegaConf.to_object(merged))
+        chosen = values.get("tokenizer", {"name": "clip"})
+        tokenizer = OmegaConf.merge(OmegaConf.structured(TOKENIZERS[chosen["name"]]), chosen)
+        return cast("ModelConfig", OmegaConf.to_object(merged)), cast("TokenizerConfig", OmegaConf.to_object(tokenizer))
     except (OSError, KeyError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not the config of a run ({str(error).splitlines()[0]})") from error

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from clip_train.data.transforms import preprocess_pixels
 from clip_train.model.clip import CLIP
-from clip_train.tokenizer.bpe import ClipTokenizer
+from clip_train.tokenizer.config import ClipTokenizerConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from clip_train.model.config import ModelConfig
+    from clip_train.tokenizer.base import Tokenizer
 
 
 class LoadedModel(CLIP):
@@ -30,9 +31,10 @@ class LoadedModel(CLIP):
         logit_scale: [] log of the inverse temperature; use `.exp()`.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> None:
+        """Make the towers; without a tokenizer the model has CLIP's."""
         super().__init__(config)
-        self.tokenize = ClipTokenizer(config.text.context_length)
+        self.tokenize = tokenizer or ClipTokenizerConfig().build(context_length=config.text.context_length)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -100,6 +100,13 @@ class Metrics:
         if self.sinks is not None:
             self.sinks.write(row, step=step, samples_seen=samples_seen)
 
+    def rewind(self, step: int) -> None:
+        """Forget what was added, and the rows after `step`: those steps are taken again."""
+        self.sums, self.num_added, self.seconds_waiting, self.flops = {}, 0, 0.0, 0.0
+        self.window_start = time.monotonic()
+        if self.sinks is not None:
+            self.sinks.rewind(step)
+
     def restart_window(self) -> None:
         """Leave the time since the last log row out of the rates, after an evaluation or a save."""
         if self.num_added == 0:

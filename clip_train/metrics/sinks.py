@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from clip_train.errors import UserError
 from clip_train.metrics.config import LoggingConfig, WandbMode
@@ -28,6 +28,9 @@ class Sink(Protocol):
     def write(self, row: Row, *, step: int) -> None:
         """Append a row: `step`, `samples_seen`, `time` and the values by name."""
 
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`."""
+
     def close(self) -> None:
         """Flush and close."""
 
@@ -39,14 +42,26 @@ class JsonLines:
 
     def __init__(self, run_dir: Path, *, start_step: int) -> None:
         self.path = run_dir / self.name
-        _drop_rows_after(self.path, start_step)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = self._continue_after(start_step)
 
     def write(self, row: Row, *, step: int) -> None:
         # JSON has no NaN; a lost value reads null, so that every line stays valid JSON.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.file.write(json.dumps(clean, default=float) + "\n")
         self.file.flush()
+
+    def rewind(self, step: int) -> None:
+        self.file.close()
+        self.file = self._continue_after(step)
+
+    def _continue_after(self, step: int) -> TextIO:
+        """A killed attempt may have logged steps that the resumed one takes again: they must not appear twice."""
+        if self.path.exists():
+            rows = [row for row in read_metrics(self.path.parent) if row["step"] <= step]
+            part = self.path.with_suffix(".part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            part.replace(self.path)
+        return self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         try:
@@ -77,6 +92,9 @@ class Wandb:
     def write(self, row: Row, *, step: int) -> None:
         self.run.log(dict(row), step=step)
 
+    def rewind(self, step: int) -> None:
+        pass  # wandb keeps the first row of a step and drops later ones by itself
+
     def close(self) -> None:
         self.run.finish()
 
@@ -87,16 +105,23 @@ class TensorBoard:
     name = "tensorboard"
 
     def __init__(self, run_dir: Path, *, start_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError('logging.tensorboard=true needs: pip install "clip-train[tensorboard]"') from error
-        self.writer = SummaryWriter(str(run_dir / self.name), purge_step=start_step + 1)
+        self.folder = str(run_dir / self.name)
+        self.writer: Any = None
+        self.rewind(start_step)
 
     def write(self, row: Row, *, step: int) -> None:
         for name, value in row.items():
             if "/" in name:  # step, samples_seen and time are not measurements
                 self.writer.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError('logging.tensorboard=true needs: pip install "clip-train[tensorboard]"') from error
+        if self.writer is not None:
+            self.writer.close()
+        self.writer = SummaryWriter(self.folder, purge_step=step + 1)
 
     def close(self) -> None:
         self.writer.close()
@@ -147,6 +172,11 @@ class Sinks:
                 say(f"{sink.name} is switched off for the rest of this run: {error}")
                 self.others.remove(sink)
 
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step` wherever that can be done."""
+        for sink in (self.rows, *self.others):
+            sink.rewind(step)
+
     def close(self) -> None:
         """Flush and close every sink."""
         for sink in (self.rows, *self.others):
@@ -169,13 +199,3 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-def _drop_rows_after(path: Path, step: int) -> None:
-    """A killed attempt may have logged steps that the resumed one takes again: they must not appear twice."""
-    if not path.exists():
-        return
-    rows = [row for row in read_metrics(path.parent) if row["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)

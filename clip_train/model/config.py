@@ -130,7 +130,10 @@ class TextConfig:
     context_length: int = 77
     """Tokens of the longest caption, start and end token included."""
     vocab_size: int = 49408
-    """Rows of the token embedding; the tokenizer's vocabulary."""
+    """Rows of the token embedding. In training the tokenizer sets it."""
+    end_id: int | None = None
+    """Id of the token at which a caption is read, at its first place; null: the largest id of the caption, as in CLIP.
+    In training the tokenizer sets it."""
     width: int = 512
     """Channels of the residual stream."""
     layers: int = 12
@@ -143,11 +146,9 @@ class TextConfig:
     """Whether a token sees only what precedes it. Without, it sees the whole context, padding too, as in SigLIP."""
     pool: TextPool = TextPool.end
     """The position that is read: the `end` token, or the `last` one of the context, as in SigLIP."""
-    end_id: int | None = None
-    """Id of the token that ends a caption, for `pool=end`: its first occurrence is read. null: the largest id of each
-    caption, as in OpenAI CLIP, whose end token is the vocabulary's last."""
     pad_id: int = 0
-    """Id that fills the context after a caption; matters where padding is seen (`causal=false`, `pool=last`)."""
+    """Id that fills the context after a caption; matters where padding is seen (`causal=false`, `pool=last`). In
+    training the tokenizer sets it."""
     proj_bias: bool = False
     """Whether the projection to the shared embedding has a bias, as in SigLIP."""
     norm_eps: float = 1e-5

@@ -162,7 +162,11 @@ class TextTransformer(nn.Module):
         missing = self.context_length - tokens.shape[1]
         if missing >= 0:
             return F.pad(tokens, (0, missing), value=self.text.pad_id) if self.text.sees_padding else tokens
-        if (tokens[:, self.context_length :] != self.text.pad_id).any():
+        if self.text.sees_padding:
+            too_long = tokens[:, self.context_length :] != self.text.pad_id
+        else:
+            too_long = self._ends(tokens) >= self.context_length
+        if too_long.any():
             raise UserError(
                 f"a caption is longer than the model's context of {self.context_length} tokens: "
                 f"tokenize with context_length={self.context_length}, truncate=True"

@@ -144,7 +144,7 @@ class ReadingBlock(ResidualAttentionBlock):
         elif positions is None:
             residual, query = x[:, 0], normed[:, 0]
         else:
-            rows = torch.arange(len(x), device=x.device)
+            rows = torch.arange(x.shape[0], device=x.device)  # len() would fix the batch of an exported graph
             residual, query = x[rows, positions], normed[rows, positions]
             mask = torch.arange(x.shape[1], device=x.device) <= positions[:, None] if causal else None
         residual = residual + self.ls_1(self.attn.from_one(query, normed, mask=mask, packing=packing))

@@ -63,7 +63,7 @@ class VisionTransformer(nn.Module):
         kernel = self.conv1.weight.permute(0, 2, 3, 1).flatten(1)
         x = F.linear(patches.to(kernel.dtype), kernel) + positions
         first = (self.class_embedding + self.positional_embedding[0]).to(x.dtype)
-        x = torch.cat([first.expand(len(x), 1, -1), x], dim=1)  # [B, T, width]
+        x = torch.cat([first.expand(x.shape[0], 1, -1), x], dim=1)  # [B, T, width]
         x = self.transformer(self.ln_pre(x))
         return self.ln_post(x) @ self.proj
 

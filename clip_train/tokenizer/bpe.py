@@ -10,28 +10,24 @@ so no caption can end itself.
 from __future__ import annotations
 
 import gzip
-import html
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
-import ftfy
-import numpy as np
 import regex
-import torch
 from torch import Tensor
+
+from clip_train.tokenizer.base import Tokenizer
+from clip_train.tokenizer.cleaning import clip as clean
 
 MERGES_FILE = Path(__file__).parent / "data" / "bpe_merges.txt.gz"
 NUM_BYTES = 256
 CACHED_WORDS = 1 << 16
 
 _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-_SPACE = regex.compile(r"\s+")
-# Nothing that ftfy or html.unescape would touch: printable ASCII without `&`, tab and newline.
-_PLAIN = regex.compile(r"[\t\n -%'-~]*")
 
 
-class ClipTokenizer:
+class ClipTokenizer(Tokenizer):
     """Turn captions into CLIP token ids. Instances can be pickled and are cheap to copy to workers."""
 
     def __init__(self, context_length: int = 77) -> None:
@@ -39,34 +35,13 @@ class ClipTokenizer:
         self._merges, self._symbols, self._byte_ids = _vocabulary()
         self.start_id = len(self._symbols)
         self.end_id = self.start_id + 1
+        self.pad_id = 0
         self.vocab_size = self.end_id + 1
         # Bounded: a loader's worker sees new words for as long as it lives.
         self._word_ids = lru_cache(maxsize=CACHED_WORDS)(self._merge_word)
 
     def __reduce__(self) -> tuple[type[ClipTokenizer], tuple[int]]:
         return ClipTokenizer, (self.context_length,)
-
-    def __call__(self, texts: str | list[str], *, context_length: int | None = None, truncate: bool = False) -> Tensor:
-        """Tokenize one caption or several: int64 [n, L], start and end token included, padded with 0.
-
-        Args:
-            texts: a caption or a list of captions.
-            context_length: L; the tokenizer's own if None.
-            truncate: cut a caption that does not fit, keeping the end token, instead of raising.
-
-        Raises:
-            RuntimeError: a caption does not fit and `truncate` is False, as in OpenAI CLIP.
-        """
-        length = self.context_length if context_length is None else context_length
-        texts = [texts] if isinstance(texts, str) else texts
-        tokens = np.zeros((len(texts), length), dtype=np.int64)
-        for row, text in zip(tokens, texts, strict=True):
-            used, truncated = self._fill(row, text)
-            if truncated and not truncate:
-                raise RuntimeError(
-                    f"{text!r} has {used} tokens, context_length={length}: shorten it or pass truncate=True"
-                )
-        return torch.from_numpy(tokens)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` without start and end token. Never contains a special id."""
@@ -75,12 +50,6 @@ class ClipTokenizer:
             ids += self._word_ids(word)
         return ids
 
-    def encode_padded(self, text: str) -> tuple[np.ndarray, int, bool]:
-        """Return tokens int64 [L] padded with 0, their number with both special tokens, and whether text was cut."""
-        tokens = np.zeros(self.context_length, dtype=np.int64)
-        used, truncated = self._fill(tokens, text)
-        return tokens, min(used, self.context_length), truncated
-
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids` up to the end token, in the tokenizer's cleaned spelling."""
         content = [int(i) for i in ids]
@@ -88,15 +57,6 @@ class ClipTokenizer:
             content = content[: content.index(self.end_id)]
         spelled = b"".join(self._symbols[i] for i in content if i != self.start_id)
         return spelled.decode("utf-8", errors="replace").rstrip(" ")
-
-    def _fill(self, row: np.ndarray, text: str) -> tuple[int, bool]:
-        ids = self.encode(text)
-        used = len(ids) + 2
-        content = ids[: len(row) - 2]
-        row[0] = self.start_id
-        row[1 : 1 + len(content)] = content
-        row[1 + len(content)] = self.end_id
-        return used, used > len(row)
 
     def _merge_word(self, word: str) -> tuple[int, ...]:
         ids = [self._byte_ids[byte] for byte in word.encode("utf-8")]
@@ -122,13 +82,6 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
 @cache
 def _shared_tokenizer() -> ClipTokenizer:
     return ClipTokenizer()
-
-
-def clean(text: str) -> str:
-    """Repair the encoding, unescape HTML twice, collapse white space, lower-case."""
-    if not _PLAIN.fullmatch(text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return _SPACE.sub(" ", text).strip().lower()
 
 
 def _apply_merge(ids: list[int], pair: tuple[int, int], merged: int) -> list[int]:

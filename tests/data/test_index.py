@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from clip_train.data.index import RECORD, index_shards, load_index
+from clip_train.data.index import RECORD, load_index
+from clip_train.data.indexing import index_shards
 from clip_train.data.reader import ShardReader
 from clip_train.data.shards.index import index_source
 from clip_train.data.source import expand_shards, open_source
@@ -30,7 +31,7 @@ def test_every_sample_equals_what_webdataset_reads(tmp_path):
         samples = list(webdataset.WebDataset(str(entry.path), shardshuffle=False))
         assert entry.n == len(samples)
         for index, sample in enumerate(samples):
-            assert reader.read(shard, index) == (sample["png"], sample["txt"])
+            assert reader.read(shard, index) == (sample["png"], [sample["txt"]])
             assert reader.key(shard, index) == f"{entry.path.name}/{sample['__key__']}.png"
     reader.close()
 

@@ -155,3 +155,26 @@ def test_scattered_and_repeated_members_are_refused(tmp_path, names, message):
     path = _tar(tmp_path / "x.tar", [(name, b"1") for name in names])
     with pytest.raises(IntegrityError, match=message):
         list(read_samples(path))
+
+
+def test_a_cut_file_gives_the_members_before_the_cut_where_that_is_asked_for(tmp_path):
+    path = _tar(tmp_path / "x.tar", list(_members(3)))
+    good = path.read_bytes()
+    members = list(walk_tar(path))
+    ends = [m.offset + -(-m.size // 512) * 512 for m in members]
+    for size in range(512, ends[-1] + 1024, 256):
+        path.write_bytes(good[:size])
+        messages: list[str] = []
+        assert list(walk_tar(path, on_cut=messages.append)) == [
+            m for m, e in zip(members, ends, strict=True) if e <= size
+        ]
+        assert len(messages) == 1 and "cut off" in messages[0]
+
+
+def test_other_damage_is_an_error_also_where_a_cut_is_allowed(tmp_path):
+    path = _tar(tmp_path / "x.tar", list(_members(3)))
+    data = bytearray(path.read_bytes())
+    data[list(walk_tar(path))[1].offset - 500] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="checksum"):
+        list(walk_tar(path, on_cut=lambda message: None))

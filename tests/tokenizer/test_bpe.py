@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from clip_train.tokenizer import bpe
+from clip_train.tokenizer import bpe, cleaning
 from clip_train.tokenizer.bpe import ClipTokenizer
-from clip_train.tokenizer.config import TokenizerConfig
+from clip_train.tokenizer.config import ClipTokenizerConfig
 
 GOLDEN = {
     "a photo of a cat": "320 1125 539 320 2368",
@@ -105,7 +105,7 @@ def test_cleaning_shortcut_changes_nothing():
     for _ in range(3000):
         text = "".join(rng.choices(alphabet, k=rng.randint(0, 30)))
         full = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-        assert bpe.clean(text) == " ".join(full.split()).lower()
+        assert cleaning.clip(text) == " ".join(full.split()).lower()
 
 
 def test_word_cache_is_bounded_and_a_pickled_tokenizer_starts_with_an_empty_one(tokenizer, monkeypatch):
@@ -145,4 +145,4 @@ def test_ids_equal_open_clip_on_random_text(tokenizer):
 
 
 def test_config_builds_a_tokenizer_of_the_models_context_length():
-    assert TokenizerConfig().build(context_length=32).context_length == 32
+    assert ClipTokenizerConfig().build(context_length=32).context_length == 32

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
-from clip_train.data.dataset import decode_caption
+from clip_train.data.captions import decode_caption
 from clip_train.data.decode import BadSampleError, decode_image, open_image
 from clip_train.data.index import IMAGE_EXTENSIONS
 from clip_train.data.shards.writer import SAMPLES_PER_SHARD, ShardSetWriter

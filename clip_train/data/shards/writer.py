@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, BinaryIO, Self
 
 import webdataset
 
-from clip_train.data.index import INDEX_NAME, IndexSummary, index_shards
+from clip_train.data.index import INDEX_NAME
+from clip_train.data.indexing import IndexSummary, index_shards
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:

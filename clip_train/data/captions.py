@@ -1,0 +1,107 @@
+"""Choose the caption of a sample, from its `.txt` or from fields of its `.json`."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from clip_train.data.decode import BadSampleError
+from clip_train.data.index import CAPTION_EXTENSIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from clip_train.data.config import CaptionField
+
+_MAX_BYTES = {"txt": 1 << 16, "json": 1 << 20}
+PLACE = "{}"  # where a template takes the caption
+
+
+class CaptionChooser:
+    """Draws one caption of a sample, a pure function of its members and of one number.
+
+    Args:
+        fields: where captions are, with the share of samples that each serves.
+        template: text around every caption, which replaces `{}`.
+    """
+
+    def __init__(self, fields: Sequence[CaptionField], *, template: str = PLACE) -> None:
+        self._fields = tuple(fields)
+        self._template = template
+        extensions = caption_extensions(fields)
+        self._members = [extensions.index(field.extension) for field in fields]
+        total = sum(field.weight for field in fields)
+        self._ends = [end / total for end in accumulate(field.weight for field in fields)]
+
+    def __call__(self, members: Sequence[bytes], *, uniform: float) -> str:
+        """Return the caption of a sample.
+
+        Args:
+            members: contents of the members that hold captions, in the order of `caption_extensions`.
+            uniform: in [0, 1). It decides the field; where in the field's share it lies decides among a list's items.
+
+        Raises:
+            BadSampleError: there is no such field, or its text is unusable.
+        """
+        number = min(bisect_right(self._ends, uniform), len(self._fields) - 1)
+        field, content = self._fields[number], members[self._members[number]]
+        if field.extension == "txt":
+            caption = decode_caption(content)
+        else:
+            start, end = ([0.0, *self._ends])[number : number + 2]
+            caption = _json_caption(content, path=field.path, uniform=(uniform - start) / (end - start))
+        return caption if self._template == PLACE else self._template.replace(PLACE, caption)
+
+
+def caption_extensions(fields: Sequence[CaptionField]) -> tuple[str, ...]:
+    """Return the members that fields need, in the order in which an index holds them."""
+    needed = {field.extension for field in fields}
+    return tuple(extension for extension in CAPTION_EXTENSIONS if extension in needed)
+
+
+def decode_caption(content: bytes) -> str:
+    """Return the caption in a `.txt` member, all of it.
+
+    Raises:
+        BadSampleError: it is empty, not UTF-8, or longer than 64 KiB.
+    """
+    return _clean(_decode(content, limit=_MAX_BYTES["txt"]))
+
+
+def _json_caption(content: bytes, *, path: Sequence[str], uniform: float) -> str:
+    text = _decode(content, limit=_MAX_BYTES["json"])
+    try:
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter of thousands of brackets
+        raise BadSampleError("caption_not_json") from error
+    for name in path:
+        if not isinstance(value, dict) or name not in value:
+            raise BadSampleError("caption_missing")
+        value = value[name]
+    if isinstance(value, list):
+        if not value:
+            raise BadSampleError("caption_missing")
+        value = value[min(int(uniform * len(value)), len(value) - 1)]
+    if value is None:
+        raise BadSampleError("caption_missing")
+    if not isinstance(value, str):
+        raise BadSampleError("caption_not_text")
+    return _clean(value)
+
+
+def _decode(content: bytes, *, limit: int) -> str:
+    if len(content) > limit:
+        raise BadSampleError("caption_too_long")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSampleError("caption_not_utf8") from error
+
+
+def _clean(caption: str) -> str:
+    caption = caption.replace("\0", " ").strip()
+    if not caption:
+        raise BadSampleError("caption_empty")
+    return caption

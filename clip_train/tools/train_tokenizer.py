@@ -1,0 +1,84 @@
+"""Learn a byte-pair vocabulary from the captions of shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from clip_train.data.source import expand_shards
+from clip_train.data.tar import read_samples
+from clip_train.errors import IntegrityError, UserError
+from clip_train.tokenizer.cleaning import CLEANERS
+from clip_train.tokenizer.config import Cleaning
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+SMALLEST_VOCABULARY = 256 + 2  # all bytes, start and end token
+# GPT-2's words, which carry the space before them; letters with the marks that many scripts write on them, single
+# digits as in CLIP.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
+
+
+def train_tokenizer(shards: str | Sequence[str], out: Path, *, vocab_size: int, cleaning: Cleaning) -> str:
+    """Write a `tokenizer.json` with the most frequent merges of the captions, and return how to train with it.
+
+    Byte-pair encoding (Sennrich et al. 2016) within words, on UTF-8 bytes, so that every text has ids and decodes to
+    itself. Ids: the bytes, the merges, the start token, the end token. The end has the largest id, where every library
+    that follows CLIP looks for it.
+
+    Raises:
+        UserError: no shards, a vocabulary too small for the bytes, or `out` exists.
+        IntegrityError: a shard is damaged, or no caption is in any.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"--vocab-size {vocab_size} must be at least {SMALLEST_VOCABULARY}: bytes, start and end token")
+    if out.exists():
+        raise UserError(f"{out} exists and is not replaced: a run may need it")
+    paths = expand_shards(shards, field="SHARDS")
+    tokenizer = Tokenizer(models.BPE())
+    # Every word carries a space, the first one too: a word has the same ids wherever it stands.
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+    )
+    counted = _Counted(paths, cleaning=cleaning)
+    tokenizer.train_from_iterator(counted, trainer)
+    if not counted.num_captions:
+        raise IntegrityError(f"{shards}: no sample has a .txt with a caption")
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out))
+    return (
+        f"{out}: {tokenizer.get_vocab_size():,} ids from {counted.num_captions:,} captions. Train with\n"
+        f"  tokenizer=huggingface tokenizer.path={out} tokenizer.cleaning={cleaning.value} "
+        f"'tokenizer.bos=\"{START}\"' 'tokenizer.eos=\"{END}\"'"
+    )
+
+
+class _Counted:
+    """The cleaned captions of shards, counted as they pass."""
+
+    def __init__(self, shards: Sequence[Path], *, cleaning: Cleaning) -> None:
+        self._shards, self._clean = shards, CLEANERS[cleaning.value]
+        self.num_captions = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for shard in self._shards:
+            with shard.open("rb") as file:
+                for sample in read_samples(shard):
+                    member = sample.members.get("txt")
+                    if member is None:
+                        continue
+                    file.seek(member.offset)
+                    caption = self._clean(file.read(member.size).decode("utf-8-sig", errors="replace"))
+                    if caption:
+                        self.num_captions += 1
+                        yield caption
