@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
+    from clip_train.data.cache import ShardCache
     from clip_train.data.dataset import Tokenizer
     from clip_train.data.loader import TrainStream
     from clip_train.data.source import Source
@@ -27,6 +29,39 @@ class Decode(StrEnum):
 class OnBad(StrEnum):
     substitute = "substitute"
     mask = "mask"
+
+
+class OnChange(StrEnum):
+    stop = "stop"
+    new_segment = "new_segment"
+
+
+class EpochEnd(StrEnum):
+    roll = "roll"
+    drop_last = "drop_last"
+
+
+@dataclass(slots=True, kw_only=True)
+class CacheConfig:
+    """Where remote shards (`https://`, `s3://` …) lie while they are read."""
+
+    dir: str = "~/.cache/clip-train/shards"
+    """Folder on a disk of each machine, shared by all of its processes."""
+    max_bytes: int = 200_000_000_000
+    """What the folder may hold, in bytes. Shards are evicted when no planned sample lies in them."""
+    counts_from_stats: bool = False
+    """Without an index beside the shards, believe img2dataset's `NAME_stats.json` instead of downloading every shard
+    once to count. Checked when a shard is first read: another number stops the run."""
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 1:
+            raise UserError(f"data.cache.max_bytes={self.max_bytes} must be positive")
+
+    def build(self) -> ShardCache:
+        """Return the cache, which is made at its first use."""
+        from clip_train.data.cache import ShardCache
+
+        return ShardCache(folder=Path(self.dir).expanduser().absolute(), max_bytes=self.max_bytes)
 
 
 class CaptionField(NamedTuple):
@@ -74,11 +109,18 @@ class DataConfig:
     on_bad: OnBad = OnBad.substitute
     """What stands in for a sample that cannot be decoded: another one of its window, or an empty, masked row."""
     max_bad_fraction: float = 0.01
-    """Share of a rank's last 10,000 samples that may be unusable before the run stops. 100 in a row always stop it."""
+    """Share of the last 10,000 samples that may be unusable before the run stops. 100 in a row always stop it."""
+    on_change: OnChange = OnChange.stop
+    """When a run continues with other shards, sources or weights than its checkpoint: `stop`, or `new_segment`, which
+    goes on with the new ones. Sources that did not change keep their place."""
+    epoch_end: EpochEnd = EpochEnd.roll
+    """`roll` lets a batch hold the end of one epoch and the start of the next. `drop_last` leaves out what does not
+    fill a batch, other samples in each epoch; it needs one source and a fixed global_batch_size."""
     lanes: int = 64
     """Parts of the data that are read side by side. More shuffle better, fewer read fewer shards at a time."""
     window: int = 32768
     """Samples of a lane that are shuffled together."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         if self.train is not None:
@@ -98,6 +140,8 @@ class DataConfig:
         self._check_augmentations()
         if self.workers < 0:
             raise UserError(f"data.workers={self.workers} must not be negative")
+        if self.epoch_end is EpochEnd.drop_last and self.train is not None and len(_patterns_by_source(self.train)) > 1:
+            raise UserError("data.epoch_end=drop_last needs one source; a mixture has no common end of an epoch")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
         for name in ("lanes", "window"):
@@ -150,10 +194,11 @@ class DataConfig:
             raise UserError("data.train is not set: name the shards, as in data.train='shards/train-{000..009}.tar'")
         by_source = _patterns_by_source(self.train)
         fields = {name: "data.train" if name == TRAIN_SOURCE else f"data.train.{name}.shards" for name in by_source}
-        return [
-            open_source(patterns, name=name, world=world, field=fields[name], captions=captions, index_dir=index_dir)
-            for name, (patterns, _) in by_source.items()
-        ]
+        open_one = partial(
+            open_source, world=world, captions=captions, index_dir=index_dir, cache=self.cache.build(),
+            counts_from_stats=self.cache.counts_from_stats,
+        )  # fmt: skip
+        return [open_one(patterns, name=name, field=fields[name]) for name, (patterns, _) in by_source.items()]
 
     def val_shards(self) -> list[Path]:
         """Return the held-out shards in order.
@@ -214,6 +259,8 @@ class DataConfig:
             window=self.window,
             substitute=self.on_bad == OnBad.substitute,
             max_bad_fraction=self.max_bad_fraction,
+            drop_last=self.epoch_end is EpochEnd.drop_last,
+            new_segment=self.on_change is OnChange.new_segment,
         )
 
     def transform(self, *, image_size: int) -> TrainTransform:

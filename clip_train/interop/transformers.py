@@ -37,6 +37,7 @@ _BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+MODEL_TYPES = ("clip",)
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 # What transformers leaves out of config.json is at these values.
 _TEXT: dict[str, Any] = {

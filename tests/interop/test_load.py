@@ -146,7 +146,10 @@ def test_an_open_clip_folder_loads_with_its_own_normalisation(tmp_path, weights)
 
 @pytest.mark.parametrize(
     ("field", "message"),
-    [({"timm_model_name": "convnext"}, "timm_model_name='convnext'"), ({"qk_norm": True}, "qk_norm")],
+    [
+        ({"timm_model_name": "test_convnext", "timm_pool": "avgmax"}, "timm_pool='avgmax'"),
+        ({"qk_norm": True}, "qk_norm"),
+    ],
 )
 def test_an_open_clip_model_with_other_parts_is_refused(tmp_path, field, message):
     folder = files.write_open_clip_folder(files.small_model(), tmp_path / "export", **field)
@@ -182,8 +185,10 @@ def test_a_run_without_average_loads_its_weights(tmp_path):
     assert same_weights(clip_train.load(tmp_path / "run", device="cpu")[0], model)
     with pytest.raises(UserError, match="weights=ema, but the run keeps no moving average"):
         clip_train.load(tmp_path / "run", weights="ema")
-    with pytest.raises(UserError, match="weights='best' must be one of auto, ema, raw"):
+    with pytest.raises(UserError, match="no best checkpoint"):
         clip_train.load(tmp_path / "run", weights="best")
+    with pytest.raises(UserError, match="weights='last' must be one of auto, ema, raw, best"):
+        clip_train.load(tmp_path / "run", weights="last")
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
