@@ -188,3 +188,15 @@ def shards_scenes(
     from clip_train.data.scenes.write import write_scenes
 
     print(write_scenes(out, num_train=train, num_val=val, seed=seed))
+
+
+@shards.command(name="replay", epilog="clip-train shards replay runs/demo --step 100 --images batch")
+def shards_replay(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    step: Annotated[int, typer.Option(help="Step of the run, counted from 1.")],
+    images: Annotated[Path | None, typer.Option(help="Folder that gets the pictures as the model saw them.")] = None,
+) -> None:
+    """Print the very batch of a step and compare it with what training noted. Needs no GPU."""
+    from clip_train.tools.replay import replay
+
+    print(replay(run, step=step, images=images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -124,11 +125,15 @@ def _vision(given: dict[str, Any], *, origin: str) -> VisionConfig:
     )
 
 
-def write_config(path: Path, *, config: ModelConfig) -> None:
+def write_config(path: Path, *, config: ModelConfig, vocabulary: Mapping[str, Any]) -> None:
     """Write the `open_clip_config.json` of an architecture, the inverse of `read_config`.
 
-    `model_cfg` becomes keyword arguments there, so it holds nothing that open_clip 3.3.0 does not know. Without a
-    tokenizer's name it takes its own copy of CLIP's.
+    `model_cfg` becomes keyword arguments there, so it holds nothing that open_clip 3.3.0 does not know.
+
+    Args:
+        path: the new file.
+        config: the architecture.
+        vocabulary: further keys of `text_cfg` for a tokenizer other than CLIP's, of which open_clip has a copy.
     """
     vision, text = config.vision, config.text
     is_resnet = bool(vision.resnet_stages)
@@ -147,7 +152,7 @@ def write_config(path: Path, *, config: ModelConfig) -> None:
         "embed_dim": config.embed_dim,
         "quick_gelu": config.quick_gelu,
         "vision_cfg": tower,
-        "text_cfg": {key: getattr(text, key) for key in _TEXT},
+        "text_cfg": {key: getattr(text, key) for key in _TEXT} | dict(vocabulary),
     }
     if config.init_logit_bias is not None:
         model |= {key: getattr(config, key) for key in _OPTIONAL}
