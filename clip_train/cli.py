@@ -13,6 +13,7 @@ import typer
 from clip_train import __version__
 from clip_train.cli_shards import shards
 from clip_train.errors import ClipTrainError, UserError
+from clip_train.tokenizer.config import Cleaning
 
 EXAMPLES = """\b
   clip-train train experiment=demo
@@ -31,6 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.add_typer(shards, name="shards")
+tokenizers = typer.Typer(help="Learn a vocabulary.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tokenizers, name="tokenizer")
 
 
 def main() -> None:
@@ -146,6 +149,57 @@ def classify(
     from clip_train.tools.classify import classify_command
 
     raise typer.Exit(classify_command(images, labels=labels, model=model, top=top, as_json=as_json))
+
+
+@app.command(epilog="clip-train export runs/demo --to all --verify")
+def export(
+    source: Annotated[str, typer.Argument(help="A run directory or anything that clip_train.load takes.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="folder (open_clip, transformers, sentence-transformers), clip (OpenAI's archive), onnx, or all."
+        ),
+    ] = "all",
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; RUN/export or exports/NAME if not given.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Of a run: ema, raw, best, or auto, the average if there is one.")
+    ] = "auto",
+    model: Annotated[str | None, typer.Option(help="Architecture of a weight file that does not tell it.")] = None,
+    drop_logit_bias: Annotated[
+        bool, typer.Option("--drop-logit-bias", help="Leave the bias out where there is none: other probabilities.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare features with every library that is installed.")
+    ] = False,
+    verify_python: Annotated[
+        list[Path] | None,
+        typer.Option(help="A Python that has more of the libraries; repeat for several. Implies --verify."),
+    ] = None,
+    push: Annotated[str | None, typer.Option(help="ORG/NAME on the hub to upload to.")] = None,
+) -> None:
+    """Write a model as other libraries read it, with a model card, and prove that they compute the same."""
+    from clip_train.tools.export import export_command
+
+    code = export_command(
+        source, to=to, out=out, weights=weights, model_name=model, drop_logit_bias=drop_logit_bias, prove=verify,
+        pythons=verify_python or [], repository=push,
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
+@tokenizers.command(name="train", epilog="clip-train tokenizer train shards/mine/train mine.json --vocab-size 32000")
+def tokenizer_train(
+    source: Annotated[str, typer.Argument(help="Folder of .tar files, or a pattern such as 'data/{000..331}.tar'.")],
+    out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Ids: 256 bytes, merges, start and end token.")],
+    cleaning: Annotated[Cleaning, typer.Option(help="Of the captions, as tokenizer.cleaning.")] = Cleaning.clip,
+) -> None:
+    """Learn a byte-pair vocabulary from the captions of shards."""
+    from clip_train.tools.train_tokenizer import train_tokenizer
+
+    print(train_tokenizer(source, out, vocab_size=vocab_size, cleaning=cleaning))
 
 
 @app.command(epilog="clip-train report runs/demo")

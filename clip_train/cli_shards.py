@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,23 +23,63 @@ Jobs = Annotated[int, typer.Option(help="Processes.")]
 shards = typer.Typer(help="Make and index shards of image-caption pairs.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@shards.command(name="make", epilog="clip-train shards make ~/pictures shards/mine --val 0.01")
+@shards.command(name="make", epilog="clip-train shards make ~/pictures shards/mine --val 0.01 --jobs 8")
 def shards_make(
-    source: Annotated[Path, typer.Argument(help="Folder of pictures, each with a .txt of the same name beside it.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of pictures with a .txt each, of classes (--template) or of .tar shards; a .csv, .tsv, .jsonl "
+            "or .parquet table; a .json of COCO captions."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder that gets train/ and val/.")],
     val: Annotated[
         float, typer.Option(help="Share of the pictures for validation, chosen by a hash of the picture.")
     ] = 0.0,
+    image_col: Annotated[str | None, typer.Option(help="Column of a table with the path of the picture.")] = None,
+    caption_col: Annotated[str | None, typer.Option(help="Column of a table with the caption.")] = None,
+    sep: Annotated[str | None, typer.Option(help="Separator of a CSV file. Default: comma, in .tsv a tab.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder where the picture paths of a table or a COCO file start.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Caption of the pictures of a class, such as 'a photo of a {}'.")
+    ] = None,
     resize: Annotated[
         int | None, typer.Option(help="Shrink so that the short side has at most this many pixels.")
     ] = None,
-    samples_per_shard: Annotated[int, typer.Option(help="Pairs in one shard.")] = 10_000,
+    quality: Annotated[int, typer.Option(help="JPEG quality of the pictures that were shrunk.")] = 90,
+    shard_size: Annotated[int, typer.Option(help="Pairs in one shard.")] = 10_000,
+    shuffle: Annotated[bool, typer.Option(help="Shuffle the pairs. Without, they keep the order of the input.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
+    jobs: Jobs = CORES,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show five pairs and write nothing.")] = False,
 ) -> None:
-    """Turn a folder of pictures and captions into shuffled, indexed WebDataset shards."""
-    from clip_train.data.shards.make import make_shards
+    """Turn pictures and captions into shuffled, indexed WebDataset shards.
 
-    print(make_shards(source, out, val=val, resize=resize, samples_per_shard=samples_per_shard, seed=seed))
+    A run that was killed continues when it is started again with the same arguments.
+    """
+    from clip_train.data.shards.inputs.pair import InputOptions
+    from clip_train.data.shards.make import MakeOptions, make_shards
+    from clip_train.data.shards.preview import preview_pairs
+
+    options = MakeOptions(
+        val=val, resize=resize, quality=quality, samples_per_shard=shard_size, shuffle=shuffle, seed=seed
+    )
+    input_options = InputOptions(
+        image_col=image_col, caption_col=caption_col, sep=sep, images=images, template=template
+    )
+    if dry_run:
+        print(preview_pairs(source, options=options, input_options=input_options))
+    else:
+        print(
+            make_shards(source, out, options=options, input_options=input_options, jobs=jobs, progress=_show_progress)
+        )
+
+
+def _show_progress(what: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{what} {done:,} of {total:,}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 @shards.command(

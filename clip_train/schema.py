@@ -38,8 +38,8 @@ NAMED = ("tokenizer", "loss", "optim")
 
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
-    "profile",
-    "data.workers", "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
+    "profile", "data.train", "data.workers", "data.on_change",
+    "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
 from clip_train.config import changes, to_yaml
+from clip_train.data.bad import LEDGER_FOLDER
+from clip_train.data.delivery import StepExchange
 from clip_train.data.prefetch import batches_on
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.distributed.stop import StopReason, StopRequest
 from clip_train.distributed.world import World, stop_world
-from clip_train.errors import Preempted, TrainingFailed, UserError
+from clip_train.errors import Preempted, UserError
 from clip_train.evaluate import run_evaluations
 from clip_train.metrics.hardware import peak_flops
 from clip_train.metrics.log import Metrics
@@ -26,36 +28,13 @@ from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.flops import training_flops
 from clip_train.nonfinite import NonfiniteSteps
+from clip_train.progress import Progress, rewind
 from clip_train.schema import TrainConfig
 from clip_train.starting_point import suited_to
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
-    from clip_train.checkpoint.checkpointer import Checkpointer
-    from clip_train.data.loader import TrainStream
-
-
-class Progress:
-    """How far the run is. `samples_seen` alone decides which sample comes next."""
-
-    def __init__(self, stream: TrainStream) -> None:
-        self.step = 0
-        self.samples_seen = 0
-        self.stream = stream
-
-    def advance(self, num_samples: int) -> None:
-        """Count one step over `num_samples` pairs of all ranks."""
-        self.step += 1
-        self.samples_seen += num_samples
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: two counters and the identity of the data they count."""
-        return {"step": self.step, "samples_seen": self.samples_seen, "data": self.stream.state_dict(self.samples_seen)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; the data must be what it was."""
-        self.stream.check(state["data"])
-        self.step, self.samples_seen = state["step"], state["samples_seen"]
+    from collections.abc import Mapping
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -107,7 +86,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             name: evaluation.build(world=world, tokenizer=tokenizer, image_size=image_size)
             for name, evaluation in config.evaluation.items()
         }
-        progress = Progress(stream)
+        progress = Progress(stream, global_batch_size=config.global_batch_size)
 
         # Resume. Rank 0 chooses the checkpoint, every rank loads it; without one, step 0 is where the run begins.
         tensors: dict[str, Stateful] = {"model": ModelState(wrapped), "optimizer": OptimizerState(wrapped, optimizer)}
@@ -128,24 +107,37 @@ def train(config: TrainConfig) -> dict[str, float]:
         profiler = StepProfiler(config.profiled_steps(), run_dir=run_dir, world=world)
         stack.callback(profiler.close)
         if world.is_main:
-            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            for name, content in tokenizer.files().items():
-                (run_dir / name).write_bytes(content)
+            begin_run(config, run_dir=run_dir, files=tokenizer.files())
             start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {run_dir}"
             say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
             where = f"{world.size} x {world.device.type}, {precision}, captions: ragged={captions.value}"
             say(f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
-        batches = batches_on(world.device, stream.batches(progress.samples_seen))
+        exchange = StepExchange(
+            stream, batches=batches_on(world.device, stream.batches(progress.samples_seen)), run_dir=run_dir,
+            world=world, step=progress.step, consumed=progress.samples_seen,
+        )  # fmt: skip
+        stack.callback(exchange.close)
+
+        def save() -> None:
+            checkpointer.save(
+                step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config), files=tokenizer.files()
+            )
+
+        saved = progress.step
         faults = NonfiniteSteps(config.on_nonfinite)
         newest: dict[str, float] = {}
         reason = StopReason.none
 
-        while progress.step < total_steps and not reason:
-            # One global batch: each rank its own rows, negatives from all ranks.
+        while progress.step < total_steps:
+            # Every rank fetches its rows; then all ranks train on theirs, or all stop for what one of them reports.
             profiler.before(progress.step + 1)
             asked = time.monotonic()
-            batch = next(batches)
+            batch, reason = exchange.next(step=progress.step + 1, stop=stop.wanted())
             seconds_waiting = time.monotonic() - asked
+            if batch is None:
+                break
+
+            # One global batch: each rank its own rows, negatives from all ranks.
             rate = config.optim.learning_rate(progress.step, total_steps=total_steps)
             result = train_step(batch, learning_rate=rate, step=progress.step)
             progress.advance(config.global_batch_size)
@@ -178,27 +170,42 @@ def train(config: TrainConfig) -> dict[str, float]:
                 metrics.write(scores, step=progress.step, samples_seen=progress.samples_seen)
                 newest |= scores
             best = bool(chosen) and checkpointer.is_best(scores, step=progress.step)
-            reason = stop.agreed(world=world)
-            if reason or best or due(progress.step, every=config.checkpoint.every, total=total_steps):
-                checkpointer.save(
-                    step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config),
-                    files=tokenizer.files(),
-                )  # fmt: skip
-            if chosen or reason:
+            if best or due(progress.step, every=config.checkpoint.every, total=total_steps):
+                save()
+                saved = progress.step
+            if chosen:
                 metrics.restart_window()
+        if progress.step > saved:
+            save()
         faults.judge(last=True)
         checkpointer.wait()
+    if world.is_main:
+        say_end(progress, reason=reason, run_dir=run_dir)
     if reason is StopReason.preempted:
         raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
-    if reason and world.is_main:
-        why = reason.name.replace("_", " ")
-        say(f"stopped ({why}): saved at step {progress.step:,}; the same command continues there")
     return newest
 
 
 def due(step: int, *, every: int | None, total: int) -> bool:
     """Return whether a periodic action is due after `step` steps: every so many (null or 0: not), and at the end."""
     return step == total or (every is not None and every > 0 and step % every == 0)
+
+
+def begin_run(config: TrainConfig, *, run_dir: Path, files: Mapping[str, bytes]) -> None:
+    """Write down what the run is, for those who load it and for the same command given again."""
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    for name, content in files.items():
+        (run_dir / name).write_bytes(content)
+
+
+def say_end(progress: Progress, *, reason: StopReason, run_dir: Path) -> None:
+    """Say what became of the data, and why a run stopped before its end."""
+    if counts := progress.stream.counters():
+        listed = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+        say(f"samples that could not be used: {listed}; each is listed in {run_dir / LEDGER_FOLDER}")
+    if reason in (StopReason.time_limit, StopReason.interrupted):
+        why = reason.name.replace("_", " ")
+        say(f"stopped ({why}): saved at step {progress.step:,}; the same command continues there")
 
 
 def measures(result: StepResult) -> dict[str, Any]:
@@ -209,20 +216,6 @@ def measures(result: StepResult) -> dict[str, Any]:
         "grad_norm": result.grad_norm,
         "logit_scale": result.logit_scale.exp(),
     }
-
-
-def rewind(checkpointer: Checkpointer, *, progress: Progress) -> int:
-    """Load the newest good checkpoint but keep the place in the data; return its step. Every rank calls it.
-
-    Raises:
-        TrainingFailed: there is none yet.
-    """
-    samples_seen = progress.samples_seen
-    checkpointer.wait()
-    if checkpointer.resume("auto") is None:
-        raise TrainingFailed("not finite before the first checkpoint: nothing to rewind to; lower checkpoint.every")
-    progress.samples_seen = samples_seen
-    return progress.step
 
 
 def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from clip_train.data.shards.make import make_shards
+from clip_train.data.shards.make import MakeOptions, make_shards
 from clip_train.errors import UserError
 
 PACKAGE = "openclipart-png"
@@ -69,7 +69,7 @@ def main() -> int:
             drawings = Path(folder) / "drawings"
             print_summary(write_drawings(root, out=drawings, workers=arguments.workers))
             # Split by the pictures' bytes: equal drawings under two names stay on one side.
-            shards = make_shards(drawings, arguments.out, val=HELD_OUT)
+            shards = make_shards(drawings, arguments.out, options=MakeOptions(val=HELD_OUT))
     except UserError as error:
         print(f"fetch_clipart: {error}", file=sys.stderr)
         return error.exit_code

@@ -29,6 +29,16 @@ class OnBad(StrEnum):
     mask = "mask"
 
 
+class OnChange(StrEnum):
+    stop = "stop"
+    new_segment = "new_segment"
+
+
+class EpochEnd(StrEnum):
+    roll = "roll"
+    drop_last = "drop_last"
+
+
 class CaptionField(NamedTuple):
     """A place that holds captions."""
 
@@ -74,7 +84,13 @@ class DataConfig:
     on_bad: OnBad = OnBad.substitute
     """What stands in for a sample that cannot be decoded: another one of its window, or an empty, masked row."""
     max_bad_fraction: float = 0.01
-    """Share of a rank's last 10,000 samples that may be unusable before the run stops. 100 in a row always stop it."""
+    """Share of the last 10,000 samples that may be unusable before the run stops. 100 in a row always stop it."""
+    on_change: OnChange = OnChange.stop
+    """When a run continues with other shards, sources or weights than its checkpoint: `stop`, or `new_segment`, which
+    goes on with the new ones. Sources that did not change keep their place."""
+    epoch_end: EpochEnd = EpochEnd.roll
+    """`roll` lets a batch hold the end of one epoch and the start of the next. `drop_last` leaves out what does not
+    fill a batch, other samples in each epoch; it needs one source and a fixed global_batch_size."""
     lanes: int = 64
     """Parts of the data that are read side by side. More shuffle better, fewer read fewer shards at a time."""
     window: int = 32768
@@ -98,6 +114,8 @@ class DataConfig:
         self._check_augmentations()
         if self.workers < 0:
             raise UserError(f"data.workers={self.workers} must not be negative")
+        if self.epoch_end is EpochEnd.drop_last and self.train is not None and len(_patterns_by_source(self.train)) > 1:
+            raise UserError("data.epoch_end=drop_last needs one source; a mixture has no common end of an epoch")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
         for name in ("lanes", "window"):
@@ -214,6 +232,8 @@ class DataConfig:
             window=self.window,
             substitute=self.on_bad == OnBad.substitute,
             max_bad_fraction=self.max_bad_fraction,
+            drop_last=self.epoch_end is EpochEnd.drop_last,
+            new_segment=self.on_change is OnChange.new_segment,
         )
 
     def transform(self, *, image_size: int) -> TrainTransform:

@@ -7,12 +7,16 @@ machine and every number of workers makes the same choice.
 
 from __future__ import annotations
 
+import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from clip_train.data.audit import hash_samples
+from clip_train.data.bad import BadSample
 from clip_train.data.decode import BadSampleError
 from clip_train.data.reader import ShardReader
 from clip_train.data.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
@@ -46,21 +50,35 @@ class Task(NamedTuple):
     slots: NDArray[np.int64]
 
 
-class BadSample(NamedTuple):
-    """A sample whose content could not be used."""
+class TaskRows(NamedTuple):
+    """The rows of a task, and what was found on the way."""
 
-    slot: int
-    key: str
-    reason: str
+    batch: Batch
+    id_hash: int  # of the samples shown, see data/audit.py
+    bad: list[BadSample]
+
+
+class TaskFailure(NamedTuple):
+    """Why a worker has no rows: an error that stops the run, or the traceback of what it did not expect."""
+
+    error: ClipTrainError | None
+    trace: str
 
 
 class TaskResult(NamedTuple):
-    """What became of a task: its rows, or the error that must stop the run."""
+    """What became of a task."""
 
     consumed: int
-    rows: Batch | None
-    bad: list[BadSample]
-    error: ClipTrainError | None
+    outcome: TaskRows | TaskFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Substitute:
+    """The sample that stands in for a bad one."""
+
+    k: int  # its place in the list of candidates, from 1
+    shard: int
+    index: int
 
 
 class _RowArrays(NamedTuple):
@@ -90,8 +108,10 @@ class SampleDataset(Dataset[TaskResult]):
         self, sources: Sequence[Source], *, order: SlotOrder, seed: int, global_batch_size: int, substitute: bool,
         transform: TrainTransform, captions: CaptionChooser, tokenizer: Tokenizer,
     ) -> None:  # fmt: skip
+        self._sources = tuple(sources)
+        self._sids = np.array([source.sid for source in order.sources], dtype=np.uint64)
         self._readers = [ShardReader(source) for source in sources]
-        self._order = order
+        self.order = order
         self._seed = seed
         self._global_batch_size = global_batch_size
         self._substitute = substitute
@@ -100,18 +120,22 @@ class SampleDataset(Dataset[TaskResult]):
         self._tokenizer = tokenizer
 
     def __getitem__(self, task: Task) -> TaskResult:
-        """Return the rows of a task. Errors travel as values, since workers would wrap them in a traceback."""
+        """Return the rows of a task. What a worker raises travels as a value: only then is it told from a dead one."""
         try:
-            return self._rows(task)
+            return TaskResult(task.consumed, self._rows(task))
         except ClipTrainError as error:
-            return TaskResult(task.consumed, None, [], error)
+            return TaskResult(task.consumed, TaskFailure(error, ""))
+        except Exception:
+            if get_worker_info() is None:
+                raise
+            return TaskResult(task.consumed, TaskFailure(None, traceback.format_exc()))
 
     def close(self) -> None:
         """Close the shards that this process opened."""
         for reader in self._readers:
             reader.close()
 
-    def _rows(self, task: Task) -> TaskResult:
+    def _rows(self, task: Task) -> TaskRows:
         n, size = len(task.slots), self._transform.image_size
         rows = Batch(
             images=_shared_zeros(n, size, size, 3),
@@ -122,16 +146,26 @@ class SampleDataset(Dataset[TaskResult]):
         )
         arrays = _RowArrays(*(t.numpy() for t in (rows.images, rows.tokens, rows.lengths, rows.valid)))
         bad: list[BadSample] = []
-        places = zip(*(column.tolist() for column in self._order.locate(task.slots)), strict=True)
-        for row, (slot, (source, shard, index)) in enumerate(zip(task.slots.tolist(), places, strict=True)):
+        sources, shards, indices = self.order.locate(task.slots)
+        for row, slot in enumerate(task.slots.tolist()):
+            source, shard, index = int(sources[row]), int(shards[row]), int(indices[row])
             uniforms = sample_uniforms(self._seed, slot)
             try:
                 self._fill(arrays, row, self._readers[source].read(shard, index), uniforms=uniforms)
             except BadSampleError as error:
-                bad.append(BadSample(slot, self._readers[source].key(shard, index), error.reason))
-                if self._substitute:
-                    self._fill_with_substitute(arrays, row, slot, uniforms=uniforms)
-        return TaskResult(task.consumed, rows, bad, None)
+                found = self._fill_with_substitute(arrays, row, slot, uniforms=uniforms) if self._substitute else None
+                bad.append(self._bad_sample(slot, source, shard, index, error.reason, found.k if found else None))
+                if found is not None:
+                    shards[row], indices[row] = found.shard, found.index
+        valid = arrays.valid
+        id_hash = hash_samples(self._sids[sources[valid]], shards[valid], indices[valid])
+        return TaskRows(rows, id_hash, bad)
+
+    def _bad_sample(self, slot: int, source: int, shard: int, index: int, reason: str, k: int | None) -> BadSample:
+        key = self._readers[source].key(shard, index)
+        return BadSample(
+            slot, self._sources[source].name, self._sources[source].shard_name(shard), index, key, reason, k
+        )
 
     def _fill(
         self, arrays: _RowArrays, row: int, sample: tuple[bytes, Sequence[bytes]], *, uniforms: Sequence[float]
@@ -142,12 +176,15 @@ class SampleDataset(Dataset[TaskResult]):
         arrays.tokens[row], arrays.lengths[row], _ = self._tokenizer.encode_padded(caption)
         arrays.valid[row] = True
 
-    def _fill_with_substitute(self, arrays: _RowArrays, row: int, slot: int, *, uniforms: Sequence[float]) -> None:
+    def _fill_with_substitute(
+        self, arrays: _RowArrays, row: int, slot: int, *, uniforms: Sequence[float]
+    ) -> Substitute | None:
         """Fill a row with the first usable substitute, which keeps the numbers of its slot; without one, leave it."""
-        source, shards, indices = self._order.substitutes(slot, global_batch_size=self._global_batch_size)
-        for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
+        source, shards, indices = self.order.substitutes(slot, global_batch_size=self._global_batch_size)
+        for k, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True), start=1):
             try:
-                return self._fill(arrays, row, self._readers[source].read(shard, index), uniforms=uniforms)
+                self._fill(arrays, row, self._readers[source].read(shard, index), uniforms=uniforms)
+                return Substitute(k, shard, index)
             except BadSampleError:
                 continue
         return None

@@ -3,7 +3,9 @@
 1. The order names the slots of a global batch; this rank takes its piece of the sorted rows (`_TaskSampler`).
 2. The piece is cut into tasks of at most 256 rows, so that all workers build one large batch together.
 3. Workers fill uint8 rows and tokens (data/dataset.py); torch's DataLoader hands the tasks back in order.
-4. `TrainStream` joins the tasks of a step, checks that they belong to it, and counts unusable samples.
+4. `TrainStream` joins the tasks of a step and checks that they belong to it. A worker that fails is replaced, at the
+   very step.
+5. With each batch goes a `StepReport`; what all ranks report of a step is counted alike on each (data/delivery.py).
 
 The position of the stream is one integer, `consumed`. Nothing else must be saved to continue, at any number of ranks.
 """
@@ -11,15 +13,27 @@ The position of the stream is one integer, `consumed`. Nothing else must be save
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from clip_train.data.dataset import BadSample, SampleDataset, Task, TaskResult, Tokenizer
+from clip_train.data.audit import add_hashes
+from clip_train.data.bad import BadSample, BadSamples
+from clip_train.data.dataset import SampleDataset, Task, TaskFailure, TaskResult, TaskRows, Tokenizer
 from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
-from clip_train.data.workers import WORKER_START_METHOD, as_is, start_worker, start_worker_server
+from clip_train.data.segments import Segment, SegmentSource, continued, differences
+from clip_train.data.workers import (
+    WORKER_POLL_SECONDS,
+    WORKER_START_METHOD,
+    WorkerFailed,
+    WorkerFailures,
+    WorkerTasks,
+    as_is,
+    start_worker,
+    start_worker_server,
+)
 from clip_train.errors import IntegrityError, UserError
 from clip_train.types import Batch
 
@@ -36,10 +50,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_TASK_ROWS = 256
-BAD_WINDOW = 10_000  # samples over which the bad fraction is taken
-MAX_BAD_IN_A_ROW = 100
-_TIMEOUT_SECONDS = 600.0
-_SHOWN_BAD = 20
+
+
+class StepReport(NamedTuple):
+    """What one rank's batch consists of."""
+
+    consumed: int  # first slot of the global batch
+    id_hash: int  # of the samples shown, see data/audit.py
+    bad: list[BadSample]
 
 
 class TrainStream:
@@ -57,7 +75,9 @@ class TrainStream:
         workers: loader processes of this rank; 0 loads in the trainer's process.
         lanes, window: see data/order.py.
         substitute: replace unusable samples where possible, else mask them.
-        max_bad_fraction: of the last 10,000 samples of this rank; more stops the run.
+        max_bad_fraction: of the last 10,000 samples of all ranks; more stops the run.
+        drop_last: end an epoch with its last whole batch; needs one source.
+        new_segment: where the data differ from a checkpoint's, begin a new segment instead of refusing to continue.
 
     Raises:
         UserError: there are fewer samples than a global batch holds.
@@ -66,31 +86,40 @@ class TrainStream:
     def __init__(
         self, sources: Sequence[Source], *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer,
         captions: CaptionChooser, transform: TrainTransform, workers: int, lanes: int, window: int, substitute: bool,
-        max_bad_fraction: float, weights: Sequence[float] | None = None,
+        max_bad_fraction: float, weights: Sequence[float] | None = None, drop_last: bool = False,
+        new_segment: bool = False,
     ) -> None:  # fmt: skip
-        assert global_batch_size % world.size == 0
-        self.num_samples = sum(source.num_samples for source in sources)
-        if self.num_samples < global_batch_size:
+        assert global_batch_size % world.size == 0 and (not drop_last or len(sources) == 1)
+        samples = sum(source.num_samples for source in sources)
+        if samples < global_batch_size:
             raise UserError(
-                f"global_batch_size={global_batch_size} must not exceed the {self.num_samples} samples of data.train"
+                f"global_batch_size={global_batch_size} must not exceed the {samples} samples of data.train"
             )
+        self.num_samples = samples - samples % global_batch_size if drop_last else samples  # of an epoch
         self._sources = tuple(sources)
+        self._weights = weights
         self._world = world
         self._seed = seed
         self._global_batch_size = global_batch_size
         self._workers = workers
         self._lanes, self._window = lanes, window
-        self._order = SlotOrder(
-            [SourceOrder(s.counts, name=s.name, seed=seed, lanes=lanes, window=window) for s in sources],
-            weights=weights,
-            seed=seed,
-        )
+        self._drop_last, self._new_segment = drop_last, new_segment
+        self._source_orders = [
+            SourceOrder(
+                s.counts, name=s.name, seed=seed, lanes=lanes, window=window,
+                epoch_samples=self.num_samples if drop_last else None,
+            )
+            for s in sources
+        ]  # fmt: skip
+        self._order = self._slot_order(Segment(start=0, sources=()), number=0)
+        self._segments = [self._as_segment(self._order)]
         self._warn_of_duplicates_in_a_batch()
         self._dataset = SampleDataset(
             sources, order=self._order, seed=seed, global_batch_size=global_batch_size, substitute=substitute,
             transform=transform, captions=captions, tokenizer=tokenizer,
         )  # fmt: skip
-        self._bad = _BadSamples(max_bad_fraction)
+        self._bad = BadSamples(max_bad_fraction)
+        self._reports: deque[StepReport] = deque()
         self._batches: Generator[Batch, None, None] | None = None
         if workers:
             start_worker_server()  # its imports take seconds, in which the caller can build the model
@@ -104,66 +133,94 @@ class TrainStream:
             IntegrityError: data is damaged, or too many samples cannot be used.
         """
         self.close()
+        self._reports.clear()
         self._batches = self._generate(consumed)
         return self._batches
 
-    def _generate(self, consumed: int) -> Generator[Batch, None, None]:
-        sampler = _TaskSampler(
-            self._order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
-        )
-        tasks = iter(self._loader(sampler))
-        try:
-            while True:
-                parts = [self._checked(next(tasks), consumed=consumed) for _ in range(sampler.tasks_per_batch)]
-                yield self._join(parts)
-                consumed += self._global_batch_size
-        finally:
-            del tasks  # it owns the workers, which must end now and not when some traceback is forgotten
+    def take_report(self) -> StepReport:
+        """Return what the oldest batch that was yielded and not yet asked about consists of."""
+        return self._reports.popleft()
 
-    def _checked(self, result: TaskResult, *, consumed: int) -> Batch:
-        if result.error is not None:
-            raise result.error
-        assert result.rows is not None and result.consumed == consumed, "the loader lost its place"
-        self._bad.add(result.bad, slots=result.rows.slots)
-        return result.rows
+    def count(self, bad: Sequence[BadSample]) -> None:
+        """Count the bad samples of all ranks in one step. Every rank calls it with the same.
+
+        Raises:
+            IntegrityError: there are too many of them.
+        """
+        self._bad.add(bad, num_samples=self._global_batch_size)
+
+    def _generate(self, consumed: int) -> Generator[Batch, None, None]:
+        failures = WorkerFailures()
+        while True:  # once, and again after each failure of a worker
+            sampler = _TaskSampler(
+                self._order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
+            )
+            try:
+                with WorkerTasks(self._loader(sampler)) as tasks:
+                    while True:
+                        parts = [_rows(tasks.next(), consumed=consumed) for _ in range(sampler.tasks_per_batch)]
+                        hashes, bad = (
+                            [part.id_hash for part in parts],
+                            [sample for part in parts for sample in part.bad],
+                        )
+                        self._reports.append(StepReport(consumed, add_hashes(*hashes), bad))
+                        yield self._join([part.batch for part in parts])
+                        consumed += self._global_batch_size
+            except WorkerFailed as failure:
+                failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
-        """Return what identifies the stream and its place: all a resume has to compare. `bad` counts this rank's."""
+        """Return what identifies the stream and its place, alike on all ranks: all a resume has to compare."""
         return {
             "order": ORDER_VERSION,
             "seed": self._seed,
             "L": self._lanes,
             "window": self._window,
             "consumed": consumed,
-            "segments": [{"start": self._order.start, "sources": self._source_states()}],
+            "segments": [segment.state_dict() for segment in self._segments],
             "bad": self.counters(),
         }
 
-    def check(self, state: dict[str, Any]) -> None:
-        """Compare a saved state with this stream.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called: take over segments and counts. Before the first batch.
 
         Raises:
-            IntegrityError: the samples or their order differ, so the run cannot be continued.
+            IntegrityError: the samples or their order differ, and no new segment was asked for.
+        """
+        segments = [Segment.from_state(row) for row in state["segments"]]
+        changed = self._changes(state, segments[-1])
+        if changed and not self._new_segment:
+            raise IntegrityError(
+                f"data.train changed since the checkpoint: {'; '.join(changed)}. Continuing would repeat and lose "
+                "samples: restore the shards, or go on with the new ones by data.on_change=new_segment"
+            )
+        if changed:
+            segments.append(continued(segments, self._segments[0], consumed=state["consumed"], seed=self._seed))
+            logger.warning("new data from sample %s on: %s", f"{state['consumed']:,}", "; ".join(changed))
+        self._segments = segments
+        self._order = self._dataset.order = self._slot_order(segments[-1], number=len(segments) - 1)
+        self._bad.restore(state["bad"])
+
+    def _changes(self, state: dict[str, Any], segment: Segment) -> list[str]:
+        """Return how the sources differ from a saved segment.
+
+        Raises:
+            IntegrityError: more than the sources differ.
         """
         own = self.state_dict(0)
         for field in ("order", "seed", "L", "window"):
             if state[field] != own[field]:
                 name = {"L": "lanes"}.get(field, field)
                 raise IntegrityError(f"the checkpoint's data order has {name}={state[field]}, this run {own[field]}")
-        saved = {row["name"]: row for row in state["segments"][-1]["sources"]}
-        current = {row["name"]: row for row in self._source_states()}
-        if saved.keys() != current.keys():
-            raise IntegrityError(f"the checkpoint's data sources are {list(saved)}, this run's {list(current)}")
-        for name, row in current.items():
-            for field in ("fingerprint", "quota"):
-                if saved[name][field] != row[field]:
-                    raise IntegrityError(
-                        f"data source {name!r} changed since the checkpoint ({field} {saved[name][field]} -> "
-                        f"{row[field]}): continuing would repeat and lose samples. Restore the shards or start anew"
-                    )
+        if self._drop_last and (state["consumed"] - segment.start) % self._global_batch_size:
+            raise IntegrityError(
+                f"data.epoch_end=drop_last: {state['consumed'] - segment.start} samples are no whole batches of "
+                f"global_batch_size={self._global_batch_size}, which may not change"
+            )
+        return differences(segment, self._segments[0])
 
     def counters(self) -> dict[str, int]:
-        """Return how many samples of this rank could not be used, by reason."""
+        """Return how many samples of all ranks could not be used, by reason, restarts included."""
         return dict(sorted(self._bad.by_reason.items()))
 
     def close(self) -> None:
@@ -179,7 +236,7 @@ class TrainStream:
         return DataLoader(
             self._dataset, sampler=sampler, batch_size=None, collate_fn=as_is, num_workers=self._workers,
             prefetch_factor=max(2, -(-2 * sampler.tasks_per_batch // self._workers)), worker_init_fn=start_worker,
-            multiprocessing_context=WORKER_START_METHOD, timeout=_TIMEOUT_SECONDS, in_order=True,
+            multiprocessing_context=WORKER_START_METHOD, timeout=WORKER_POLL_SECONDS, in_order=True,
         )  # fmt: skip
 
     def _join(self, parts: list[Batch]) -> Batch:
@@ -189,13 +246,24 @@ class TrainStream:
             return parts[0]
         return Batch(*(_concatenate(tensors, pin=pin) for tensors in zip(*parts, strict=True)))
 
-    def _source_states(self) -> list[dict[str, Any]]:
-        return [
-            {"name": s.name, "sid": o.sid, "quota": quota, "base": int(base), "fingerprint": s.fingerprint}
-            for s, o, quota, base in zip(
-                self._sources, self._order.sources, self._order.quotas, self._order.bases, strict=True
-            )
-        ]
+    def _slot_order(self, segment: Segment, *, number: int) -> SlotOrder:
+        return SlotOrder(
+            self._source_orders, weights=self._weights, seed=self._seed, start=segment.start,
+            bases=segment.bases or None, segment=number,
+        )  # fmt: skip
+
+    def _as_segment(self, order: SlotOrder) -> Segment:
+        rows = zip(self._sources, order.sources, order.quotas, order.bases.tolist(), strict=True)
+        return Segment(
+            start=order.start,
+            sources=tuple(
+                SegmentSource(
+                    name=s.name, sid=o.sid, quota=quota, base=base, epoch_samples=o.epoch_samples,
+                    fingerprint=s.fingerprint,
+                )
+                for s, o, quota, base in rows
+            ),
+        )  # fmt: skip
 
     def _warn_of_duplicates_in_a_batch(self) -> None:
         total = sum(self._order.quotas)
@@ -246,46 +314,12 @@ class _TaskSampler(Sampler[Task]):
             consumed += self._global_batch_size
 
 
-class _BadSamples:
-    """Counts unusable samples and stops the run where they are too many."""
-
-    def __init__(self, max_fraction: float) -> None:
-        self.by_reason: Counter[str] = Counter()
-        self._max_fraction = max_fraction
-        self._recent: deque[tuple[int, int]] = deque()  # rows and bad rows per task, over the last 10,000 rows
-        self._in_a_row = 0
-        self._first: list[BadSample] = []
-
-    def add(self, bad: list[BadSample], *, slots: Tensor) -> None:
-        """Count the bad samples of a task whose rows are `slots`.
-
-        Raises:
-            IntegrityError: more than the allowed fraction of the last 10,000, or 100 in a row, are bad.
-        """
-        self._recent.append((len(slots), len(bad)))
-        while sum(rows for rows, _ in self._recent) - self._recent[0][0] >= BAD_WINDOW:
-            self._recent.popleft()
-        if not bad:
-            self._in_a_row = 0
-            return
-        self.by_reason.update(sample.reason for sample in bad)
-        self._first += bad[: _SHOWN_BAD - len(self._first)]
-        bad_slots = {sample.slot for sample in bad}
-        for slot in slots.tolist():
-            self._in_a_row = self._in_a_row + 1 if slot in bad_slots else 0
-            if self._in_a_row >= MAX_BAD_IN_A_ROW:
-                raise self._too_many(f"{MAX_BAD_IN_A_ROW} samples in a row cannot be used")
-        recent = sum(count for _, count in self._recent)
-        if recent > self._max_fraction * BAD_WINDOW:
-            seen = sum(rows for rows, _ in self._recent)
-            raise self._too_many(
-                f"{recent} of the last {seen} samples cannot be used, more than data.max_bad_fraction="
-                f"{self._max_fraction} of {BAD_WINDOW}"
-            )
-
-    def _too_many(self, what: str) -> IntegrityError:
-        listed = "; ".join(f"{sample.key}: {sample.reason}" for sample in self._first)
-        return IntegrityError(f"{what}. The first: {listed}")
+def _rows(result: TaskResult, *, consumed: int) -> TaskRows:
+    """Return what a worker made of a task of the step that begins at slot `consumed`, or raise why it could not."""
+    assert result.consumed == consumed, "the loader lost its place"
+    if isinstance(result.outcome, TaskFailure):
+        raise result.outcome.error or WorkerFailed(result.outcome.trace)
+    return result.outcome
 
 
 def _concatenate(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:

@@ -90,11 +90,16 @@ class SourceOrder:
         seed: seed of the run.
         lanes: sequences that are read side by side.
         window: samples of a lane that are shuffled together.
+        epoch_samples: length of an epoch; fewer than all samples leave out a rest, in each epoch another one.
     """
 
-    def __init__(self, counts: Sequence[int], *, name: str, seed: int, lanes: int = 64, window: int = 32768) -> None:
+    def __init__(
+        self, counts: Sequence[int], *, name: str, seed: int, lanes: int = 64, window: int = 32768,
+        epoch_samples: int | None = None,
+    ) -> None:  # fmt: skip
         self.counts = np.asarray(counts, dtype=np.int64)
         self.num_samples = int(self.counts.sum())
+        self.epoch_samples = self.num_samples if epoch_samples is None else epoch_samples
         self.name = name
         self.sid = source_id(name)
         self.lanes = min(lanes, self.num_samples)
@@ -107,11 +112,11 @@ class SourceOrder:
 
     def lane_of(self, positions: Int64s) -> Int64s:
         """Return the lane of each position."""
-        return positions % self.num_samples % self.lanes
+        return positions % self.epoch_samples % self.lanes
 
     def places(self, positions: Int64s) -> Places:
         """Cut positions into epoch, lane, window and offset."""
-        epoch, place = np.divmod(positions, self.num_samples)
+        epoch, place = np.divmod(positions, self.epoch_samples)
         lane, pos = place % self.lanes, place // self.lanes
         even, rest = divmod(self.num_samples, self.lanes)
         length = even + (lane < rest)
@@ -249,6 +254,15 @@ class SlotOrder:
             rows = source == i
             lane[rows] = order.lane_of(position[rows])
         return slots[np.lexsort((position, source, lane))]
+
+
+def dealt_before(slot: int, *, quotas: Sequence[int], start: int, seed: int, segment: int) -> Int64s:
+    """Return how many of the slots from `start` up to `slot` each source of a segment got, int64 [sources]."""
+    if len(quotas) == 1:
+        return np.array([slot - start], dtype=np.int64)
+    block, place = divmod(slot - start, MIXTURE_BLOCK)
+    dealt = np.repeat(np.arange(len(quotas)), quotas)[permutation(MIXTURE_BLOCK, key(seed, MIX, segment, block))]
+    return block * np.asarray(quotas, dtype=np.int64) + np.bincount(dealt[:place], minlength=len(quotas))
 
 
 def mixture_quotas(weights: Sequence[float]) -> tuple[int, ...]:

@@ -43,8 +43,12 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """sha256 that changes with names, counts, sizes, filters and caption members, not with the shards' folder."""
-        listed = ((s.path.relative_to(self.root).as_posix(), s) for s in self.shards)
+        listed = ((self.shard_name(i), shard) for i, shard in enumerate(self.shards))
         return fingerprint(listed, captions=self.captions)
+
+    def shard_name(self, shard: int) -> str:
+        """Return the name of a shard below `root`."""
+        return self.shards[shard].path.relative_to(self.root).as_posix()
 
 
 def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> list[Path]:

@@ -1,15 +1,31 @@
-"""Start loader processes safely, and tune them."""
+"""Start loader processes safely, tune them, and notice when one is gone."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import threading
+import time
+from collections import deque
 from multiprocessing import forkserver
+from typing import TYPE_CHECKING, Any
+
+from clip_train.errors import TrainingFailed
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+logger = logging.getLogger(__name__)
 
 # Workers are forked from a server that has no threads, no CUDA and no process group; the trainer has all three.
 WORKER_START_METHOD = "forkserver"
+WORKER_POLL_SECONDS = 1.0  # between two looks at whether the workers live
+# A worker that is silent for so long hangs. Below the 300 s after which other ranks give up waiting for this one.
+WORKER_TIMEOUT_SECONDS = 240.0
+MAX_WORKER_FAILURES = 3  # within so many steps:
+WORKER_FAILURE_STEPS = 1000
 _PRELOADED = ["clip_train.data.dataset", "clip_train.data.sequential"]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -47,3 +63,79 @@ def _keep_freed_memory() -> None:
 def as_is(item: object) -> object:
     """Collate nothing: an item of the dataset is a batch already."""
     return item
+
+
+class WorkerFailed(Exception):
+    """A loader process raised, died or hangs. What it was to do can be done again by another."""
+
+
+class WorkerTasks:
+    """The results of a DataLoader, in order, as long as its workers live. A context manager that ends them.
+
+    Args:
+        loader: with `timeout=WORKER_POLL_SECONDS` if it has workers. Its dataset must not raise in a worker.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        others = set(multiprocessing.active_children())
+        self._results: Any = iter(loader)
+        self._workers = [process for process in multiprocessing.active_children() if process not in others]
+
+    def __enter__(self) -> WorkerTasks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is WorkerFailed:
+            self._kill()  # one that is stopped or hangs would not hear a request
+        self._results = None  # it ends the workers, now and not when some traceback is forgotten
+        self._kill()
+
+    def next(self) -> Any:
+        """Return the next result.
+
+        Raises:
+            WorkerFailed: a worker died, or nothing came for `WORKER_TIMEOUT_SECONDS`.
+        """
+        deadline = time.monotonic() + WORKER_TIMEOUT_SECONDS
+        while True:
+            try:
+                return next(self._results)
+            except Exception as error:
+                # The loader's timeout is a RuntimeError after which it can be asked again. What a dying worker leaves
+                # behind may be any error: its results come through sockets and shared memory.
+                dead = [process for process in self._workers if not process.is_alive()]
+                if not self._workers:
+                    raise
+                if dead:
+                    how = ", ".join(f"process {p.pid} ended with {p.exitcode}" for p in dead)
+                    raise WorkerFailed(f"{how} ({error!r})") from error
+                if not isinstance(error, RuntimeError):
+                    raise WorkerFailed(repr(error)) from error
+                if time.monotonic() >= deadline:
+                    raise WorkerFailed(f"no worker answered within {WORKER_TIMEOUT_SECONDS:.0f} s") from error
+
+    def _kill(self) -> None:
+        for process in self._workers:
+            process.kill()
+            process.join()
+
+
+class WorkerFailures:
+    """Decides whether a loader may be built once more after a failure."""
+
+    def __init__(self) -> None:
+        self._steps: deque[int] = deque(maxlen=MAX_WORKER_FAILURES)
+
+    def judge(self, failure: WorkerFailed, *, step: int, where: str) -> None:
+        """Say that the loader is rebuilt after a failure in `step`.
+
+        Raises:
+            TrainingFailed: it is the fourth one in 1,000 steps.
+        """
+        if len(self._steps) == MAX_WORKER_FAILURES and step - self._steps[0] < WORKER_FAILURE_STEPS:
+            raise TrainingFailed(
+                f"loader workers failed {MAX_WORKER_FAILURES + 1} times within {WORKER_FAILURE_STEPS} steps; the last "
+                f"time {where}: {failure}"
+            ) from failure
+        self._steps.append(step)
+        logger.warning("a loader worker failed %s and is replaced: %s", where, failure)

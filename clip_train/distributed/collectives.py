@@ -115,12 +115,12 @@ def broadcast_object(value: Any, *, world: World) -> Any:
     return box[0]
 
 
-def gather_objects(value: Any, *, world: World) -> list[Any]:
+def gather_objects(value: Any, *, world: World, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return every rank's `value`, in rank order, on every rank."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -8,11 +8,6 @@ import time
 from enum import IntEnum
 from types import FrameType
 
-import torch
-
-from clip_train.distributed.collectives import all_reduce
-from clip_train.distributed.world import World
-
 
 class StopReason(IntEnum):
     """Why a run should stop, by rising urgency."""
@@ -51,14 +46,11 @@ class StopRequest:
         for number, handler in self.former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def agreed(self, *, world: World) -> StopReason:
-        """Return the most urgent reason on any rank. Every rank calls it after every step."""
+    def wanted(self) -> StopReason:
+        """Return why this process should stop. The ranks then agree on the most urgent reason of any."""
         if time.monotonic() >= self.deadline:
             self.reason = max(self.reason, StopReason.time_limit)
-        if world.size == 1:
-            return self.reason
-        level = torch.tensor(int(self.reason))
-        return StopReason(int(all_reduce(level, world=world, op="max", group=world.host_group)))
+        return self.reason
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.reason >= StopReason.interrupted:

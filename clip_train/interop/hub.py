@@ -2,39 +2,91 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
+from functools import cache
 from pathlib import Path
+from typing import cast
+
+from omegaconf import OmegaConf
 
 from clip_train.errors import UserError
-from clip_train.interop.open_clip import CONFIG_FILE, WEIGHT_FILES
+from clip_train.interop import open_clip
+from clip_train.interop.folders import (
+    EXPORT_FILE,
+    PREPROCESSOR_FILE,
+    TOKENIZER_FILES,
+    TRANSFORMERS_CONFIG_FILE,
+    TRANSFORMERS_WEIGHT_FILES,
+)
+from clip_train.model.zoo import OPENAI_NAMES, available_models
 
 WEIGHTS_VARIABLE = "CLIP_TRAIN_WEIGHTS"
 HUB_PREFIX = "hf-hub:"
-OPENAI_REPOSITORIES = {
-    "RN50": "timm/resnet50_clip.openai",
-    "RN101": "timm/resnet101_clip.openai",
-    "RN50x4": "timm/resnet50x4_clip.openai",
-    "RN50x16": "timm/resnet50x16_clip.openai",
-    "RN50x64": "timm/resnet50x64_clip.openai",
-    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai",
-    "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
-    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai",
-    "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
+PRETRAINED_FILE = Path(__file__).parent / "data" / "pretrained.yaml"
+QUICK_GELU_SUFFIX = "-quickgelu"
+# A repository's config, in the order that `read_folder` looks for it, and the weights that go with it.
+_LAYOUTS = {
+    EXPORT_FILE: open_clip.WEIGHT_FILES,
+    open_clip.CONFIG_FILE: open_clip.WEIGHT_FILES,
+    TRANSFORMERS_CONFIG_FILE: TRANSFORMERS_WEIGHT_FILES,
 }
 
 
+@cache
+def pretrained_weights() -> dict[str, str]:
+    """Return the hub's repository of each `ARCHITECTURE:TAG`; architectures are spelled with dashes."""
+    table = cast("dict[str, dict[str, str]]", OmegaConf.to_container(OmegaConf.load(PRETRAINED_FILE)))
+    return {f"{row}:{tag}": repository for row, tags in table.items() for tag, repository in tags.items()}
+
+
+def locate(name: str, *, cache_dir: str | None) -> Path:
+    """Return the file or folder that a path or name stands for, downloaded if need be.
+
+    The order is: an existing path, `CLIP_TRAIN_WEIGHTS`, the hub's cache, the hub.
+
+    Raises:
+        UserError: there is nothing, or it cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith(HUB_PREFIX):
+        return local_weights(name) or fetch(name.removeprefix(HUB_PREFIX), wanted=name, cache_dir=cache_dir)
+    published = pretrained_weights()
+    if (name in available_models() or name in published) and (local := local_weights(name)):
+        return local
+    if name in OPENAI_NAMES:
+        row = OPENAI_NAMES[name].removesuffix(QUICK_GELU_SUFFIX) + QUICK_GELU_SUFFIX
+        return fetch(published[f"{row}:openai"], wanted=name, cache_dir=cache_dir)
+    if name in published:
+        return fetch(published[name], wanted=name, cache_dir=cache_dir)
+    raise UserError(_unknown(name))
+
+
+def recorded_activation(name: str) -> bool | None:
+    """Say whether the name promises QuickGELU (True) or GELU (False); None for paths and `hf-hub:` names."""
+    if name in pretrained_weights():
+        return name.partition(":")[0].endswith(QUICK_GELU_SUFFIX)
+    return True if name in OPENAI_NAMES else None
+
+
 def local_weights(name: str) -> Path | None:
-    """Return the folder or file under `CLIP_TRAIN_WEIGHTS` named like the model, slashes as dashes, or None."""
+    """Return the folder or file under `CLIP_TRAIN_WEIGHTS` named like the model, `/` and `:` as dashes, or None."""
     root = os.environ.get(WEIGHTS_VARIABLE)
     if not root:
         return None
-    stem = name.removeprefix(HUB_PREFIX).replace("/", "-")
+    stem = name.removeprefix(HUB_PREFIX).replace("/", "-").replace(":", "-")
     candidates = (Path(root) / f"{stem}{suffix}" for suffix in ("", ".pt", ".safetensors"))
     return next((path for path in candidates if path.exists()), None)
 
 
 def fetch(repository: str, *, wanted: str, cache_dir: str | None) -> Path:
     """Return the local folder of `ORG/NAME[@revision]` with its config and weights, downloading what is missing.
+
+    Of several processes that share the cache one downloads a file and the others wait for it (the hub's client locks
+    each file). All files are of one commit, whose hash is the folder's name.
 
     Args:
         repository: the hub's name, with an optional revision.
@@ -44,25 +96,72 @@ def fetch(repository: str, *, wanted: str, cache_dir: str | None) -> Path:
     Raises:
         UserError: not there, or not reachable and not in the cache.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repository, _, revision = repository.partition("@")
+    name, _, revision = repository.partition("@")
+    repo = _Repository(name, revision=revision or None, cache_dir=cache_dir)
     try:
-        config = hf_hub_download(repository, CONFIG_FILE, revision=revision or None, cache_dir=cache_dir)
-        for name in WEIGHT_FILES:
-            try:
-                hf_hub_download(repository, name, revision=revision or None, cache_dir=cache_dir)
+        for config, weight_files in _LAYOUTS.items():
+            if repo.get(config) is None:
+                continue
+            found = next((path for file in weight_files if (path := repo.get(file)) is not None), None)
+            if found is None:
                 break
-            except LocalEntryNotFoundError:
+            if found.suffix == ".json":
+                for shard in sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())):
+                    repo.get(shard)
+            for file in (PREPROCESSOR_FILE, *TOKENIZER_FILES):
+                repo.get(file)
+            return found.parent
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, KeyError) as error:
+        reason: Exception | None = error
+    else:
+        reason = repo.unreachable
+    why = type(reason).__name__ if reason is not None else "the repository has no such files"
+    raise UserError(
+        f"{wanted}: config ({', '.join(_LAYOUTS)}) and weights of {repository} are neither in the hub's cache "
+        f"({cache_dir or 'its default folder'}) nor downloadable ({why}), and "
+        f"{WEIGHTS_VARIABLE}={os.environ.get(WEIGHTS_VARIABLE, '')} has no such folder. Copy a model folder here and "
+        f"pass its path, set {WEIGHTS_VARIABLE} to the folder that holds it, or call create_model for random weights"
+    ) from reason
+
+
+class _Repository:
+    """One commit of a repository on the hub: the first file decides which."""
+
+    def __init__(self, name: str, *, revision: str | None, cache_dir: str | None) -> None:
+        self.name = name
+        self.revision = revision
+        self.cache_dir = cache_dir
+        self.unreachable: Exception | None = None
+
+    def get(self, file: str) -> Path | None:
+        """Return the local path of a file, None if the repository has none, or none is cached and the hub is off."""
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(self.name, file, revision=self.revision, cache_dir=self.cache_dir))
+        except LocalEntryNotFoundError as error:
+            if not constants.HF_HUB_OFFLINE:
                 raise
-            except EntryNotFoundError:
-                continue  # the repository keeps its weights under a later name
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"{wanted}: {CONFIG_FILE} and weights of {repository} are neither in the hub's cache nor downloadable "
-            f"({type(error).__name__}), and {WEIGHTS_VARIABLE}={os.environ.get(WEIGHTS_VARIABLE, '')} has no such "
-            f"folder. Copy a model folder here and pass its path, set {WEIGHTS_VARIABLE} to the folder that holds "
-            "it, or call create_model for random weights"
-        ) from error
-    return Path(config).parent
+            self.unreachable = error
+            return None
+        except EntryNotFoundError:
+            return None
+        self.revision = path.parent.name
+        return path
+
+
+def _unknown(name: str) -> str:
+    published = pretrained_weights()
+    architecture = OPENAI_NAMES.get(name.partition(":")[0], name.partition(":")[0])
+    twins = {architecture.removesuffix(QUICK_GELU_SUFFIX) + suffix for suffix in ("", QUICK_GELU_SUFFIX)}
+    tagged = [other for other in published if other.partition(":")[0] in twins]
+    if name in available_models():
+        listed = f"; published weights: {', '.join(tagged[:10])}" if tagged else ""
+        return f"{name} names an architecture, not weights: load a run or a file, or call create_model{listed}"
+    if ":" in name and tagged:
+        return f"{name}: no such weights; published are {', '.join(difflib.get_close_matches(name, tagged, 10, 0.0))}"
+    near = difflib.get_close_matches(name, [*OPENAI_NAMES, *published], n=3, cutoff=0.0)
+    return f"{name}: neither a path nor a model with published weights; the nearest names are {', '.join(near)}"

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from clip_train.errors import UserError
-from clip_train.interop.hub import HUB_PREFIX, OPENAI_REPOSITORIES, fetch, local_weights
-from clip_train.interop.loaded_model import LoadedModel, Preprocess
-from clip_train.interop.open_clip import CONFIG_FILE, find_weights, read_config
-from clip_train.interop.weights import assign_weights, openai_config, read_weights, take_openai_integers
-from clip_train.model.config import ModelConfig
-from clip_train.model.zoo import available_models, model_config
-from clip_train.tokenizer.config import TOKENIZERS, TokenizerConfig
+from clip_train.interop import openai
+from clip_train.interop.folders import WEIGHT_CHOICES, Source, read_folder
+from clip_train.interop.hub import locate, recorded_activation
+from clip_train.interop.loaded_model import LoadedModel, Preprocess, empty_model
+from clip_train.interop.weights import assign_weights, first_keys, read_weights
+from clip_train.model.positions import resize_positions
+from clip_train.model.zoo import model_config
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from clip_train.tokenizer.base import Tokenizer
-
-WEIGHT_CHOICES = ("auto", "ema", "raw")
-RUN_CONFIG_FILE = "config.yaml"
-
-
-class Source(NamedTuple):
-    """An architecture, its weights under native names, where they came from, and the tokenizer if not CLIP's."""
-
-    config: ModelConfig
-    tensors: dict[str, Tensor]
-    origin: Path
-    tokenizer: Tokenizer | None = None
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load(
@@ -44,37 +27,53 @@ def load(
     download_root: str | None = None,
     *,
     weights: str = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     model: str | None = None,
+    image_size: int | None = None,
+    compile: bool = False,
 ) -> tuple[LoadedModel, Preprocess]:
     """Load a trained model and the preprocessing of its images; the order of arguments is OpenAI CLIP's.
 
     Args:
-        name_or_path: a run directory, a checkpoint, a folder with `open_clip_config.json`, a weight file (OpenAI's
-            archives, `.pt`, `.safetensors`), `hf-hub:ORG/NAME[@revision]`, or one of OpenAI's names (`ViT-B/32`).
+        name_or_path: a run directory, a checkpoint, an export; a folder of open_clip or transformers; a weight file
+            (OpenAI's archives, `.pt`, `.safetensors`); `hf-hub:ORG/NAME[@revision]`; one of OpenAI's names
+            (`ViT-B/32`); an architecture with the tag of its weights (`ViT-B-32:laion2b_s34b_b79k`).
         device: CUDA if there is one, else the CPU, if None.
         jit: exists for compatibility and must be False.
         download_root: cache folder of the hub; its default if None.
-        weights: of a run: `ema` (moving average), `raw`, or `auto`, the average if the run kept one.
-        dtype: of the parameters; float32 if None.
+        weights: of a run: `ema` (moving average), `raw`, `auto` (the average if the run kept one), or `best` (as
+            `auto`, of the checkpoint that `checkpoint.best` kept instead of the newest).
+        dtype: of the parameters, as a type or `fp32`, `bf16`, `fp16`; float32 if None.
         model: the architecture's name, for a weight file that does not tell (see `available_models`).
+        image_size: side of the pictures in pixels; the position table is interpolated to it. The model's own if None.
+        compile: compile each transformer block with torch.compile, which takes minutes at the first calls.
 
     Returns:
         The model in eval mode, and a function from a PIL image to float32 [3, S, S].
 
     Raises:
         UserError: nothing usable is there. Random weights are never returned.
-        IntegrityError: the checkpoint is damaged.
+        IntegrityError: the checkpoint is damaged, or weights are not finite.
     """
     if jit:
         raise UserError("jit=True: there is no scripted variant, pass jit=False")
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
     source = read_source(name_or_path, weights=weights, model=model, cache_dir=download_root)
-    with torch.device("meta"):
-        loaded = LoadedModel(source.config, tokenizer=source.tokenizer)
+    if image_size is not None and image_size != source.config.vision.image_size:
+        source = _resize(source, image_size=image_size)
+    loaded = empty_model(source.config, tokenizer=source.tokenizer)
     assign_weights(loaded, source.tensors, origin=str(source.origin))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return loaded.to(device=device, dtype=dtype).eval(), Preprocess(source.config)
+    loaded = loaded.to(device=device, dtype=dtype).eval()
+    if compile:
+        from clip_train.distributed.parallel import compile_each_block
+
+        compile_each_block(loaded)
+    return loaded, loaded.preprocess
 
 
 def read_source(
@@ -83,56 +82,35 @@ def read_source(
     """Find and read what `load` would load, without building the model. The arguments are those of `load`."""
     if weights not in WEIGHT_CHOICES:
         raise UserError(f"weights={weights!r} must be one of {', '.join(WEIGHT_CHOICES)}")
-    path = _locate(str(name_or_path), cache_dir=cache_dir)
-    if path.is_dir():
-        if (path / CONFIG_FILE).is_file():
-            file = find_weights(path)
-            return Source(read_config(path / CONFIG_FILE), read_weights(file), file)
-        return _read_run(path, weights=weights)
+    path = locate(str(name_or_path), cache_dir=cache_dir)
+    source = read_folder(path, weights=weights) if path.is_dir() else _read_file(path, model=model)
+    promised = None if path == Path(name_or_path).expanduser() else recorded_activation(str(name_or_path))
+    if promised is not None and promised != source.config.quick_gelu:
+        raise UserError(
+            f"{name_or_path} means quick_gelu={str(promised).lower()}, but {source.origin} records the opposite: load "
+            "it by its path, or take the architecture's twin (with or without -quickgelu)"
+        )
+    return source
+
+
+def _read_file(path: Path, *, model: str | None) -> Source:
     tensors = read_weights(path)
-    if take_openai_integers(tensors):
-        return Source(openai_config(tensors, name=model or path.stem), tensors, path)
+    if openai.take_integers(tensors):
+        return Source(openai.infer_config(tensors, name=model or path.stem, origin=str(path)), tensors, path)
     if model is None:
-        raise UserError(f"{path}: the file does not tell its architecture; pass model=NAME (see available_models())")
+        raise UserError(
+            f"{path}: the file does not tell its architecture; pass model=NAME (see available_models()), or its folder "
+            f"if that has a config. Its first keys: {first_keys(tensors)}"
+        )
     return Source(model_config(model), tensors, path)
 
 
-def _locate(name: str, *, cache_dir: str | None) -> Path:
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if name.startswith(HUB_PREFIX):
-        return local_weights(name) or fetch(name.removeprefix(HUB_PREFIX), wanted=name, cache_dir=cache_dir)
-    if name in available_models() and (local := local_weights(name)):
-        return local
-    if name in OPENAI_REPOSITORIES:
-        return fetch(OPENAI_REPOSITORIES[name], wanted=name, cache_dir=cache_dir)
-    if name in available_models():
-        raise UserError(f"{name} names an architecture, not weights: load a run or a file, or call create_model")
-    near = ", ".join(difflib.get_close_matches(name, OPENAI_REPOSITORIES, n=3, cutoff=0.0))
-    raise UserError(f"{name}: neither a path nor a model with published weights; the nearest names are {near}")
-
-
-def _read_run(path: Path, *, weights: str) -> Source:
-    """Read a run directory's newest intact checkpoint, or the checkpoint itself."""
-    from clip_train.checkpoint.load import find_checkpoint, load_tensors
-
-    checkpoint = find_checkpoint(path)
-    has_average = (checkpoint / "ema.safetensors").is_file()
-    if weights == "ema" and not has_average:
-        raise UserError(f"{checkpoint}: weights=ema, but the run keeps no moving average (optim.ema_decay)")
-    part = "ema" if has_average and weights != "raw" else "model"
-    config, tokenizer = _run_config(checkpoint / RUN_CONFIG_FILE)
-    built = tokenizer.build(context_length=config.text.context_length, kept_in=checkpoint)
-    return Source(config, load_tensors(checkpoint, part), checkpoint, built)
-
-
-def _run_config(path: Path) -> tuple[ModelConfig, TokenizerConfig]:
-    try:
-        values = cast("DictConfig", OmegaConf.load(path))
-        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), values["model"])
-        chosen = values.get("tokenizer", {"name": "clip"})
-        tokenizer = OmegaConf.merge(OmegaConf.structured(TOKENIZERS[chosen["name"]]), chosen)
-        return cast("ModelConfig", OmegaConf.to_object(merged)), cast("TokenizerConfig", OmegaConf.to_object(tokenizer))
-    except (OSError, KeyError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not the config of a run ({str(error).splitlines()[0]})") from error
+def _resize(source: Source, *, image_size: int) -> Source:
+    """Return the model for pictures of another size; one line on standard error per table that is interpolated."""
+    vision = dataclasses.replace(source.config.vision, image_size=image_size)
+    config = dataclasses.replace(source.config, vision=vision)
+    expected = {name: tensor.shape for name, tensor in empty_model(config).state_dict().items()}
+    tensors = dict(source.tensors)
+    for line in resize_positions(tensors, expected=expected):
+        print(f"{source.origin}: {line}", file=sys.stderr)
+    return source._replace(config=config, tensors=tensors)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from clip_train.data.transforms import preprocess_pixels
 from clip_train.model.clip import CLIP
@@ -26,6 +27,7 @@ class LoadedModel(CLIP):
 
     Attributes:
         tokenize: the model's own tokenizer, list of captions to int64 [n, context_length].
+        preprocess: from a PIL image to float32 [3, S, S].
         visual.input_resolution: side of the input images in pixels.
         context_length, vocab_size: of the text tower.
         logit_scale: [] log of the inverse temperature; use `.exp()`.
@@ -35,11 +37,12 @@ class LoadedModel(CLIP):
         """Make the towers; without a tokenizer the model has CLIP's."""
         super().__init__(config)
         self.tokenize = tokenizer or ClipTokenizerConfig().build(context_length=config.text.context_length)
+        self.preprocess = Preprocess(config)
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' type."""
-        return self.token_embedding.weight.dtype
+        return next(self.visual.parameters()).dtype
 
     def forward(self, image: Tensor, text: Tensor | list[str]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return (logits_per_image [B, N], logits_per_text [N, B]): scaled cosines, plus the bias if there is one.
@@ -62,6 +65,23 @@ class LoadedModel(CLIP):
         if not isinstance(tokens, Tensor):
             tokens = self.tokenize(tokens).to(self.logit_scale.device)
         return super().encode_text(tokens, normalize=normalize)
+
+
+def empty_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> LoadedModel:
+    """Make the model with memory in place of weights, to be assigned. Pages that nobody writes to cost nothing."""
+    with _WithoutInit():
+        return LoadedModel(config, tokenizer=tokenizer)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Draw no random numbers. The meta device draws none either, but imports the compiler at its first product."""
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 class Preprocess:

@@ -1,4 +1,4 @@
-"""Weight files of every layout, read into the native names (those of OpenAI CLIP)."""
+"""Weight files of every kind, read without running anything from them, and given to a model."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clip_train.errors import UserError
-from clip_train.model.config import ModelConfig, TextConfig, VisionConfig
+from clip_train.errors import IntegrityError, UserError
+from clip_train.interop.torchscript import is_archive, read_archive
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from clip_train.model.clip import CLIP
 
 # What torch.compile, DDP and open_clip's second layout put before a name.
 PREFIXES = ("module.", "_orig_mod.", "text.")
-# OpenAI's archives carry these beside the parameters; no other library does.
-OPENAI_INTEGERS = ("input_resolution", "context_length", "vocab_size")
+# An archive's numbers are stored as they are; only TorchScript's code is compressed, and that is small.
+MAX_INFLATED_BYTES = 64 << 20
+NUM_KEYS_SHOWN = 10
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -31,88 +32,46 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     The archive is opened for its parameters and never called; `torch.save` files are read with `weights_only=True`.
 
     Raises:
-        UserError: the file is unreadable, or holds no tensors by name.
+        UserError: the file is unreadable, asks to run code, or holds no tensors by name.
     """
+    return {_native_name(name): tensor for name, tensor in read_tensors(path).items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a weight file as `read_weights` does, under the file's own names."""
     try:
+        _refuse_bomb(path)
         if path.suffix == ".safetensors":
             values: Any = load_file(path)
-        elif _is_torchscript(path):
-            values = torch.jit.load(path, map_location="cpu").state_dict()
+        elif is_archive(path):
+            values = read_archive(path)
         else:
             values = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a readable weight file ({str(error).splitlines()[0]})") from error
+    except UserError:
+        raise
+    except Exception as error:  # a hostile or damaged file makes the readers fail in every way there is
+        raise UserError(f"{path}: {_reason(path, error)}") from error
     if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
         values = values["state_dict"]
-    if not isinstance(values, dict) or not any(isinstance(value, Tensor) for value in values.values()):
-        raise UserError(f"{path}: holds no tensors by name, neither at the top nor under 'state_dict'")
-    return {_native_name(name): value for name, value in values.items() if isinstance(value, Tensor)}
-
-
-def take_openai_integers(tensors: dict[str, Tensor]) -> bool:
-    """Remove the three integers of OpenAI's archives; return whether they were there."""
-    found = [tensors.pop(name) for name in OPENAI_INTEGERS if name in tensors]
-    return len(found) == len(OPENAI_INTEGERS)
-
-
-def openai_config(tensors: dict[str, Tensor], *, name: str) -> ModelConfig:
-    """Return the architecture of OpenAI's weights from the shapes of the tensors (`build_model` in OpenAI CLIP).
-
-    Heads are 64 wide, and the activation is QuickGELU: shapes cannot tell either, OpenAI's models all agree.
-
-    Raises:
-        UserError: the tensors are not those of a CLIP model.
-    """
-    try:
-        context_length, width = tensors["positional_embedding"].shape
-        return ModelConfig(
-            name=name,
-            embed_dim=tensors["text_projection"].shape[1],
-            quick_gelu=True,
-            vision=_openai_resnet(tensors) if "visual.layer1.0.conv1.weight" in tensors else _openai_vit(tensors),
-            text=TextConfig(
-                context_length=context_length,
-                vocab_size=tensors["token_embedding.weight"].shape[0],
-                width=width,
-                layers=_num_blocks(tensors, "transformer"),
-                heads=width // 64,
-            ),
-        )
-    except KeyError as error:
-        raise UserError(f"{name}: no tensor {error}, so not a CLIP model") from error
-
-
-def _openai_vit(tensors: dict[str, Tensor]) -> VisionConfig:
-    kernel = tensors["visual.conv1.weight"]  # [width, 3, P, P]
-    width, patch_size = kernel.shape[0], kernel.shape[-1]
-    grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
-    return VisionConfig(
-        image_size=patch_size * grid,
-        patch_size=patch_size,
-        width=width,
-        layers=_num_blocks(tensors, "visual.transformer"),
-        heads=width // 64,
-    )
-
-
-def _openai_resnet(tensors: dict[str, Tensor]) -> VisionConfig:
-    width = tensors["visual.layer1.0.conv1.weight"].shape[0]
-    grid = round((len(tensors["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
-    stages = [
-        sum(name.startswith(f"visual.layer{stage}.") and name.endswith(".conv1.weight") for name in tensors)
-        for stage in (1, 2, 3, 4)
-    ]
-    return VisionConfig(image_size=32 * grid, width=width, heads=32 * width // 64, resnet_stages=stages)
+    tensors = {str(k): v for k, v in values.items() if isinstance(v, Tensor)} if isinstance(values, dict) else {}
+    if not tensors:
+        found = f"its first keys: {first_keys(values)}" if isinstance(values, dict) and values else "it holds nothing"
+        raise UserError(f"{path}: no tensors by name, neither at the top nor under 'state_dict'; {found}")
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name} claims {list(tensor.shape)}, more numbers than the file has for it")
+    return tensors
 
 
 def assign_weights(model: CLIP, tensors: dict[str, Tensor], *, origin: str) -> None:
     """Give the model, possibly on the meta device, these tensors as float32 parameters.
 
     Raises:
-        UserError: names or shapes differ; up to five of each kind are listed.
+        UserError: names or shapes differ; up to ten of each kind are listed, and the first ten keys.
+        IntegrityError: a tensor holds values that are not finite.
     """
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    tensors = dict(tensors)
     for name in ("logit_scale", "logit_bias"):
         if name in tensors and tensors[name].numel() == 1:
             tensors[name] = tensors[name].reshape(())  # some files hold [1]
@@ -122,21 +81,55 @@ def assign_weights(model: CLIP, tensors: dict[str, Tensor], *, origin: str) -> N
         "unexpected": sorted(tensors.keys() - expected.keys()),
         "of another shape": [f"{n} {list(tensors[n].shape)}, not {list(expected[n])}" for n in sorted(reshaped)],
     }
-    found = [
-        f"{len(names)} {kind} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
-        for kind, names in problems.items()
-        if names
-    ]
+    found = [f"{len(names)} {kind} ({first_keys(names)})" for kind, names in problems.items() if names]
     if found:
-        raise UserError(f"{origin}: the tensors are not those of {model.config.name}: {'; '.join(found)}")
-    model.load_state_dict(tensors, assign=True)
+        raise UserError(
+            f"{origin}: the tensors are not those of {model.config.name}: {'; '.join(found)}; "
+            f"first keys of the file: {first_keys(tensors)}"
+        )
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise IntegrityError(f"{origin}: {name} holds values that are not finite")
+    model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, assign=True)
 
 
-def _is_torchscript(path: Path) -> bool:
+def first_keys(names: Iterable[object]) -> str:
+    """Return the first ten names for a message."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:NUM_KEYS_SHOWN]) + (", …" if len(listed) > NUM_KEYS_SHOWN else "")
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse a container that would unpack to far more than it is."""
     if not zipfile.is_zipfile(path):
-        return False
+        return
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > path.stat().st_size + MAX_INFLATED_BYTES:
+        raise UserError(f"{path}: would unpack to {unpacked:,} bytes from {path.stat().st_size:,}; no weight file does")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Say in one line what the file is, or what is wrong with it."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in text or "asks for" in text or "restores" in text):
+        asked = text.partition("GLOBAL ")[2].split()[0] if "GLOBAL " in text else text
+        return (
+            f"unsafe pickle, not read: it would run code or make objects other than tensors ({asked}). Where you trust "
+            "it, convert it once to safetensors with safetensors.torch.save_file(state_dict, 'model.safetensors')"
+        )
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as unreadable:
+        return f"not readable ({unreadable.strerror})"
+    if not head:
+        return "an empty file"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer in place of the weights: run git lfs pull, or download the file again"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page in place of the weights: download the file again"
+    return f"not a readable weight file ({text.splitlines()[0] if text else type(error).__name__})"
 
 
 def _native_name(name: str) -> str:
@@ -147,7 +140,3 @@ def _native_name(name: str) -> str:
             if name.startswith(prefix):
                 name, stripped = name.removeprefix(prefix), True
     return name
-
-
-def _num_blocks(tensors: dict[str, Tensor], stack: str) -> int:
-    return sum(name.startswith(f"{stack}.resblocks.") and name.endswith(".attn.in_proj_weight") for name in tensors)

@@ -25,6 +25,7 @@ NUM_BYTES = 256
 CACHED_WORDS = 1 << 16
 
 _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 
 class ClipTokenizer(Tokenizer):
@@ -97,17 +98,27 @@ def _apply_merge(ids: list[int], pair: tuple[int, int], merged: int) -> list[int
     return joined
 
 
+def byte_letters() -> list[str]:
+    """Return the printable character that stands for each byte in files of merges, in the order of the ids 0 to 255."""
+    letters = [chr(byte) for byte in _PRINTABLE]
+    return letters + [chr(NUM_BYTES + i) for i in range(NUM_BYTES - len(letters))]
+
+
+def merge_lines() -> list[str]:
+    """Return the 48,894 merges, lowest rank first, as two spellings with a space between them."""
+    return gzip.decompress(MERGES_FILE.read_bytes()).decode("utf-8").splitlines()
+
+
 @cache
 def _vocabulary() -> tuple[dict[tuple[int, int], int], list[bytes], list[int]]:
     """Return merges (pair of ids to id), the bytes each id spells (a space ends a word), and the id of each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_order = printable + [byte for byte in range(NUM_BYTES) if byte not in printable]
+    byte_order = _PRINTABLE + [byte for byte in range(NUM_BYTES) if byte not in _PRINTABLE]
     # The file spells byte number i of the order with its own character if printable, else with the next one past 255.
-    letters = [chr(byte) for byte in printable] + [chr(NUM_BYTES + i) for i in range(NUM_BYTES - len(printable))]
+    letters = byte_letters()
     ids = {letter: i for i, letter in enumerate(letters)} | {f"{c}</w>": NUM_BYTES + i for i, c in enumerate(letters)}
     symbols = [bytes([byte]) for byte in byte_order] + [bytes([byte, 32]) for byte in byte_order]
     merges = {}
-    for line in gzip.decompress(MERGES_FILE.read_bytes()).decode("utf-8").splitlines():
+    for line in merge_lines():
         left, right = line.split(" ")
         merges[ids[left], ids[right]] = ids[left + right] = len(symbols)
         symbols.append(symbols[ids[left]] + symbols[ids[right]])

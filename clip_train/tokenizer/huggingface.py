@@ -105,8 +105,5 @@ def _rebuild(
 
 def _id_of(token: str, ids: dict[str, int], *, key: str, origin: str) -> int:
     if token not in ids:
-        likely = [name for name in ids if name.startswith(("<", "["))][:5]
-        raise UserError(
-            f"tokenizer.{key}={token}: no such token in {origin}; it has {', '.join(likely) or 'no others'}"
-        )
+        raise UserError(f"tokenizer.{key}={token}: no such token in {origin}")
     return ids[token]

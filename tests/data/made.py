@@ -9,6 +9,8 @@ import webdataset
 from PIL import Image
 
 from clip_train.data.config import DataConfig
+from clip_train.data.delivery import StepExchange
+from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World
 
 
@@ -71,3 +73,17 @@ def stream(folder: Path, world, *, batch: int = 8, seed: int = 7, image_size: in
         config.open_train(world=World()), world=world, seed=seed, global_batch_size=batch, tokenizer=ByteTokenizer(),
         image_size=image_size,
     )  # fmt: skip
+
+
+def steps(training_stream, world, run_dir: Path, *, batch: int = 8, done: int = 0, count: int) -> list:
+    """Fetch the batches of `count` steps as the trainer does, after `done` steps, with account kept in `run_dir`."""
+    run_dir.mkdir(exist_ok=True)
+    batches = training_stream.batches(done * batch)
+    exchange = StepExchange(
+        training_stream, batches=batches, run_dir=run_dir, world=world, step=done, consumed=done * batch
+    )
+    try:
+        return [exchange.next(step=done + i + 1, stop=StopReason.none).batch for i in range(count)]
+    finally:
+        exchange.close()
+        training_stream.close()

@@ -17,7 +17,7 @@ from clip_train.data.indexing import index_shards
 from clip_train.data.transforms import sample_uniforms
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
-from tests.data.made import caption_of, encoded, picture, stream, write_shard
+from tests.data.made import caption_of, encoded, picture, steps, stream, write_shard
 
 
 def _choose(members: dict, *, uniform: float = 0.0, **options) -> str:
@@ -161,7 +161,7 @@ def test_a_sample_without_the_field_is_counted_and_replaced(tmp_path):
         rows.append({"__key__": f"{i:03d}", "png": encoded(picture(i)), "json": json.dumps(document).encode()})
     write_shard(tmp_path / "a.tar", rows)
     training_stream = stream(tmp_path, World(), batch=20, caption="json:caption", max_bad_fraction=1, window=60)
-    batches = list(itertools.islice(training_stream.batches(0), 3))
+    batches = steps(training_stream, World(), tmp_path, batch=20, count=3)
     assert training_stream.counters() == {"caption_missing": 1}
     captions = [caption_of(t) for b in batches for t in b.tokens[b.valid]]
     assert "n 5" not in captions and torch.cat([b.slots for b in batches]).unique().numel() == 60

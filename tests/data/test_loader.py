@@ -18,7 +18,7 @@ from clip_train.data.order import SourceOrder
 from clip_train.data.transforms import random_crop, sample_uniforms
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
-from tests.data.made import ByteTokenizer, caption_of, encoded, numbered_shards, picture, stream, write_shard
+from tests.data.made import ByteTokenizer, caption_of, encoded, numbered_shards, picture, steps, stream, write_shard
 
 COUNTS = [5, 3, 7, 1, 4]
 
@@ -97,7 +97,7 @@ def test_a_bad_sample_keeps_its_place_and_moves_no_other(tmp_path, on_bad):
     clean = _take(stream(numbered_shards(tmp_path / "clean", counts), World(), **options), 0, 25)
     damaged = stream(numbered_shards(tmp_path / "damaged", counts, bad=bad), World(), **options)
     order = SourceOrder(counts, name="train", seed=7, lanes=2, window=100)
-    for good, batch in zip(clean, _take(damaged, 0, 25), strict=True):
+    for good, batch in zip(clean, steps(damaged, World(), tmp_path, count=25), strict=True):
         assert torch.equal(good.slots, batch.slots)
         for row, number in enumerate(_numbers(good)):
             if number not in bad:
@@ -117,7 +117,7 @@ def test_bad_captions_are_counted_by_reason(tmp_path):
     content = encoded(picture(0))
     write_shard(tmp_path / "a.tar", [{"__key__": str(i), "png": content, "txt": c} for i, c in enumerate(captions)])
     training_stream = stream(tmp_path, World())
-    (batch,) = _take(training_stream, 0, 1)
+    (batch,) = steps(training_stream, World(), tmp_path, count=1)
     assert batch.valid.sum() == 4
     assert training_stream.counters() == {"caption_empty": 2, "caption_not_utf8": 1, "caption_too_long": 1}
 
@@ -125,10 +125,10 @@ def test_bad_captions_are_counted_by_reason(tmp_path):
 def test_too_many_bad_samples_stop_the_run_and_are_named(tmp_path):
     numbered_shards(tmp_path / "few", [300], bad=set(range(0, 300, 4)))
     with pytest.raises(IntegrityError, match=r"21 of the last \d+ samples .*s-000\.tar/\d+\.png: unknown_format"):
-        _take(stream(tmp_path / "few", World(), batch=1, max_bad_fraction=0.002), 0, 300)
+        steps(stream(tmp_path / "few", World(), batch=1, max_bad_fraction=0.002), World(), tmp_path, batch=1, count=300)
     numbered_shards(tmp_path / "all", [120], bad=set(range(120)))
     with pytest.raises(IntegrityError, match="100 samples in a row"):
-        _take(stream(tmp_path / "all", World(), max_bad_fraction=1.0), 0, 15)
+        steps(stream(tmp_path / "all", World(), max_bad_fraction=1.0), World(), tmp_path, count=15)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -161,11 +161,11 @@ def test_the_state_is_small_the_same_on_all_ranks_and_refuses_other_data(tmp_pat
     state = stream(tmp_path / "a", World()).state_dict(24)
     assert state == stream(tmp_path / "a", World(rank=1, size=2)).state_dict(24)
     assert state["consumed"] == 24 and state["order"] == "v1" and len(json.dumps(state)) < 2048
-    stream(tmp_path / "a", World(size=4)).check(json.loads(json.dumps(state)))
-    with pytest.raises(IntegrityError, match="'train' changed since the checkpoint"):
-        stream(tmp_path / "b", World()).check(state)
+    stream(tmp_path / "a", World(size=4)).load_state_dict(json.loads(json.dumps(state)))
+    with pytest.raises(IntegrityError, match=r"changed since the checkpoint: 'train' has other shards"):
+        stream(tmp_path / "b", World()).load_state_dict(state)
     with pytest.raises(IntegrityError, match="seed=7, this run 8"):
-        stream(tmp_path / "a", World(), seed=8).check(state)
+        stream(tmp_path / "a", World(), seed=8).load_state_dict(state)
 
 
 def test_a_mixture_gives_each_source_its_share_and_its_own_order(tmp_path):

@@ -185,8 +185,10 @@ def test_a_run_without_average_loads_its_weights(tmp_path):
     assert same_weights(clip_train.load(tmp_path / "run", device="cpu")[0], model)
     with pytest.raises(UserError, match="weights=ema, but the run keeps no moving average"):
         clip_train.load(tmp_path / "run", weights="ema")
-    with pytest.raises(UserError, match="weights='best' must be one of auto, ema, raw"):
+    with pytest.raises(UserError, match="no best checkpoint"):
         clip_train.load(tmp_path / "run", weights="best")
+    with pytest.raises(UserError, match="weights='last' must be one of auto, ema, raw, best"):
+        clip_train.load(tmp_path / "run", weights="last")
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):

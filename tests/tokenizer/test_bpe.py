@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from clip_train.evaluation.prompt_files import fill, imagenet_classnames, load_templates
 from clip_train.tokenizer import bpe, cleaning
 from clip_train.tokenizer.bpe import ClipTokenizer
 from clip_train.tokenizer.config import ClipTokenizerConfig
@@ -49,6 +50,22 @@ def test_the_merges_are_the_published_ones():
     text = gzip.decompress(bpe.MERGES_FILE.read_bytes())
     assert text.count(b"\n") == 48894
     assert hashlib.sha256(text).hexdigest() == "d308b7377a8ceaa9707a21614fe8c831b9196e197b7aeb69833359362907af02"
+
+
+def prompts_hash(templates):
+    prompts = [fill(template, classname=name) for name in imagenet_classnames() for template in templates]
+    return hashlib.sha256(ClipTokenizer()(prompts).numpy().tobytes()).hexdigest()
+
+
+def test_the_imagenet_prompts_of_the_first_template_are_openais():
+    want = "bbfd1eac8172c920638f362c28be4e5da7b28278736c4648908a827fec54e28b"
+    assert prompts_hash(load_templates("imagenet")[:1]) == want
+
+
+@pytest.mark.slow
+def test_all_80000_imagenet_prompts_are_openais():
+    want = "c6f946bf2880a6c7cfb5c9ce0e991320d72fdc30c7196ada95c7cebfe92aa239"
+    assert prompts_hash(load_templates("imagenet")) == want
 
 
 def test_special_ids_and_vocabulary_size(tokenizer):

@@ -68,7 +68,7 @@ def write_scenes(
             for index, pair in enumerate(_distinct(draw(held_out_pair, 4 * num_val), num_val)):
                 shards.write(f"{index:08d}", {"png": pair.png, "txt": pair.caption})
         num_labelled = PICTURES_PER_CLASS * len(HELD_OUT)
-        _write_classes(out / "classes", draw(labelled_scene, num_labelled))
+        write_classes(out / "classes", draw(labelled_scene, num_labelled))
     return WrittenScenes(num_train, num_val, num_labelled)
 
 
@@ -88,8 +88,8 @@ def _distinct(pairs: Iterator[ScenePair], number: int) -> Iterator[ScenePair]:
     raise UserError(f"num_val={number} is more than the different scenes that were found ({len(captions)})")
 
 
-def _write_classes(folder: Path, pictures: Iterator[LabelledScene]) -> None:
-    """Write one shard and the files that clip-benchmark's `wds` reader expects beside it."""
+def write_classes(folder: Path, pictures: Iterator[LabelledScene]) -> None:
+    """Write one shard of labelled pictures and the files that clip-benchmark's `wds` reader expects beside it."""
     (folder / "test").mkdir(parents=True)
     names = "".join(f"{combination.class_name}\n" for combination in COMBINATIONS)
     (folder / "classnames.txt").write_text(names, encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, Self
 
 import webdataset
 
@@ -18,10 +18,59 @@ if TYPE_CHECKING:
 SAMPLES_PER_SHARD = 10_000
 
 
+class ShardWriter:
+    """Writes one shard, which appears under its name only when it is complete. The same samples give the same bytes.
+
+    Args:
+        path: of the shard.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._part = path.with_name(f"{path.name}.part")
+        self._file = self._part.open("wb")
+        # No encoder: bytes are written as they are. A fixed time makes the tar reproducible.
+        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self.publish()
+        else:
+            self.abandon()
+
+    def write(self, key: str, parts: Mapping[str, bytes | str]) -> None:
+        """Append one sample.
+
+        Args:
+            key: name of the sample, unique in its shard, without a dot in its last component.
+            parts: content by extension, such as `{"png": ..., "txt": "a red circle", "cls": "3"}`.
+        """
+        assert key and "." not in key.rsplit("/", 1)[-1], f"key {key!r} would be read back as another one"
+        content = {name: part.encode() if isinstance(part, str) else part for name, part in parts.items()}
+        self._tar.write({"__key__": key, **content})
+
+    def publish(self) -> None:
+        """Finish the shard and give it its name, once it is on the disk."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._part.replace(self._path)
+
+    def abandon(self) -> None:
+        """Close the file; what was written stays a `.part`."""
+        self._tar.close()
+        self._file.close()
+
+
 class ShardSetWriter:
     """Writes samples into numbered shards of a folder, and their index when it closes without an error.
-
-    A shard appears under its name only when it is complete. The same samples give the same bytes.
 
     Args:
         folder: made if needed; must hold no shards yet.
@@ -38,12 +87,10 @@ class ShardSetWriter:
         self.num_samples = 0
         self.shards: list[Path] = []
         self._samples_per_shard = samples_per_shard
-        self._file: BinaryIO | None = None
-        self._tar: webdataset.TarWriter | None = None
+        self._writer: ShardWriter | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.glob("*.tar")) or (folder / INDEX_NAME).exists():
-                raise UserError(f"{folder} already holds shards: remove them or choose another folder")
+            refuse_shards(folder)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
 
@@ -53,24 +100,17 @@ class ShardSetWriter:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if error_type is None:
             self.close()
-        elif self._tar is not None and self._file is not None:
-            self._tar.close()
-            self._file.close()  # what was written stays a .part
+        elif self._writer is not None:
+            self._writer.abandon()
 
     def write(self, key: str, parts: Mapping[str, bytes | str]) -> None:
-        """Append one sample.
-
-        Args:
-            key: name of the sample, unique in its shard, without a dot in its last component.
-            parts: content by extension, such as `{"png": ..., "txt": "a red circle", "cls": "3"}`.
-        """
-        assert key and "." not in key.rsplit("/", 1)[-1], f"key {key!r} would be read back as another one"
+        """Append one sample, as `ShardWriter.write` does."""
         if self.num_samples % self._samples_per_shard == 0:
             self._finish_shard()
-            self._start_shard()
-        assert self._tar is not None
-        content = {name: part.encode() if isinstance(part, str) else part for name, part in parts.items()}
-        self._tar.write({"__key__": key, **content})
+            self.shards.append(shard_path(self.folder, len(self.shards)))
+            self._writer = ShardWriter(self.shards[-1])
+        assert self._writer is not None
+        self._writer.write(key, parts)
         self.num_samples += 1
 
     def close(self) -> IndexSummary | None:
@@ -78,22 +118,22 @@ class ShardSetWriter:
         self._finish_shard()
         return index_shards(self.shards, crc=True) if self.shards else None
 
-    def _start_shard(self) -> None:
-        self.shards.append(self.folder / f"{len(self.shards):06d}.tar")
-        self._file = self._part(self.shards[-1]).open("wb")
-        # No encoder: bytes are written as they are. A fixed time makes the tar reproducible.
-        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
-
     def _finish_shard(self) -> None:
-        if self._tar is None or self._file is None:
-            return
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._part(self.shards[-1]).replace(self.shards[-1])
-        self._tar = self._file = None
+        if self._writer is not None:
+            self._writer.publish()
+        self._writer = None
 
-    @staticmethod
-    def _part(shard: Path) -> Path:
-        return shard.with_name(f"{shard.name}.part")
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Return the name of the shard with a number, from 0."""
+    return folder / f"{number:06d}.tar"
+
+
+def refuse_shards(folder: Path) -> None:
+    """Check that a folder holds no shards yet.
+
+    Raises:
+        UserError: it does.
+    """
+    if any(folder.glob("*.tar")) or (folder / INDEX_NAME).exists():
+        raise UserError(f"{folder} already holds shards: remove them or choose another folder")

@@ -1,0 +1,74 @@
+"""Folders of pictures: a caption file beside each picture, or a folder per class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clip_train.data.index import IMAGE_EXTENSIONS
+from clip_train.data.shards.inputs.pair import Content, Input, InputOptions, Pair
+from clip_train.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_folder(folder: Path, *, options: InputOptions) -> Input:
+    """Pair every picture below a folder with the `.txt` of the same name; `.cls` and `.json` come along.
+
+    Raises:
+        UserError: there are no pictures, or none has a caption file.
+    """
+    kind = "a folder of pictures with .txt captions"
+    options.refuse_except(kind=kind)
+    pictures = _pictures(folder)
+    if not any(picture.with_suffix(".txt").exists() for picture in pictures):
+        raise UserError(
+            f"{folder}: none of {len(pictures):,} pictures has a .txt of the same name beside it, such as "
+            f"{pictures[0].with_suffix('.txt')}; for folders named after classes pass --template 'a photo of a {{}}'"
+        )
+    pairs = [
+        Pair(
+            picture.relative_to(folder).as_posix(),
+            Content(picture),
+            Content(picture.with_suffix(".txt")),
+            tuple((extension, Content(picture.with_suffix(f".{extension}"))) for extension in ("cls", "json")),
+        )
+        for picture in pictures
+    ]
+    return Input(kind=kind, pairs=pairs)
+
+
+def read_class_folders(folder: Path, *, options: InputOptions) -> Input:
+    """Caption the pictures below each class' folder by a template; `cls` is the class' place in order of names.
+
+    Raises:
+        UserError: there are no pictures, one lies outside the classes' folders, or the template has no `{}`.
+    """
+    kind = "folders of pictures named after their classes"
+    options.refuse_except("template", kind=kind)
+    template = options.template or ""
+    if template.count("{}") != 1:
+        raise UserError(f"--template {template!r} must hold {{}} once, for the name of the class")
+    pictures = _pictures(folder)
+    outside = next((picture for picture in pictures if picture.parent == folder), None)
+    if outside is not None:
+        raise UserError(f"{outside} lies in no class' folder, so --template cannot caption it")
+    class_of = {picture: picture.relative_to(folder).parts[0] for picture in pictures}
+    number_of = {name: number for number, name in enumerate(sorted(set(class_of.values())))}
+    pairs = [
+        Pair(
+            picture.relative_to(folder).as_posix(),
+            Content(picture),
+            (template.replace("{}", class_of[picture].replace("_", " ")),),
+            (("cls", str(number_of[class_of[picture]]).encode()),),
+        )
+        for picture in pictures
+    ]
+    return Input(kind=f"{kind} ({len(number_of):,} classes)", pairs=pairs)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found = [path for path in folder.rglob("*") if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS]
+    if not found:
+        raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
+    return sorted(found)

@@ -1,0 +1,96 @@
+"""A picture and its captions, by where they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from clip_train.data.decode import BadSampleError
+from clip_train.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Content(NamedTuple):
+    """Bytes of a file, or of a piece of it."""
+
+    path: Path
+    offset: int = 0
+    length: int | None = None  # None: to the end
+
+    def read(self) -> bytes | None:
+        """Return the bytes; None if there is no such file.
+
+        Raises:
+            BadSampleError: the file cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                return file.read(self.length)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+            raise BadSampleError("unreadable") from error
+
+
+class Pair(NamedTuple):
+    """A picture with its captions, none of them read yet."""
+
+    name: str  # unique in the input: decides the shuffle and names the sample
+    image: Content
+    captions: Content | tuple[str, ...]  # a text file, or the captions themselves
+    extras: tuple[tuple[str, Content | bytes], ...] = ()  # further members by extension, where they exist
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """The pairs of an input and what kind of input it is."""
+
+    kind: str
+    pairs: list[Pair]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputOptions:
+    """How an input is to be read; None leaves the choice to its reader."""
+
+    image_col: str | None = None
+    """Column of tables that names the picture."""
+    caption_col: str | None = None
+    """Column of tables that holds the caption."""
+    sep: str | None = None
+    """What separates the columns of a CSV file."""
+    images: Path | None = None
+    """Folder from which the picture paths of tables and COCO files start."""
+    template: str | None = None
+    """Caption of the pictures of a class, with {} for the name of the class' folder."""
+
+    def refuse_except(self, *used: str, kind: str) -> None:
+        """Check that only options which mean something for a kind of input are set.
+
+        Raises:
+            UserError: another one is set.
+        """
+        for name in ("image_col", "caption_col", "sep", "images", "template"):
+            if name not in used and getattr(self, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} means nothing for {kind}")
+
+
+def pairs_of_rows(rows: Iterable[tuple[str, list[str]]], *, images: Path) -> list[Pair]:
+    """Return one pair per picture of rows (picture path, captions), in order of first appearance.
+
+    A picture that several rows name gets the captions of all of them, each different one once.
+
+    Raises:
+        UserError: a picture is given by its address in the web.
+    """
+    by_image: dict[str, dict[str, None]] = {}
+    for image, captions in rows:
+        by_image.setdefault(image, {}).update(dict.fromkeys(captions))
+    web = next((image for image in by_image if image.startswith(("http://", "https://"))), None)
+    if web is not None:
+        raise UserError(f"{web} is in the web: fetch the pictures first, for example with img2dataset")
+    return [Pair(image, Content(images / image), tuple(captions)) for image, captions in by_image.items()]

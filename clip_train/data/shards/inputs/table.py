@@ -1,0 +1,131 @@
+"""Tables with a column of picture paths and a column of captions: CSV, TSV, JSON lines, parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from typing import TYPE_CHECKING, Any
+
+from clip_train.data.shards.inputs.pair import Input, InputOptions, pairs_of_rows
+from clip_train.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+# Names that tables in use have, most telling first.
+IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "img")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "txt")
+
+
+def read_table(path: Path, *, options: InputOptions) -> Input:
+    """Pair the pictures that a column names with the captions of another one; a caption may be a list of several.
+
+    Picture paths start from `--images`, by default from the table's folder.
+
+    Raises:
+        UserError: a column is missing, the file cannot be read, or a row holds something else than paths and texts.
+    """
+    kind = f"a table ({path.suffix.lower()})"
+    names = ["image_col", "caption_col", "images"] + (["sep"] if path.suffix.lower() in (".csv", ".tsv") else [])
+    options.refuse_except(*names, kind=kind)
+    try:
+        rows = list(_rows(path, options=options))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+    if not rows:
+        raise UserError(f"{path} holds no rows")
+    return Input(kind=kind, pairs=pairs_of_rows(rows, images=options.images or path.parent))
+
+
+def choose_column(columns: Sequence[str], *, asked: str | None, usual: Sequence[str], what: str, path: Path) -> str:
+    """Return the column that was asked for, or the one with a usual name.
+
+    Raises:
+        UserError: there is no such column; the message lists those there are.
+    """
+    column = next((name for name in usual if name in columns), None) if asked is None else asked
+    if column is None or column not in columns:
+        which = f"no column {column!r}" if column else f"no column of {what}s with a usual name ({', '.join(usual)})"
+        raise UserError(
+            f"{path} has {which}; its columns are {', '.join(map(repr, columns)) or 'none'}: pass --{what}-col"
+        )
+    return column
+
+
+def _rows(path: Path, *, options: InputOptions) -> Iterator[tuple[str, list[str]]]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        columns, records = _parquet(path, options=options)
+    elif suffix == ".jsonl":
+        records = list(_json_lines(path))
+        columns = list(dict.fromkeys(column for record in records for column in record))
+    else:
+        columns, records = _csv(path, sep=options.sep or ("\t" if suffix == ".tsv" else ","))
+    image = choose_column(columns, asked=options.image_col, usual=IMAGE_COLUMNS, what="image", path=path)
+    caption = choose_column(columns, asked=options.caption_col, usual=CAPTION_COLUMNS, what="caption", path=path)
+    for number, record in enumerate(records, start=1):
+        yield _image(record.get(image), path=path, number=number), _captions(record.get(caption), path, number)
+
+
+def _csv(path: Path, *, sep: str) -> tuple[list[str], list[dict[str, Any]]]:
+    if len(sep) != 1:
+        raise UserError(f"--sep {sep!r} must be one character")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=sep)
+        try:
+            records = list(reader)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+        return list(reader.fieldnames or []), records
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number} is not a JSON object: {line[:60]!r}")
+            yield record
+
+
+def _parquet(path: Path, *, options: InputOptions) -> tuple[list[str], Iterable[dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError('parquet files need pyarrow: pip install "clip-train[tables]"') from error
+    try:
+        columns = pyarrow.parquet.read_schema(path).names
+        # Only the two columns are read: others may hold the pictures of a whole data set.
+        chosen = [
+            choose_column(columns, asked=options.image_col, usual=IMAGE_COLUMNS, what="image", path=path),
+            choose_column(columns, asked=options.caption_col, usual=CAPTION_COLUMNS, what="caption", path=path),
+        ]
+        return columns, pyarrow.parquet.read_table(path, columns=chosen).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _image(value: object, *, path: Path, number: int) -> str:
+    if isinstance(value, str) and value:
+        return value
+    what = "holds the picture itself" if isinstance(value, bytes | dict) else f"is {value!r}"
+    raise UserError(f"{path}, row {number}: the picture {what}; it must be the path of a file")
+
+
+def _captions(value: object, path: Path, number: int) -> list[str]:
+    if value is None:
+        return []
+    captions: list[Any] = value if isinstance(value, list) else [value]
+    if not all(isinstance(caption, str) for caption in captions):
+        raise UserError(f"{path}, row {number}: the caption is {value!r}; it must be a text or a list of texts")
+    return captions

@@ -1,0 +1,127 @@
+"""The model card: what the weights are, what has been measured, and how each library loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from clip_train import __version__
+from clip_train.interop.export.targets import KNOWN_DIFFERENCES, Target
+from clip_train.interop.export.verify import Check, table
+
+if TYPE_CHECKING:
+    from clip_train.model.config import ModelConfig
+
+RECIPE_KEYS = (
+    "global_batch_size", "steps", "samples", "epochs", "precision", "loss.name", "optim.name", "optim.lr",
+    "optim.warmup", "optim.schedule", "optim.weight_decay", "optim.ema_decay", "model.init", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardScore:
+    """One row of the card's table of metrics, in the words it is shown with."""
+
+    evaluation: str
+    metric: str
+    value: str
+    interval: str
+    chance: str
+    num_items: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What is known of the weights besides their values."""
+
+    name: str
+    origin: str
+    """The run and its step, or the name of the file."""
+    weights: str
+    """`ema`, `raw`, `best` or `auto`."""
+    run_config: Mapping[str, Any] | None = None
+    """The training config, None for weights that came without."""
+    scores: Sequence[CardScore] = field(default_factory=list)
+    """Of exactly these weights."""
+
+
+def model_card(
+    provenance: Provenance,
+    *,
+    config: ModelConfig,
+    folder: str,
+    served: Sequence[Target],
+    refused: Mapping[Target, str],
+    checks: Sequence[Check],
+) -> str:
+    """Return the text of README.md. What nobody measured reads "not measured".
+
+    Args:
+        provenance: of the weights.
+        config: the architecture.
+        folder: the export's name, for the snippets.
+        served: the libraries that have files.
+        refused: those that have none, with the reason.
+        checks: the verification; empty if there was none.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    run = provenance.run_config or {}
+    length = config.text.context_length
+    return environment.get_template("card.md.j2").render(
+        name=provenance.name,
+        config=config,
+        version=__version__,
+        origin=provenance.origin,
+        weights=provenance.weights,
+        architecture=_architecture(config),
+        data=_data(run),
+        recipe=[(key, value) for key in RECIPE_KEYS if (value := _select(run, key)) is not None],
+        scores=provenance.scores,
+        calibration=None,
+        folder=folder,
+        served=[target.value for target in served],
+        context="" if length == 77 else f", context_length={length}",
+        verification=table(checks) if checks else None,
+        refused=list(refused.items()),
+        differences=[(t, text) for t in served for text in KNOWN_DIFFERENCES.get(t, ())],
+    )
+
+
+def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
+    vision, text = config.vision, config.text
+    tower = f"ViT, {vision.layers} blocks of width {vision.width}, patches of {vision.patch_size} pixels"
+    if vision.resnet_stages:
+        tower = f"ResNet, stages {'-'.join(str(n) for n in vision.resnet_stages)} from width {vision.width}"
+    return [
+        ("architecture", config.name),
+        ("pictures", f"{vision.image_size} × {vision.image_size} pixels"),
+        ("image tower", tower),
+        ("text tower", f"{text.layers} blocks of width {text.width}, {text.context_length} tokens"),
+        ("vocabulary", f"{text.vocab_size:,} ids"),
+        ("activation", "QuickGELU" if config.quick_gelu else "GELU"),
+    ]
+
+
+def _data(run: Mapping[str, Any]) -> str | None:
+    train = _select(run, "data.train")
+    return None if train is None else f"`{train}` (`data.train` of the run; what it holds is not recorded here)."
+
+
+def _select(values: Mapping[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            return None
+        found = found[part]
+    return found

@@ -1,0 +1,33 @@
+"""Features by transformers' CLIPModel, from the exported folder."""
+
+from typing import Any
+
+import torch
+from peer_io import FOLDER, read_files, read_tensors, write_features
+from transformers import CLIPModel, CLIPProcessor
+
+loaded: Any = CLIPModel.from_pretrained(FOLDER, output_loading_info=True)
+model, found = loaded
+for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    if found.get(kind):
+        raise SystemExit(f"{kind}: {sorted(found[kind])[:10]}")
+model.eval()
+processor = CLIPProcessor.from_pretrained(FOLDER)
+pixels, tokens = map(torch.from_numpy, read_tensors())
+pictures, texts = read_files()
+length = model.config.text_config.max_position_embeddings
+
+
+def tensor(features: Any) -> torch.Tensor:
+    return getattr(features, "pooler_output", features)  # version 5 returns an object, version 4 a tensor
+
+
+with torch.no_grad():
+    from_pictures = processor(images=pictures, return_tensors="pt")
+    from_texts = processor(text=texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
+    write_features(
+        image=tensor(model.get_image_features(pixel_values=pixels)),
+        text=tensor(model.get_text_features(input_ids=tokens)),
+        file_image=tensor(model.get_image_features(**from_pictures)),
+        file_text=tensor(model.get_text_features(**from_texts)),
+    )

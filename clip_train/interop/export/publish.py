@@ -1,0 +1,63 @@
+"""An export appears whole or not at all, and takes the place of nothing but an export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clip_train.errors import UserError
+
+RECORD_FILE = "clip_train.json"
+REPORT_FILE = "export_report.json"
+CARD_FILE = "README.md"
+
+
+def check_replaceable(out: Path) -> None:
+    """Check that `out` is free, or an export without anything added.
+
+    Raises:
+        UserError: it holds something that replacing it would delete.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out} is a file")
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    if not present:
+        return
+    try:
+        known = set(json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--out {out} holds files and is no export (no readable {RECORD_FILE}): name another") from None
+    if foreign := sorted(present - known - {RECORD_FILE, REPORT_FILE, CARD_FILE}):
+        raise UserError(f"--out {out} is an export with a file that is not part of it: {foreign[0]}; name another")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Give a private folder beside `out` that takes its place when the context ends without an error.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    part = out.parent / f".part-{out.name}-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from error
+    try:
+        yield part
+        if out.exists():
+            stale = out.parent / f".stale-{out.name}-{os.getpid()}"
+            out.rename(stale)
+            part.rename(out)
+            shutil.rmtree(stale)
+        else:
+            part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,30 @@
+"""Upload an export to the hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clip_train.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def push(folder: Path, *, repository: str) -> str:
+    """Upload the folder to `ORG/NAME`, which is made if it is new, and return its address.
+
+    Raises:
+        UserError: the hub is not reachable, or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Export by clip-train")
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(
+            f"--push {repository}: not uploaded ({str(error).splitlines()[0]}); the export itself is in {folder}"
+        ) from error
+    return str(address)

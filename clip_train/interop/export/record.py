@@ -1,0 +1,51 @@
+"""`clip_train.json` and `export_report.json`: what an export is made of, and what has been proved of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from clip_train import __version__
+from clip_train.checkpoint.files import hash_file
+from clip_train.interop.export.publish import RECORD_FILE, REPORT_FILE
+from clip_train.interop.export.targets import KNOWN_DIFFERENCES, Target
+from clip_train.interop.export.tokenizer_files import write_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clip_train.interop.export.card import Provenance
+    from clip_train.interop.export.verify import Check
+    from clip_train.model.config import ModelConfig
+
+
+def write_record(folder: Path, *, config: ModelConfig, provenance: Provenance, served: Sequence[Target]) -> None:
+    """Write `clip_train.json`: the architecture for `clip_train.load`, the origin, and a hash of every file."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    record = {
+        "clip_train": __version__,
+        "model": asdict(config),
+        "origin": provenance.origin,
+        "weights": provenance.weights,
+        "run": provenance.run_config,
+        "calibration": None,
+        "known_differences": {target: KNOWN_DIFFERENCES[target] for target in served if target in KNOWN_DIFFERENCES},
+        "files": {name: asdict(hash_file(path)) for name, path in files.items()},
+    }
+    write_json(folder / RECORD_FILE, record)
+
+
+def write_report(
+    folder: Path, *, checks: Sequence[Check], served: Sequence[Target], refused: Mapping[Target, str]
+) -> None:
+    """Write `export_report.json`: what each library got, why it got nothing, and what the verification found."""
+    record = hash_file(folder / RECORD_FILE)
+    report = {
+        "clip_train": __version__,
+        "exported": list(served),
+        "refused": dict(refused),
+        "verified": [asdict(check) for check in checks],
+        "record_sha256": record.sha256,
+    }
+    write_json(folder / REPORT_FILE, report)

@@ -1,0 +1,108 @@
+"""Which libraries would compute something else than the model, and why: these get no files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from clip_train.errors import UserError
+from clip_train.interop.export.archive import is_rounded
+from clip_train.interop.export.targets import Target
+from clip_train.model.config import ModelConfig, TextConfig, VisionConfig
+from clip_train.model.timm_encoder import data_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+_HALF_MAX = torch.finfo(torch.float16).max
+_TRANSFORMERS = frozenset({Target.transformers, Target.sentence_transformers})
+_OPEN_CLIP = frozenset({Target.open_clip, Target.clip_benchmark})
+_OPENAI = frozenset({Target.openai_clip})
+_NATIVE_VOCABULARY = 49408
+
+
+class _Obstacle(NamedTuple):
+    reason: str
+    refusing: frozenset[Target]
+
+
+def refusals(config: ModelConfig, tensors: Mapping[str, Tensor], *, drop_logit_bias: bool = False) -> dict[Target, str]:
+    """Return the reasons, by library, why this model cannot be had there. A library that is not named gets its files.
+
+    Args:
+        config: the architecture.
+        tensors: its weights under native names.
+        drop_logit_bias: accept that libraries without a bias on the logits lose it: the ranking stays, probabilities
+            do not.
+
+    Raises:
+        UserError: a weight is not a finite number.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{config.name}: {name} holds values that are not finite; such a model is not exported")
+    reasons: dict[Target, list[str]] = {}
+    for obstacle in (*_of_architecture(config, drop_logit_bias=drop_logit_bias), *_of_weights(tensors)):
+        for target in obstacle.refusing:
+            reasons.setdefault(target, []).append(obstacle.reason)
+    return {target: "; ".join(found) for target, found in reasons.items()}
+
+
+def _of_architecture(config: ModelConfig, *, drop_logit_bias: bool) -> Iterator[_Obstacle]:
+    if not config.quick_gelu:
+        yield _Obstacle("the activation is GELU, clip.load assumes QuickGELU", _OPENAI)
+    yield from _of_timm(config.vision) if config.vision.timm is not None else _of_image_tower(config.vision)
+    yield from _of_text_tower(config)
+    if config.init_logit_bias is not None and not drop_logit_bias:
+        reason = "there is no logit_bias there; --drop-logit-bias leaves it out: same ranking, other probabilities"
+        yield _Obstacle(reason, _TRANSFORMERS | _OPENAI)
+
+
+def _of_timm(vision: VisionConfig) -> Iterator[_Obstacle]:
+    yield _Obstacle(f"the image tower is timm's {vision.timm}, which is not there", _TRANSFORMERS | _OPENAI)
+    if vision.timm_act is not None:
+        yield _Obstacle(f"there is no key for the activation {vision.timm_act} of a timm tower", _OPEN_CLIP)
+    usual = data_config(str(vision.timm)).image_size
+    if vision.image_size != usual:
+        yield _Obstacle(f"a timm tower is built for {usual} pixels there, not {vision.image_size}", _OPEN_CLIP)
+
+
+def _of_image_tower(vision: VisionConfig) -> Iterator[_Obstacle]:
+    if vision.resnet_stages:
+        yield _Obstacle("CLIPModel has no ResNet image tower", _TRANSFORMERS)
+        if vision.heads * 64 != 32 * vision.width:
+            yield _Obstacle(_heads("image", 32 * vision.width, vision.heads), _OPENAI)
+        return
+    if vision.heads * 64 != vision.width:
+        yield _Obstacle(_heads("image", vision.width, vision.heads), _OPENAI)
+    if int(vision.width * vision.mlp_ratio) != 4 * vision.width:
+        yield _Obstacle(f"the image MLPs are {vision.mlp_ratio:g} wide, clip.load assumes 4", _OPENAI)
+    if vision.layer_scale is not None:
+        yield _Obstacle("there is no LayerScale there", _TRANSFORMERS | _OPENAI)
+
+
+def _of_text_tower(config: ModelConfig) -> Iterator[_Obstacle]:
+    text = config.text
+    if config.has_second_layout or text.norm_eps != TextConfig().norm_eps or text.gelu_tanh:
+        yield _Obstacle("the text tower is not CLIP's: its mask, pooling, norms or projection", _TRANSFORMERS | _OPENAI)
+    if int(text.width * text.mlp_ratio) != 4 * text.width:
+        yield _Obstacle(f"the text MLPs are {text.mlp_ratio:g} wide, clip.load assumes 4", _OPENAI)
+    if text.heads * 64 != text.width:
+        yield _Obstacle(_heads("text", text.width, text.heads), _OPENAI)
+    if text.vocab_size != _NATIVE_VOCABULARY:
+        yield _Obstacle(f"the vocabulary has {text.vocab_size:,} ids, clip.tokenize 49,408", _OPENAI)
+
+
+def _of_weights(tensors: Mapping[str, Tensor]) -> Iterator[_Obstacle]:
+    for name, tensor in tensors.items():
+        largest = float(tensor.abs().max()) if is_rounded(name) else 0.0
+        if largest > _HALF_MAX:
+            yield _Obstacle(f"{name} reaches {largest:.3g}, beyond the half precision that clip.load uses", _OPENAI)
+            return
+
+
+def _heads(tower: str, width: int, heads: int) -> str:
+    return f"{tower} heads are {width // heads} wide, clip.load assumes 64"

@@ -1,0 +1,72 @@
+"""How far a run is, and going back when it must."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from clip_train.errors import TrainingFailed
+
+if TYPE_CHECKING:
+    from clip_train.checkpoint.checkpointer import Checkpointer
+    from clip_train.data.loader import TrainStream
+
+
+class Stretch(NamedTuple):
+    """From a step on, the samples follow each other in batches of one size."""
+
+    step: int  # steps done before
+    samples_seen: int
+    global_batch_size: int
+
+
+class Progress:
+    """How far the run is. `samples_seen` alone decides which sample comes next."""
+
+    def __init__(self, stream: TrainStream, *, global_batch_size: int) -> None:
+        self.step = 0
+        self.samples_seen = 0
+        self.stream = stream
+        self.global_batch_size = global_batch_size
+        self.stretches = [Stretch(0, 0, global_batch_size)]  # from which `shards replay` knows the samples of a step
+
+    def advance(self, num_samples: int) -> None:
+        """Count one step over `num_samples` pairs of all ranks."""
+        self.step += 1
+        self.samples_seen += num_samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: two counters and the identity of the data they count."""
+        return {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "stretches": [list(stretch) for stretch in self.stretches],
+            "data": self.stream.state_dict(self.samples_seen),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`; the data must be what it was, or a new segment was asked for."""
+        self.stream.load_state_dict(state["data"])
+        self.step, self.samples_seen = state["step"], state["samples_seen"]
+        self.stretches = [Stretch(*row) for row in state["stretches"]]
+        if self.stretches[-1].global_batch_size != self.global_batch_size:
+            self.stretches.append(Stretch(self.step, self.samples_seen, self.global_batch_size))
+
+    def keep_place(self, state: dict[str, Any]) -> None:
+        """After the weights went back, go on with the data where `state` was."""
+        self.stream.load_state_dict(state["data"])
+        self.samples_seen = state["samples_seen"]
+        self.stretches.append(Stretch(self.step, self.samples_seen, self.global_batch_size))
+
+
+def rewind(checkpointer: Checkpointer, *, progress: Progress) -> int:
+    """Load the newest good checkpoint but keep the place in the data; return its step. Every rank calls it.
+
+    Raises:
+        TrainingFailed: there is none yet.
+    """
+    before = progress.state_dict()
+    checkpointer.wait()
+    if checkpointer.resume("auto") is None:
+        raise TrainingFailed("not finite before the first checkpoint: nothing to rewind to; lower checkpoint.every")
+    progress.keep_place(before)
+    return progress.step

@@ -1,0 +1,188 @@
+"""Export a model for other libraries, and prove that they compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import OmegaConf
+
+from clip_train.errors import UserError
+from clip_train.evaluation.classify import score
+from clip_train.evaluation.config import ClassifyConfig, Precision
+from clip_train.interop.export.card import CardScore, Provenance, model_card
+from clip_train.interop.export.inputs import write_labelled
+from clip_train.interop.export.publish import CARD_FILE, check_replaceable, staged
+from clip_train.interop.export.push import push as push_to_hub
+from clip_train.interop.export.record import write_record, write_report
+from clip_train.interop.export.refuse import refusals
+from clip_train.interop.export.targets import MAIN_TARGET, TARGETS_OF, Part, Target
+from clip_train.interop.export.verify import INSTALL, Benchmark, Check, Status, table, verify
+from clip_train.interop.export.write import can_write_onnx, write_parts
+from clip_train.interop.folders import Source
+from clip_train.interop.load import read_source
+from clip_train.interop.loaded_model import LoadedModel, Preprocess
+from clip_train.interop.weights import assign_weights
+from clip_train.tools.report import read_evaluations
+
+ALL = "all"
+CONFIG_FILE = "config.yaml"
+
+
+def export_command(
+    source: str,
+    *,
+    to: str,
+    out: Path | None,
+    weights: str,
+    model_name: str | None,
+    drop_logit_bias: bool,
+    prove: bool,
+    pythons: Sequence[Path],
+    repository: str | None,
+) -> int:
+    """Export `source`, print what came of it, and return the exit code: 1 if a library computes something else.
+
+    Args:
+        source: anything that `clip_train.load` takes.
+        to: a `Part`, or `all`.
+        out: the folder; `RUN/export` for a run, `exports/NAME` otherwise.
+        weights: of a run, see `clip_train.load`.
+        model_name: the architecture, for a weight file that does not tell.
+        drop_logit_bias: see `refusals`.
+        prove: compare with the libraries that are installed.
+        pythons: interpreters to look for them in, before this one; any of them implies `prove`.
+        repository: `ORG/NAME` on the hub to upload to, None for none.
+
+    Raises:
+        UserError: the source is not usable, `to` names a part that this model cannot have, or `out` is in use.
+    """
+    if to not in (ALL, *Part):
+        raise UserError(f"--to {to} must be one of {', '.join((ALL, *Part))}")
+    parts = list(Part) if to == ALL else [Part(to)]
+    named = None if to == ALL else MAIN_TARGET[Part(to)]
+    found = read_source(source, weights=weights, model=model_name)
+    out = out or _default_out(source, name=found.config.name)
+    check_replaceable(out)
+    reasons = refusals(found.config, found.tensors, drop_logit_bias=drop_logit_bias)
+    asked = [target for part in parts for target in TARGETS_OF[part]]
+    refused = {target: reasons[target] for target in asked if target in reasons}
+    if named in refused:
+        raise UserError(f"--to {to}: {named} would compute another model: {refused[named]}")
+    checks = [Check(target=target, status=Status.refused, note=reason) for target, reason in refused.items()]
+    if Part.onnx in parts and not can_write_onnx():
+        if named is Target.onnxruntime:
+            raise UserError(f"--to onnx: the packages onnx and onnxscript are missing: {INSTALL[Target.onnxruntime]}")
+        parts.remove(Part.onnx)
+        note = f"not written, onnx and onnxscript are missing: {INSTALL[Target.onnxruntime]}"
+        checks.append(Check(target=Target.onnxruntime, status=Status.skipped, note=note))
+    model = _build(found)
+    provenance = describe_origin(found.origin, weights=weights, name=found.config.name)
+    with staged(out) as folder:
+        served = write_parts(folder, model=model, parts=parts, refused=refused)
+        write_record(folder, config=found.config, provenance=provenance, served=served)
+        proved: list[Check] = []
+        if prove or pythons:
+            proved = verify(
+                folder,
+                model=model,
+                preprocess=Preprocess(found.config),
+                targets=served,
+                pythons=pythons,
+                score=lambda path: _score(path, model=model),
+            )
+        order = list(Target)
+        rows = sorted([*proved, *checks], key=lambda check: order.index(check.target))
+        write_report(folder, checks=rows, served=served, refused=refused)
+        card = model_card(
+            provenance,
+            config=found.config,
+            folder=out.resolve().name,
+            served=served,
+            refused=refused,
+            checks=rows if proved else [],
+        )
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    if rows:
+        print(table(rows))
+    print(f"exported to {out}: {', '.join(served) or 'nothing'}")
+    if any(check.status is Status.failed or (check.target is named and not _is_good(check)) for check in proved):
+        return 1
+    if repository is not None:
+        print(f"uploaded to {push_to_hub(out, repository=repository)}")
+    return 0
+
+
+def describe_origin(origin: Path, *, weights: str, name: str) -> Provenance:
+    """Return what is known of weights that come from the file or checkpoint `origin`.
+
+    The scores are those of the evaluations at the step of the checkpoint. They are of the live weights, so averaged
+    ones have none.
+    """
+    if not (origin.is_dir() and (origin / CONFIG_FILE).is_file()):
+        return Provenance(name=name, origin=origin.name, weights=weights)
+    config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(origin / CONFIG_FILE), resolve=False))
+    run_dir, step = origin.parent.parent, int(origin.name.removeprefix("step-"))
+    averaged = (origin / "ema.safetensors").is_file() and weights != "raw"
+    run_name = str(config.get("name") or run_dir.resolve().name)
+    return Provenance(
+        name=run_name,
+        origin=f"{run_name}, step {step:,}",
+        weights="ema" if averaged else "raw",
+        run_config=config,
+        scores=[] if averaged else _scores(run_dir / "evaluation", step=step),
+    )
+
+
+def _scores(folder: Path, *, step: int) -> list[CardScore]:
+    def percent(value: float) -> str:
+        return f"{100 * value:.2f} %"
+
+    return [
+        CardScore(
+            evaluation=evaluation.name,
+            metric=row.metric,
+            value=percent(row.value),
+            interval=" – ".join(percent(end) for end in row.interval) if row.interval else "not measured",
+            chance="not measured" if row.chance is None else percent(row.chance),
+            num_items="not measured" if row.num_items is None else f"{row.num_items:,}",
+        )
+        for evaluation in read_evaluations(folder)
+        if evaluation.step == step
+        for row in evaluation.scores
+    ]
+
+
+def _default_out(source: str, *, name: str) -> Path:
+    path = Path(source).expanduser()
+    if (path / "checkpoints").is_dir():
+        return path / "export"
+    return Path("exports") / name.replace("/", "-")
+
+
+def _build(source: Source) -> LoadedModel:
+    with torch.device("meta"):
+        model = LoadedModel(source.config, tokenizer=source.tokenizer)
+    assign_weights(model, source.tensors, origin=str(source.origin))
+    return model.eval()
+
+
+def _score(folder: Path, *, model: LoadedModel) -> Benchmark:
+    """Write the labelled pictures and evaluate the model on them as on any set."""
+    from clip_train.distributed.world import World
+
+    write_labelled(folder)
+    evaluator = ClassifyConfig(root=str(folder), precision=Precision.fp32).build(
+        world=World(device=torch.device("cpu")),
+        tokenizer=model.tokenize,
+        image_size=model.config.vision.image_size,
+    )
+    predictions = evaluator.evaluate(model).predictions  # also of features that count as collapsed
+    result = score(predictions["label"], predictions["top"], num_classes=len(evaluator.images.classnames))
+    return Benchmark(folder=folder, metrics=result.metrics)
+
+
+def _is_good(check: Check) -> bool:
+    return check.status is Status.passed

@@ -1,0 +1,172 @@
+"""The command from end to end: what it writes, what it refuses to write over, and what a reader of it gets back."""
+
+import json
+import os
+import shutil
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import clip_train
+from clip_train.errors import UserError
+from clip_train.interop.export.targets import Target
+from clip_train.interop.export.verify import Status, compare, find_libraries, verify
+from clip_train.tools.export import export_command
+from tests.interop import files
+from tests.interop.export.test_refuse import EVERYWHERE
+
+# Pythons that have the libraries which do not fit into this environment (clip-benchmark, openai-clip).
+PYTHONS = [Path(path) for path in os.environ.get("CLIP_TRAIN_VERIFY_PYTHONS", "").split(":") if path]
+
+
+def export(source, **options):
+    defaults = {
+        "to": "folder", "out": None, "weights": "auto", "model_name": None, "drop_logit_bias": False, "prove": False,
+        "pythons": [], "repository": None,
+    }  # fmt: skip
+    return export_command(str(source), **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return files.small_model(**EVERYWHERE)
+
+
+@pytest.fixture(scope="module")
+def source(model, tmp_path_factory):
+    return files.write_open_clip_folder(model, tmp_path_factory.mktemp("source") / "mine")
+
+
+@pytest.fixture(scope="module")
+def exported(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "mine"
+    assert export(source, out=out) == 0
+    return out
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_folder_holds_what_each_library_looks_for_and_a_hash_of_each_file(exported):
+    expected = {
+        "open_clip_config.json", "open_clip_model.safetensors", "config.json", "model.safetensors",
+        "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+    }  # fmt: skip
+    own = {"clip_train.json", "README.md", "export_report.json"}
+    assert {path.name for path in exported.iterdir()} == expected | own
+    record = json.loads((exported / "clip_train.json").read_text())
+    assert record["files"].keys() == expected
+    for name, stated in record["files"].items():
+        assert sha256((exported / name).read_bytes()).hexdigest() == stated["sha256"]
+
+
+def test_tensors_come_back_bit_for_bit_from_the_folder_and_the_archive(model, source, exported, tmp_path):
+    assert same(clip_train.load(exported, device="cpu")[0].state_dict(), model.state_dict())
+    assert export(source, to="clip", out=tmp_path / "archive") == 0
+    back, _ = clip_train.load(tmp_path / "archive" / "openai_clip.pt", device="cpu")
+    assert same(back.state_dict(), model.state_dict())
+    assert (back.config.vision, back.config.text) == (model.config.vision, model.config.text)
+
+
+def test_what_was_not_measured_reads_so(exported):
+    card = (exported / "README.md").read_text()
+    for heading in ("Training data", "Recipe", "Metrics", "Calibration", "Verification"):
+        section = card.split(f"## {heading}\n")[1].split("\n## ")[0]
+        assert section.strip().startswith("not measured"), heading
+    assert 'getattr(f, "pooler_output", f)' in card
+    assert "clip_benchmark eval --model_type open_clip --model local-dir:mine" in card
+
+
+def test_an_export_is_replaced_and_nothing_else_is(source, exported, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(exported, out)
+    assert export(source, out=out) == 0
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        export(source, out=out)
+    with pytest.raises(UserError, match="is no export"):
+        export(source, out=source)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        export(source, out=tmp_path / "file")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_a_part_named_and_refused_is_an_error_and_writes_nothing(tmp_path):
+    gelu = files.write_open_clip_folder(files.small_model(), tmp_path / "gelu")
+    with pytest.raises(UserError, match="the activation is GELU"):
+        export(gelu, to="clip", out=tmp_path / "out")
+    with pytest.raises(UserError, match="--to pt"):
+        export(gelu, to="pt", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_among_several_parts_a_refused_one_is_left_out_with_its_reason(tmp_path, capsys):
+    resnet = {"image_size": 32, "resnet_stages": [1, 1, 1, 1], "width": 8, "heads": 4}
+    source = files.write_open_clip_folder(files.small_model(vision=resnet), tmp_path / "resnet")
+    assert export(source, out=tmp_path / "out") == 0
+    assert "CLIPModel has no ResNet image tower" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "config.json").exists()
+    report = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert report["exported"] == ["open_clip", "clip-benchmark"]
+    assert set(report["refused"]) == {"transformers", "sentence-transformers"}
+    assert "transformers: CLIPModel has no ResNet" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [(0.0, Status.passed), (9e-6, Status.passed), (1e-4, Status.failed), (float("nan"), Status.failed)],
+)
+def test_features_further_off_than_the_limit_fail(change, status, tmp_path):
+    expected = {"image": np.eye(3), "text": np.eye(3)}
+    np.savez(tmp_path / "outputs.npz", image=np.eye(3), text=np.eye(3) + change)
+    assert compare(Target.open_clip, tmp_path / "outputs.npz", expected=expected, version="1").status is status
+
+
+def test_a_python_that_does_not_start_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.*does not run"):
+        find_libraries([tmp_path / "nowhere"])
+
+
+def test_open_clip_computes_the_same_in_a_process_of_its_own(exported):
+    pytest.importorskip("open_clip")
+    model, preprocess = clip_train.load(exported, device="cpu")
+    (check,) = verify(
+        exported, model=model, preprocess=preprocess, targets=[Target.open_clip], pythons=[], score=pytest.fail
+    )
+    assert check.status is Status.passed
+    assert check.max_difference < 1e-6 and check.file_difference < 1e-6
+
+
+@pytest.mark.slow
+def test_every_library_that_is_installed_computes_the_same(source, tmp_path, capsys):
+    for package in ("open_clip", "transformers", "sentence_transformers", "onnxruntime"):
+        pytest.importorskip(package)
+    assert export(source, to="all", out=tmp_path / "out", prove=True, pythons=PYTHONS) == 0
+    print(capsys.readouterr().out)
+    report = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    status = {row["target"]: row["status"] for row in report["verified"]}
+    here = {"open_clip", "transformers", "sentence-transformers", "onnxruntime"}
+    assert {name: status[name] for name in here} == dict.fromkeys(here, "PASS")
+    assert set(status) == set(Target)
+    assert not {"FAIL", "REFUSED"} & set(status.values())
+
+
+@pytest.mark.slow
+def test_a_library_that_computes_something_else_fails_the_command(source, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("open_clip")
+    import clip_train.interop.export.write as write
+
+    def write_damaged(folder, *, config, tensors):
+        tensors = {**tensors, "visual.proj": tensors["visual.proj"].flip(0)}
+        original(folder, config=config, tensors=tensors)
+
+    original = write.write_open_clip
+    monkeypatch.setattr(write, "write_open_clip", write_damaged)
+    assert export(source, out=tmp_path / "out", prove=True) == 1
+    assert "FAIL" in capsys.readouterr().out
