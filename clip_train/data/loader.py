@@ -139,9 +139,9 @@ class TrainStream:
         """
         self.close()
         self._reports.clear()
-        if self._workers and any(source.cache is not None for source in self._sources):
+        if self._workers and any(source.cache is not None for source in self.sources):
             self._spool = Spool(
-                self._sources, order=self._order, world=self._world, global_batch_size=self._global_batch_size,
+                self.sources, order=self.order, world=self._world, global_batch_size=self._global_batch_size,
                 ahead=2 * min(self._lanes * self._window, self.num_samples),
             )  # fmt: skip
             self._spool.start(consumed)
