@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from clip_train.model.config import ModelConfig
 from clip_train.model.modified_resnet import ModifiedResNet
 from clip_train.model.text_transformer import TextTransformer
+from clip_train.model.timm_encoder import TimmEncoder
 from clip_train.model.vision_transformer import VisionTransformer
 from clip_train.types import Features
 
@@ -29,7 +31,9 @@ class CLIP(TextTransformer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.config = config
-        self.visual = ModifiedResNet(config) if config.vision.resnet_stages else VisionTransformer(config)
+        # Modules that are never in training mode, whatever the model is in.
+        self.locked: list[nn.Module] = []
+        self.visual = _image_tower(config)
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
@@ -55,6 +59,13 @@ class CLIP(TextTransformer):
             text = on_text(text)
         return Features(self.encode_image(images), text, self.logit_scale, self.logit_bias)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; locked modules stay in evaluation mode."""
+        super().train(mode)
+        for module in self.locked:
+            module.train(False)
+        return self
+
     def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
         """Embed images, [B, D].
 
@@ -68,10 +79,25 @@ class CLIP(TextTransformer):
         """Embed captions int64 [B, L], zero-padded after the end token, to [B, D], by default of unit length."""
         return _finish(self.embed_text(tokens), normalize)
 
+    def load_timm_weights(self) -> None:
+        """Replace the random weights of a timm image tower by timm's own, from the hub or its cache.
+
+        Raises:
+            UserError: there are none, or they are neither cached nor to be had.
+        """
+        assert isinstance(self.visual, TimmEncoder)
+        self.visual.load_pretrained()
+
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:
         """Keep the log inverse temperature in [0, ln 100], in place (call it after each optimizer step)."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def _image_tower(config: ModelConfig) -> VisionTransformer | ModifiedResNet | TimmEncoder:
+    if config.vision.timm is not None:
+        return TimmEncoder(config)
+    return ModifiedResNet(config) if config.vision.resnet_stages else VisionTransformer(config)
 
 
 def _finish(features: Tensor, normalize: bool) -> Tensor:
