@@ -154,7 +154,7 @@ class DataConfig:
         self._check_augmentations()
         if self.workers < 0:
             raise UserError(f"data.workers={self.workers} must not be negative")
-        if self.epoch_end is EpochEnd.drop_last and self.train is not None and len(_patterns_by_source(self.train)) > 1:
+        if self.epoch_end == EpochEnd.drop_last and self.train is not None and len(_patterns_by_source(self.train)) > 1:
             raise UserError("data.epoch_end=drop_last needs one source; a mixture has no common end of an epoch")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
@@ -284,8 +284,8 @@ class DataConfig:
             window=self.window,
             substitute=self.on_bad == OnBad.substitute,
             max_bad_fraction=self.max_bad_fraction,
-            drop_last=self.epoch_end is EpochEnd.drop_last,
-            new_segment=self.on_change is OnChange.new_segment,
+            drop_last=self.epoch_end == EpochEnd.drop_last,
+            new_segment=self.on_change == OnChange.new_segment,
         )
 
     def _streaming(

@@ -1,6 +1,6 @@
 """Deliver this rank's rows of every global batch, from any point of the sample stream.
 
-1. The order names the slots of a global batch; this rank takes its piece of the sorted rows (`_TaskSampler`).
+1. The order names the slots of a global batch; this rank takes its piece of the sorted rows (`TaskSampler`).
 2. The piece is cut into tasks of at most 256 rows, so that all workers build one large batch together.
 3. Workers fill uint8 rows and tokens (data/dataset.py); torch's DataLoader hands the tasks back in order.
 4. `TrainStream` joins the tasks of a step and checks that they belong to it. A worker that fails is replaced, at the
@@ -159,7 +159,7 @@ class TrainStream:
     def _generate(self, consumed: int) -> Generator[Batch, None, None]:
         failures = WorkerFailures()
         while True:  # once, and again after each failure of a worker
-            sampler = _TaskSampler(
+            sampler = TaskSampler(
                 self.order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
             )
             try:
@@ -238,7 +238,7 @@ class TrainStream:
             self._spool = None
         self._dataset.close()
 
-    def _loader(self, sampler: _TaskSampler) -> DataLoader:
+    def _loader(self, sampler: TaskSampler) -> DataLoader:
         if not self._workers:
             return DataLoader(self._dataset, sampler=sampler, batch_size=None, collate_fn=as_is)
         return DataLoader(
@@ -294,8 +294,8 @@ def check_divisible(global_batch_size: int, *, world: World) -> None:
         )
 
 
-class _TaskSampler(Sampler[Task]):
-    """Yields the tasks of this rank, batch after batch."""
+class TaskSampler(Sampler[Task]):
+    """Yields the tasks of this rank, batch after batch from slot `start` on, without end."""
 
     def __init__(self, order: SlotOrder, *, world: World, global_batch_size: int, start: int) -> None:
         rows = global_batch_size // world.size
