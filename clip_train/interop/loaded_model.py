@@ -55,7 +55,7 @@ class LoadedModel(CLIP):
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' type."""
-        return next(self.visual.parameters()).dtype
+        return self.token_embedding.weight.dtype
 
     def forward(self, image: Tensor, text: Tensor | list[str]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return (logits_per_image [B, N], logits_per_text [N, B]): scaled cosines, plus the bias if there is one.

@@ -109,7 +109,7 @@ def config_from_native(config: ModelConfig) -> dict[str, Any]:
         if present:
             raise UserError(f"{config.name}: CLIPModel of transformers has no {part}")
     activation = "quick_gelu" if config.quick_gelu else "gelu"
-    end_id = text.vocab_size - 1
+    end_id = text.vocab_size - 1 if text.end_id is None else text.end_id
     return {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
@@ -119,7 +119,7 @@ def config_from_native(config: ModelConfig) -> dict[str, Any]:
             "model_type": "clip_text_model",
             "vocab_size": text.vocab_size,
             "hidden_size": text.width,
-            "intermediate_size": 4 * text.width,
+            "intermediate_size": int(text.width * text.mlp_ratio),
             "projection_dim": config.embed_dim,
             "num_hidden_layers": text.layers,
             "num_attention_heads": text.heads,

@@ -9,7 +9,7 @@ import torch
 from clip_train.errors import UserError
 from clip_train.interop.export.archive import is_rounded
 from clip_train.interop.export.targets import TARGETS_OF, Part, Target
-from clip_train.model.config import ModelConfig
+from clip_train.model.config import ModelConfig, TextConfig, TextPool, VisionConfig
 from clip_train.tokenizer.config import REFUSED_END_ID
 from clip_train.tokenizer.huggingface import HuggingFaceTokenizer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _HALF_MAX = torch.finfo(torch.float16).max
 _TRANSFORMERS = frozenset({Target.transformers, Target.sentence_transformers})
+_OPEN_CLIP = frozenset({Target.open_clip, Target.clip_benchmark})
 _OPENAI = frozenset({Target.openai_clip})
 _FOLDER = frozenset(TARGETS_OF[Part.folder])
 _NATIVE_VOCABULARY = 49408
@@ -67,25 +68,51 @@ def refusals(
 
 
 def _of_architecture(config: ModelConfig, *, drop_logit_bias: bool) -> Iterator[_Obstacle]:
-    vision, text = config.vision, config.text
     if not config.quick_gelu:
         yield _Obstacle("the activation is GELU, clip.load assumes QuickGELU", _OPENAI)
+    yield from _of_image_tower(config.vision)
+    yield from _of_text_tower(config.text)
+    if config.init_logit_bias is not None and not drop_logit_bias:
+        reason = "there is no logit_bias there; --drop-logit-bias leaves it out: same ranking, other probabilities"
+        yield _Obstacle(reason, _TRANSFORMERS | _OPENAI)
+
+
+def _of_image_tower(vision: VisionConfig) -> Iterator[_Obstacle]:
+    if vision.timm is not None:
+        yield _Obstacle(f"there is no {vision.timm} of timm there", _TRANSFORMERS | _OPENAI)
+        if vision.timm_act is not None:
+            reason = f"there is no key for another activation of a timm model ({vision.timm_act})"
+            yield _Obstacle(reason, _OPEN_CLIP | _TRANSFORMERS | _OPENAI)
+        return
     if vision.resnet_stages:
         yield _Obstacle("CLIPModel has no ResNet image tower", _TRANSFORMERS)
         if vision.heads * 64 != 32 * vision.width:
             yield _Obstacle(_heads("image", 32 * vision.width, vision.heads), _OPENAI)
-    else:
-        if vision.heads * 64 != vision.width:
-            yield _Obstacle(_heads("image", vision.width, vision.heads), _OPENAI)
-        if int(vision.width * vision.mlp_ratio) != 4 * vision.width:
-            yield _Obstacle(f"the image MLPs are {vision.mlp_ratio:g} wide, clip.load assumes 4", _OPENAI)
-        if vision.layer_scale is not None:
-            yield _Obstacle("there is no LayerScale there", _TRANSFORMERS | _OPENAI)
+        return
+    if vision.heads * 64 != vision.width:
+        yield _Obstacle(_heads("image", vision.width, vision.heads), _OPENAI)
+    if int(vision.width * vision.mlp_ratio) != 4 * vision.width:
+        yield _Obstacle(_ratio("image", vision.mlp_ratio), _OPENAI)
+    if vision.layer_scale is not None:
+        yield _Obstacle("there is no LayerScale there", _TRANSFORMERS | _OPENAI)
+
+
+def _of_text_tower(text: TextConfig) -> Iterator[_Obstacle]:
     if text.heads * 64 != text.width:
         yield _Obstacle(_heads("text", text.width, text.heads), _OPENAI)
-    if config.init_logit_bias is not None and not drop_logit_bias:
-        reason = "there is no logit_bias there; --drop-logit-bias leaves it out: same ranking, other probabilities"
-        yield _Obstacle(reason, _TRANSFORMERS | _OPENAI)
+    if int(text.width * text.mlp_ratio) != 4 * text.width:
+        yield _Obstacle(_ratio("text", text.mlp_ratio), _OPENAI)
+    for present, reason in (
+        (not text.causal, "captions see the tokens that follow, there only those before"),
+        (text.pool is TextPool.last, "captions are read at the last position, there at the end token"),
+        (text.proj_bias, "the text projection has a bias, there it has none"),
+        (text.norm_eps != 1e-5, f"text norms add {text.norm_eps:g} to the variance, there 1e-05"),
+        (text.gelu_tanh, "the text activation is GELU by tanh"),
+    ):
+        if present:
+            yield _Obstacle(reason, _TRANSFORMERS | _OPENAI)
+    if text.end_id not in (None, text.vocab_size - 1):
+        yield _Obstacle("captions are read at an id that is not the largest, clip.load reads at the largest", _OPENAI)
 
 
 def _of_vocabulary(config: ModelConfig, *, tokenizer: Tokenizer | None) -> Iterator[_Obstacle]:
@@ -105,6 +132,10 @@ def _of_weights(tensors: Mapping[str, Tensor]) -> Iterator[_Obstacle]:
         if largest > _HALF_MAX:
             yield _Obstacle(f"{name} reaches {largest:.3g}, beyond the half precision that clip.load uses", _OPENAI)
             return
+
+
+def _ratio(tower: str, ratio: float) -> str:
+    return f"{tower} MLPs are {ratio:g} times as wide as their input, clip.load assumes 4"
 
 
 def _heads(tower: str, width: int, heads: int) -> str:
