@@ -39,7 +39,7 @@ def refusals(
     *,
     tokenizer: Tokenizer | None = None,
     drop_logit_bias: bool = False,
-) -> dict[Target, str]:
+) -> dict[Target, list[str]]:
     """Return the reasons, by library, why this model cannot be had there. A library that is not named gets its files.
 
     Args:
@@ -64,7 +64,7 @@ def refusals(
     for obstacle in obstacles:
         for target in obstacle.refusing:
             reasons.setdefault(target, []).append(obstacle.reason)
-    return {target: "; ".join(found) for target, found in reasons.items()}
+    return reasons
 
 
 def _of_architecture(config: ModelConfig, *, drop_logit_bias: bool) -> Iterator[_Obstacle]:
