@@ -104,7 +104,7 @@ def try_step(step: TrainStep, *, model: CLIP, rows: int, device: torch.device) -
     Gradients are left in the parameters.
     """
     size, length = model.config.vision.image_size, model.context_length
-    end_id = model.vocab_size - 1 if model.end_id is None else model.end_id
+    end_id = model.vocab_size - 1 if model.text.end_id is None else model.text.end_id
     tokens = torch.full((rows, length), int(end_id == 0), device=device)  # any word but the end
     tokens[:, -1] = end_id
     batch = Batch(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def suited_to(tokenizer: Tokenizer, *, config: TrainConfig) -> TrainConfig:
-    """Return the config with the vocabulary, end token and context of the tokenizer in the text tower.
+    """Return the config with the vocabulary, end token, padding and context of the tokenizer in the text tower.
 
     Raises:
         UserError: the text tower was given another vocabulary or end token.
@@ -30,6 +30,7 @@ def suited_to(tokenizer: Tokenizer, *, config: TrainConfig) -> TrainConfig:
     if text.end_id not in (None, end_id):
         raise UserError(f"model.text.end_id={text.end_id} is not the tokenizer's, which is {tokenizer.end_id}")
     text = replace(
-        text, vocab_size=tokenizer.vocab_size, end_id=end_id, context_length=tokenizer.context_length
+        text, vocab_size=tokenizer.vocab_size, end_id=end_id, pad_id=tokenizer.pad_id,
+        context_length=tokenizer.context_length,
     )  # fmt: skip
     return replace(config, model=replace(config.model, text=text))

@@ -24,6 +24,7 @@ from clip_train.data.bad import BadSample, BadSamples
 from clip_train.data.dataset import SampleDataset, Task, TaskFailure, TaskResult, TaskRows, Tokenizer
 from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
 from clip_train.data.segments import Segment, SegmentSource, continued, differences
+from clip_train.data.spool import Spool, check_room
 from clip_train.data.workers import (
     WORKER_POLL_SECONDS,
     WORKER_START_METHOD,
@@ -121,19 +122,29 @@ class TrainStream:
         self._bad = BadSamples(max_bad_fraction)
         self._reports: deque[StepReport] = deque()
         self._batches: Generator[Batch, None, None] | None = None
+        self._spool: Spool | None = None
+        check_room(sources, lanes=lanes, window=window, world=world)
         if workers:
             start_worker_server()  # its imports take seconds, in which the caller can build the model
 
     def batches(self, consumed: int) -> Iterator[Batch]:
         """Yield this rank's rows of the global batches from slot `consumed` on, without end.
 
-        Nothing before `consumed` is read or decoded. One iterator is alive at a time: a new one ends the former.
+        Nothing before `consumed` is read or decoded. One iterator is alive at a time: a new one ends the former. With
+        remote shards every rank must call it, and it waits for those of the first batch.
 
         Raises:
-            IntegrityError: data is damaged, or too many samples cannot be used.
+            IntegrityError: data is damaged or does not arrive, or too many samples cannot be used.
+            UserError: a remote shard is absent or forbidden.
         """
         self.close()
         self._reports.clear()
+        if self._workers and any(source.cache is not None for source in self._sources):
+            self._spool = Spool(
+                self._sources, order=self._order, world=self._world, global_batch_size=self._global_batch_size,
+                ahead=2 * min(self._lanes * self._window, self.num_samples),
+            )  # fmt: skip
+            self._spool.start(consumed)
         self._batches = self._generate(consumed)
         return self._batches
 
@@ -166,6 +177,8 @@ class TrainStream:
                         self._reports.append(StepReport(consumed, add_hashes(*hashes), bad))
                         yield self._join([part.batch for part in parts])
                         consumed += self._global_batch_size
+                        if self._spool is not None:
+                            self._spool.advance(consumed)
             except WorkerFailed as failure:
                 failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
 
@@ -228,6 +241,9 @@ class TrainStream:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
         self._dataset.close()
 
     def _loader(self, sampler: _TaskSampler) -> DataLoader:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clip_train.errors import UserError
-from clip_train.model.config import ModelConfig, TextConfig, VisionConfig
+from clip_train.model.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ModelConfig,
+    TextConfig,
+    TextPool,
+    TimmPool,
+    TimmProjection,
+    VisionConfig,
+)
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Choice = TypeVar("Choice", TimmPool, TimmProjection)
 CONFIG_FILE = "open_clip_config.json"
 # open_clip's own order of preference, without transformers' names: their layout is another.
 WEIGHT_FILES = (
@@ -23,17 +36,22 @@ _VISION = {
     "image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0,
     "ls_init_value": None,
 }  # fmt: skip
-_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+_TIMM = {"timm_model_name": None, "timm_pool": "avg", "timm_proj": "linear", "timm_proj_bias": False}
+_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0}
+_TEXT_STYLE = {
+    "no_causal_mask": False, "pool_type": "argmax", "eos_id": 2, "pad_id": 0, "proj_bias": False, "norm_kwargs": None,
+    "act_kwargs": None,
+}  # fmt: skip
 _OPTIONAL = ("init_logit_scale", "init_logit_bias")
 # Fields without one: harmless whatever they say about a model that otherwise fits, or harmless at these values.
 _IRRELEVANT = {
-    "attn_pooler_heads", "attn_pooler_queries", "custom_text", "eos_id", "final_ln_after_pool", "hf_model_pretrained",
-    "hf_pooler_type", "hf_proj_type", "nonscalar_logit_scale", "output_tokens", "pad_id", "patch_dropout", "timm_drop",
-    "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias",
+    "attn_pooler_heads", "attn_pooler_queries", "custom_text", "final_ln_after_pool", "hf_model_pretrained",
+    "hf_pooler_type", "hf_proj_type", "nonscalar_logit_scale", "output_tokens", "patch_dropout", "timm_drop",
+    "timm_drop_path", "timm_model_pretrained",
 }  # fmt: skip
 _NEUTRAL = {
     "pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",),
-    "block_type": ("default",), "mlp_ratio": (4.0,),
+    "block_type": ("default",),
 }  # fmt: skip
 
 
@@ -58,39 +76,51 @@ def translate(model: dict[str, Any], preprocess: dict[str, Any], *, name: str, o
     """
     for section, values, known in (
         ("", model, {*_MODEL, *_OPTIONAL}),
-        ("vision_cfg.", model["vision_cfg"], _VISION),
-        ("text_cfg.", model["text_cfg"], _TEXT),
+        ("vision_cfg.", model["vision_cfg"], {*_VISION, *_TIMM}),
+        ("text_cfg.", model["text_cfg"], {*_TEXT, *_TEXT_STYLE}),
     ):
         for key, value in values.items():
             understood = key in known or key in _IRRELEVANT or value in _NEUTRAL.get(key, ())
             if not understood and value not in (None, False):
                 raise UserError(f"{origin}: no counterpart for model_cfg.{section}{key}={value!r}")
-    vision = _VISION | {key: value for key, value in model["vision_cfg"].items() if key in _VISION}
-    text = _TEXT | {key: value for key, value in model["text_cfg"].items() if key in _TEXT}
-    is_resnet = isinstance(vision["layers"], list)
-    tower: dict[str, Any] = {"resnet_stages": vision["layers"]}
-    if not is_resnet:
-        tower = {key: vision[key] for key in ("patch_size", "layers", "mlp_ratio")}
-        tower["layer_scale"] = vision["ls_init_value"]
+    optional: dict[str, Any] = {
+        "mean": list(preprocess.get("mean", CLIP_MEAN)), "std": list(preprocess.get("std", CLIP_STD)),
+    }  # fmt: skip
+    optional |= {key: float(model[key]) for key in _OPTIONAL if model.get(key) is not None}
+    return ModelConfig(
+        name=name,
+        embed_dim=model["embed_dim"],
+        quick_gelu=model.get("quick_gelu", False),
+        vision=_vision(model["vision_cfg"], origin=origin),
+        text=_text(model["text_cfg"], origin=origin),
+        **optional,
+    )
+
+
+def _vision(given: dict[str, Any], *, origin: str) -> VisionConfig:
+    vision: dict[str, Any] = _VISION | _TIMM
+    vision |= {key: value for key, value in given.items() if key in vision}
     image_size = vision["image_size"]
     if isinstance(image_size, list):
         if len(set(image_size)) > 1:
             raise UserError(f"{origin}: model_cfg.vision_cfg.image_size={image_size} must be square")
         image_size = image_size[0]
-    optional: dict[str, Any] = {key: list(preprocess[key]) for key in ("mean", "std") if key in preprocess}
-    optional |= {key: model[key] for key in _OPTIONAL if key in model}
-    return ModelConfig(
-        name=name,
-        embed_dim=model["embed_dim"],
-        quick_gelu=model.get("quick_gelu", False),
-        vision=VisionConfig(
+    if vision["timm_model_name"]:
+        return VisionConfig(
             image_size=image_size,
-            width=vision["width"],
-            heads=(32 if is_resnet else 1) * vision["width"] // vision["head_width"],
-            **tower,
-        ),
-        text=TextConfig(**text),
-        **optional,
+            timm=vision["timm_model_name"],
+            timm_pool=_choice(TimmPool, vision["timm_pool"] or "own", key="vision_cfg.timm_pool", origin=origin),
+            timm_proj=_choice(TimmProjection, vision["timm_proj"], key="vision_cfg.timm_proj", origin=origin),
+            timm_proj_bias=vision["timm_proj_bias"],
+        )
+    sizes: dict[str, Any] = {key: vision[key] for key in ("patch_size", "layers", "mlp_ratio")}
+    sizes["layer_scale"] = vision["ls_init_value"]
+    is_resnet = isinstance(vision["layers"], list)
+    return VisionConfig(
+        image_size=image_size,
+        width=vision["width"],
+        heads=(32 if is_resnet else 1) * vision["width"] // vision["head_width"],
+        **({"resnet_stages": vision["layers"]} if is_resnet else sizes),
     )
 
 
@@ -126,6 +156,40 @@ def write_config(path: Path, *, config: ModelConfig) -> None:
     }  # fmt: skip
     values = {"model_cfg": model, "preprocess_cfg": preprocess}
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _text(given: dict[str, Any], *, origin: str) -> TextConfig:
+    style: dict[str, Any] = {key: given.get(key, usual) for key, usual in _TEXT_STYLE.items()}
+    norm, activation = style["norm_kwargs"] or {}, style["act_kwargs"] or {}
+    for key, found in (
+        ("norm_kwargs", norm.keys() - {"eps"}),
+        ("act_kwargs", activation.items() - {"approximate": "tanh"}.items()),
+        ("pool_type", {style["pool_type"]} - {"argmax", "eos", "last"}),
+    ):
+        if found:
+            raise UserError(f"{origin}: no counterpart for model_cfg.text_cfg.{key}={style[key]!r}")
+    return TextConfig(
+        **{key: given.get(key, usual) for key, usual in _TEXT.items()},
+        causal=not style["no_causal_mask"],
+        pool=TextPool.last if style["pool_type"] == "last" else TextPool.end,
+        end_id=style["eos_id"] if style["pool_type"] == "eos" else None,
+        pad_id=style["pad_id"],
+        proj_bias=style["proj_bias"],
+        norm_eps=norm.get("eps", 1e-5),
+        gelu_tanh=bool(activation),
+    )
+
+
+def _choice(kind: type[Choice], value: str, *, key: str, origin: str) -> Choice:
+    if value not in list(kind):
+        raise UserError(f"{origin}: no counterpart for model_cfg.{key}={value!r}")
+    return kind(value)
+
+
+def second_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name native tensors as open_clip's `CustomTextCLIP` does, the text tower under `text.`; reading undoes it."""
+    others = ("visual.", "logit_scale", "logit_bias")
+    return {name if name.startswith(others) else f"text.{name}": tensor for name, tensor in tensors.items()}
 
 
 def find_weights(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clip_train.model.config import ModelConfig
 from clip_train.model.modified_resnet import ModifiedResNet
 from clip_train.model.text_transformer import TextTransformer
+from clip_train.model.timm_encoder import TimmEncoder
 from clip_train.model.vision_transformer import VisionTransformer
 from clip_train.types import Features
 
@@ -32,7 +33,7 @@ class CLIP(TextTransformer):
         self.config = config
         # Modules that are never in training mode, whatever the model is in.
         self.locked: list[nn.Module] = []
-        self.visual = ModifiedResNet(config) if config.vision.resnet_stages else VisionTransformer(config)
+        self.visual = _image_tower(config)
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
@@ -78,10 +79,25 @@ class CLIP(TextTransformer):
         """Embed captions int64 [B, L], zero-padded after the end token, to [B, D], by default of unit length."""
         return _finish(self.embed_text(tokens), normalize)
 
+    def load_timm_weights(self) -> None:
+        """Replace the random weights of a timm image tower by timm's own, from the hub or its cache.
+
+        Raises:
+            UserError: there are none, or they are neither cached nor to be had.
+        """
+        assert isinstance(self.visual, TimmEncoder)
+        self.visual.load_pretrained()
+
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:
         """Keep the log inverse temperature in [0, ln 100], in place (call it after each optimizer step)."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def _image_tower(config: ModelConfig) -> VisionTransformer | ModifiedResNet | TimmEncoder:
+    if config.vision.timm is not None:
+        return TimmEncoder(config)
+    return ModifiedResNet(config) if config.vision.resnet_stages else VisionTransformer(config)
 
 
 def _finish(features: Tensor, normalize: bool) -> Tensor:

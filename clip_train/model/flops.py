@@ -2,18 +2,25 @@
 
 Counted is the architecture as published, 2 FLOP per multiply-add: all positions of all blocks and of
 the attention pool. That ours compute only the position that is read is not subtracted, nor is recomputation added.
+A model of timm is counted by torch, once, on the meta device.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-from clip_train.model.config import ModelConfig
+from clip_train.model.config import ModelConfig, VisionConfig
 
 
 def image_flops(config: ModelConfig, *, training: bool = False) -> int:
     """Return the FLOP of the image tower's forward pass on one image; in training without the dropped patches."""
     vision = config.vision
+    if vision.timm is not None:
+        settings = tuple((key, value) for key, value in asdict(vision).items() if key != "resnet_stages")
+        return _timm_flops(settings, config.embed_dim, patch_dropout=config.patch_dropout if training else 0.0)
     if vision.resnet_stages:
         return _resnet_flops(config)
     num_patches = (vision.image_size // vision.patch_size) ** 2
@@ -26,10 +33,15 @@ def image_flops(config: ModelConfig, *, training: bool = False) -> int:
 
 
 def text_flops(config: ModelConfig, *, lengths: Sequence[int]) -> int:
-    """Return the FLOP of the text tower's forward pass on captions of these numbers of tokens, padding not counted."""
+    """Return the FLOP of the text tower's forward pass on captions of these numbers of tokens.
+
+    Padding is counted where the tower sees it.
+    """
     text = config.text
+    if text.sees_padding:
+        lengths = [text.context_length] * len(lengths)
     num_tokens, num_pairs_of_tokens = sum(lengths), sum(length * length for length in lengths)
-    per_token = _block_flops(1, text.width, hidden=4 * text.width) - 4 * text.width
+    per_token = _block_flops(1, text.width, hidden=int(text.width * text.mlp_ratio)) - 4 * text.width
     blocks = text.layers * (per_token * num_tokens + 4 * text.width * num_pairs_of_tokens)
     return blocks + 2 * text.width * config.embed_dim * len(lengths)
 
@@ -64,3 +76,23 @@ def _resnet_flops(config: ModelConfig) -> int:
     length = side**2 + 1
     pool = 6 * length * inputs**2 + 4 * length**2 * inputs + 2 * length * inputs * config.embed_dim
     return total + pool
+
+
+@functools.cache
+def _timm_flops(settings: tuple[tuple[str, Any], ...], embed_dim: int, *, patch_dropout: float) -> int:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from clip_train.model.timm_encoder import TimmEncoder
+
+    vision = VisionConfig(**dict(settings))
+    size = vision.image_size
+    with torch.device("meta"):
+        tower = TimmEncoder(ModelConfig(embed_dim=embed_dim, vision=vision, patch_dropout=patch_dropout))
+        image = torch.empty(1, 3, size, size)
+    tower.to("meta").train(patch_dropout > 0)
+    # The counter knows attention by its matrix products only, and not those of kernels for inference.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        tower(image)
+    return int(counter.get_total_flops())

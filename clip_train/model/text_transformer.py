@@ -1,7 +1,7 @@
-"""The text tower: a causal transformer read at the end token, as in OpenAI CLIP.
+"""The text tower: a transformer, causal and read at the end token as in OpenAI CLIP, or seeing all as in SigLIP.
 
-Exactness of ragged text: position i of a causal stack depends on positions up to i only, and a caption is read at its
-end token, so computing it without the padding changes neither features nor gradients.
+Exactness of ragged text, for the first kind: position i of a causal stack depends on positions up to i only, and a
+caption is read at its end token, so computing it without the padding changes neither features nor gradients.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train.errors import UserError
-from clip_train.model.config import ModelConfig, Ragged
+from clip_train.model.config import ModelConfig, Ragged, TextPool
 from clip_train.model.packed import Probe, VarlenAttention, pack, probe, to_device
-from clip_train.model.transformer import Transformer
+from clip_train.model.transformer import BlockStyle, Transformer
 
 BUCKETS = (16, 24, 32, 48, 77)
 
@@ -29,8 +30,8 @@ class TextTransformer(nn.Module):
         text = config.text
         self.context_length = text.context_length
         self.vocab_size = text.vocab_size
-        self.end_id = text.end_id
-        self.ragged = config.ragged
+        self.text = text
+        self.ragged = Ragged.off if text.sees_padding else config.ragged
         # Attention over packed captions in place of torch's kernel, where that does not exist.
         self.varlen_attention: VarlenAttention | None = None
         self.token_embedding = nn.Embedding(text.vocab_size, text.width)
@@ -39,20 +40,32 @@ class TextTransformer(nn.Module):
             text.width,
             layers=text.layers,
             heads=text.heads,
-            quick_gelu=config.quick_gelu,
+            style=BlockStyle(
+                mlp_ratio=text.mlp_ratio,
+                quick_gelu=config.quick_gelu,
+                gelu_tanh=text.gelu_tanh,
+                norm_eps=text.norm_eps,
+            ),
             checkpointing=config.checkpointing,
         )
-        self.ln_final = nn.LayerNorm(text.width)
-        self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
+        self.ln_final = nn.LayerNorm(text.width, eps=text.norm_eps)
+        self.text_projection: nn.Parameter | nn.Linear
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=text.width**-0.5)
+        if text.proj_bias:
+            self.text_projection = nn.Linear(text.width, config.embed_dim)
+            nn.init.normal_(self.text_projection.weight, std=text.width**-0.5)
+            nn.init.zeros_(self.text_projection.bias)
+        else:
+            self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
+            nn.init.normal_(self.text_projection, std=text.width**-0.5)
         self.transformer.init_as_text_tower()
 
     def embed_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Embed captions: int64 [B, L] to [B, D].
 
-        The end token is the first one with `end_id`; without that, the first maximum of the ids, as in OpenAI CLIP.
+        A caption is read at its end token, the first maximum of its ids unless the config names the id. A tower that
+        sees padding is given the whole context: missing columns are filled.
 
         Args:
             lengths: tokens of each caption up to its end token, known on the host; None asks the device for them.
@@ -68,7 +81,11 @@ class TextTransformer(nn.Module):
             if lengths is None:
                 lengths = (self._ends(tokens) + 1).tolist()
             read = (self._read_packed if layout is Ragged.packed else self._read_in_buckets)(tokens, lengths)
-        return self.ln_final(read) @ self.text_projection
+        read = self.ln_final(read)
+        if isinstance(self.text_projection, nn.Linear):
+            projected: Tensor = self.text_projection(read)
+            return projected
+        return read @ self.text_projection
 
     def layout(self, device: torch.device, *, dtype: torch.dtype) -> Ragged:
         """Return how captions are computed on `device` where matrix products have `dtype`; never `auto`.
@@ -90,12 +107,20 @@ class TextTransformer(nn.Module):
 
     def _compute_type(self, device: torch.device) -> torch.dtype:
         on = torch.is_autocast_enabled(device.type)
-        return torch.get_autocast_dtype(device.type) if on else self.text_projection.dtype
+        return torch.get_autocast_dtype(device.type) if on else self.ln_final.weight.dtype
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        """Return the position at which each caption [n, T] is read, [n]."""
+        if self.text.pool is TextPool.last:
+            return tokens.new_full((len(tokens),), tokens.shape[1] - 1)
+        if self.text.end_id is None:
+            return tokens.argmax(dim=1)  # the first of equal maxima
+        return (tokens == self.text.end_id).int().argmax(dim=1)
 
     def _read(self, embedded: Tensor, ends: Tensor) -> Tensor:
         """Return the state at each end token: [n, T, width] to [n, width]."""
         x = embedded + self.positional_embedding[: embedded.shape[1]]
-        return self.transformer(x, causal=True, positions=ends)
+        return self.transformer(x, causal=self.text.causal, positions=ends)
 
     def _read_packed(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Compute all captions in one row without padding."""
@@ -129,15 +154,19 @@ class TextTransformer(nn.Module):
         ]
         return torch.cat(read)[order.argsort()]
 
-    def _ends(self, tokens: Tensor) -> Tensor:
-        """Return where each caption ends, int64 [n]: argmax takes the first of equal maxima."""
-        return tokens.argmax(dim=1) if self.end_id is None else (tokens == self.end_id).int().argmax(dim=1)
-
     def _fit_context(self, tokens: Tensor) -> Tensor:
-        """Drop columns past the context, which must be padding: `tokenize` pads to 77 whatever the model."""
-        if tokens.shape[1] <= self.context_length:
-            return tokens
-        if (self._ends(tokens) >= self.context_length).any():
+        """Drop columns past the context, which must be padding: `tokenize` pads to 77 whatever the model.
+
+        Fill missing ones with padding for a tower that sees it.
+        """
+        missing = self.context_length - tokens.shape[1]
+        if missing >= 0:
+            return F.pad(tokens, (0, missing), value=self.text.pad_id) if self.text.sees_padding else tokens
+        if self.text.sees_padding:
+            too_long = tokens[:, self.context_length :] != self.text.pad_id
+        else:
+            too_long = self._ends(tokens) >= self.context_length
+        if too_long.any():
             raise UserError(
                 f"a caption is longer than the model's context of {self.context_length} tokens: "
                 f"tokenize with context_length={self.context_length}, truncate=True"

@@ -7,7 +7,7 @@ falls to a sixth.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip_train.model.packed import Packing
+
+
+class BlockStyle(NamedTuple):
+    """What sets the blocks of one stack apart from those of another, besides their size."""
+
+    mlp_ratio: float = 4.0  # hidden over residual channels, rounded down
+    quick_gelu: bool = False
+    gelu_tanh: bool = False
+    norm_eps: float = 1e-5
+    layer_scale: float | None = None
 
 
 class QuickGELU(nn.Module):
@@ -86,12 +96,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, caus
 
 
 class MLP(nn.Module):
-    """Two linear layers around GELU or QuickGELU, position by position."""
+    """Two linear layers around an activation, position by position."""
 
-    def __init__(self, width: int, *, hidden: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, *, hidden: int, style: BlockStyle) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
-        self.gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.gelu = QuickGELU() if style.quick_gelu else nn.GELU("tanh" if style.gelu_tanh else "none")
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,16 +111,15 @@ class MLP(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(
-        self, width: int, *, heads: int, mlp_width: int, quick_gelu: bool, layer_scale: float | None = None
-    ) -> None:
+    def __init__(self, width: int, *, heads: int, style: BlockStyle) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        scale = style.layer_scale
+        self.ln_1 = nn.LayerNorm(width, eps=style.norm_eps)
         self.attn = Attention(width, heads=heads)
-        self.ls_1 = nn.Identity() if layer_scale is None else LayerScale(width, init=layer_scale)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, hidden=mlp_width, quick_gelu=quick_gelu)
-        self.ls_2 = nn.Identity() if layer_scale is None else LayerScale(width, init=layer_scale)
+        self.ls_1 = nn.Identity() if scale is None else LayerScale(width, init=scale)
+        self.ln_2 = nn.LayerNorm(width, eps=style.norm_eps)
+        self.mlp = MLP(width, hidden=int(width * style.mlp_ratio), style=style)
+        self.ls_2 = nn.Identity() if scale is None else LayerScale(width, init=scale)
 
     def forward(self, x: Tensor, causal: bool = False, packing: Packing | None = None) -> Tensor:
         """Return all positions: [n, T, width] to [n, T, width], or [row, width] of packed captions."""
@@ -122,9 +131,9 @@ class ReadingBlock(ResidualAttentionBlock):
     """The last block of a stack, computed at the one position per row that is read."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, positions: Tensor | None = None, packing: Packing | None = None
+        self, x: Tensor, causal: bool = False, positions: Tensor | None = None, packing: Packing | None = None
     ) -> Tensor:
-        """Return [n, width]: `positions` [n], each seeing what precedes it, or the first position, seeing all.
+        """Return [n, width]: the state at `positions` [n], or at the first, each seeing all or what precedes it.
 
         Of packed captions [row, width], the last position of each span.
         """
@@ -137,7 +146,7 @@ class ReadingBlock(ResidualAttentionBlock):
         else:
             rows = torch.arange(x.shape[0], device=x.device)  # len() would fix the batch of an exported graph
             residual, query = x[rows, positions], normed[rows, positions]
-            mask = torch.arange(x.shape[1], device=x.device) <= positions[:, None]
+            mask = torch.arange(x.shape[1], device=x.device) <= positions[:, None] if causal else None
         residual = residual + self.ls_1(self.attn.from_one(query, normed, mask=mask, packing=packing))
         return residual + self.ls_2(self.mlp(self.ln_2(residual)))
 
@@ -146,7 +155,6 @@ class Transformer(nn.Module):
     """A stack of blocks.
 
     Args:
-        mlp_ratio: hidden over residual channels, rounded down.
         checkpointing: recompute every k-th block in the backward pass, 0 for none.
     """
 
@@ -156,19 +164,14 @@ class Transformer(nn.Module):
         *,
         layers: int,
         heads: int,
-        mlp_ratio: float = 4.0,
-        quick_gelu: bool = False,
-        layer_scale: float | None = None,
+        style: BlockStyle,
         checkpointing: int = 0,
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         self.head_width = width // heads
         kinds = [ResidualAttentionBlock] * (layers - 1) + [ReadingBlock]
-        self.resblocks = nn.ModuleList(
-            kind(width, heads=heads, mlp_width=int(width * mlp_ratio), quick_gelu=quick_gelu, layer_scale=layer_scale)
-            for kind in kinds
-        )
+        self.resblocks = nn.ModuleList(kind(width, heads=heads, style=style) for kind in kinds)
 
     def forward(
         self, x: Tensor, *, causal: bool = False, positions: Tensor | None = None, packing: Packing | None = None
@@ -177,7 +180,7 @@ class Transformer(nn.Module):
 
         Args:
             causal: each position sees only itself and what precedes it.
-            positions: int64 [n], what to read of a causal stack; None reads the first position, which sees all.
+            positions: int64 [n], what to read; None reads the first.
             packing: of captions in one row, x [row, width], read at the last token of each span.
         """
         recompute = self.checkpointing if self.training and torch.is_grad_enabled() else 0
@@ -187,7 +190,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, causal, packing, use_reentrant=False)
             else:
                 x = block(x, causal, packing)
-        return last(x, positions, packing)
+        return last(x, causal, positions, packing)
 
     def blocks(self) -> list[ResidualAttentionBlock]:
         """Return the blocks, first to last."""

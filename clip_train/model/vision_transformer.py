@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train.model.config import ModelConfig
-from clip_train.model.transformer import Transformer
+from clip_train.model.transformer import BlockStyle, Transformer
 
 
 class VisionTransformer(nn.Module):
@@ -36,9 +36,7 @@ class VisionTransformer(nn.Module):
             vision.width,
             layers=vision.layers,
             heads=vision.heads,
-            mlp_ratio=vision.mlp_ratio,
-            quick_gelu=config.quick_gelu,
-            layer_scale=vision.layer_scale,
+            style=BlockStyle(mlp_ratio=vision.mlp_ratio, quick_gelu=config.quick_gelu, layer_scale=vision.layer_scale),
             checkpointing=config.checkpointing,
         )
         self.ln_post = nn.LayerNorm(vision.width)

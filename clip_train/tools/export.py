@@ -21,13 +21,13 @@ from clip_train.interop.export.refuse import refusals
 from clip_train.interop.export.targets import MAIN_TARGET, TARGETS_OF, Part, Target
 from clip_train.interop.export.verify import INSTALL, Benchmark, Check, Status, table, verify
 from clip_train.interop.export.write import can_write_onnx, write_parts
-from clip_train.interop.load import Source, read_source
-from clip_train.interop.loaded_model import LoadedModel, Preprocess
+from clip_train.interop.folders import RUN_CONFIG_FILE, Source
+from clip_train.interop.load import read_source
+from clip_train.interop.loaded_model import LoadedModel, empty_model
 from clip_train.interop.weights import assign_weights
 from clip_train.tools.report import read_evaluations
 
 ALL = "all"
-CONFIG_FILE = "config.yaml"
 
 
 def export_command(
@@ -87,7 +87,6 @@ def export_command(
             proved = verify(
                 folder,
                 model=model,
-                preprocess=Preprocess(found.config),
                 targets=served,
                 pythons=pythons,
                 score=lambda path: _score(path, model=model),
@@ -120,9 +119,9 @@ def describe_origin(origin: Path, *, weights: str, name: str) -> Provenance:
     The scores are those of the evaluations at the step of the checkpoint. They are of the live weights, so averaged
     ones have none.
     """
-    if not (origin.is_dir() and (origin / CONFIG_FILE).is_file()):
+    if not (origin.is_dir() and (origin / RUN_CONFIG_FILE).is_file()):
         return Provenance(name=name, origin=origin.name, weights=weights)
-    config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(origin / CONFIG_FILE), resolve=False))
+    config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(origin / RUN_CONFIG_FILE), resolve=False))
     run_dir, step = origin.parent.parent, int(origin.name.removeprefix("step-"))
     averaged = (origin / "ema.safetensors").is_file() and weights != "raw"
     run_name = str(config.get("name") or run_dir.resolve().name)
@@ -162,8 +161,7 @@ def _default_out(source: str, *, name: str) -> Path:
 
 
 def _build(source: Source) -> LoadedModel:
-    with torch.device("meta"):
-        model = LoadedModel(source.config, tokenizer=source.tokenizer)
+    model = empty_model(source.config, tokenizer=source.tokenizer)
     assign_weights(model, source.tensors, origin=str(source.origin))
     return model.eval()
 

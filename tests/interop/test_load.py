@@ -146,7 +146,10 @@ def test_an_open_clip_folder_loads_with_its_own_normalisation(tmp_path, weights)
 
 @pytest.mark.parametrize(
     ("field", "message"),
-    [({"timm_model_name": "convnext"}, "timm_model_name='convnext'"), ({"qk_norm": True}, "qk_norm")],
+    [
+        ({"timm_model_name": "test_convnext", "timm_pool": "avgmax"}, "timm_pool='avgmax'"),
+        ({"qk_norm": True}, "qk_norm"),
+    ],
 )
 def test_an_open_clip_model_with_other_parts_is_refused(tmp_path, field, message):
     folder = files.write_open_clip_folder(files.small_model(), tmp_path / "export", **field)

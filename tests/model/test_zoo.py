@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,6 @@ ZOO = {
     "ViT-M-16-alt": (78_978_177, 38_534_144, 40_444_032, 326),
     "ViT-M-16": (102_015_489, 38_587_392, 63_428_096, 302),
     "ViT-B-32": (151_277_313, 87_849_216, 63_428_096, 302),
-    "ViT-B-32-quickgelu": (151_277_313, 87_849_216, 63_428_096, 302),
     "ViT-B-32-256": (151_288_833, 87_860_736, 63_428_096, 302),
     "ViT-B-16": (149_620_737, 86_192_640, 63_428_096, 302),
     "ViT-L-14": (427_616_513, 303_966_208, 123_650_304, 446),
@@ -36,6 +36,8 @@ ZOO = {
     "ViT-H-14": (986_109_441, 632_076_800, 354_032_640, 686),
     "ViT-g-14": (1_366_678_273, 1_012_645_632, 354_032_640, 782),
     "ViT-bigG-14": (2_539_567_105, 1_844_907_264, 694_659_840, 974),
+    "ViT-B-16-SigLIP": (203_155_970, 92_884_224, 110_271_744, 314),
+    "ViT-L-16-SigLIP-256": (652_150_786, 315_956_224, 336_194_560, 602),
     "tiny": (7_244_929, 505_856, 6_739_072, 62),
 }
 
@@ -46,7 +48,17 @@ def test_parameter_counts_are_the_published_ones(name):
         model = CLIP(model_config(name))
     total = sum(p.numel() for p in model.parameters())
     image = sum(p.numel() for p in model.visual.parameters())
-    assert (total, image, total - image - 1, len(model.state_dict())) == ZOO[name]
+    scalars = 1 if model.logit_bias is None else 2
+    assert (total, image, total - image - scalars, len(model.state_dict())) == ZOO[name]
+
+
+def test_every_published_row_of_clips_own_towers_has_a_quickgelu_twin_that_differs_in_the_activation_only():
+    for name in ZOO:
+        if name.startswith("tiny") or "SigLIP" in name:
+            continue
+        plain, twin = model_config(name), model_config(f"{name}-quickgelu")
+        assert twin.quick_gelu and not plain.quick_gelu
+        assert replace(twin, name=name, quick_gelu=False) == plain
 
 
 def test_every_row_builds_and_carries_its_file_name():
