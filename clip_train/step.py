@@ -23,7 +23,7 @@ from clip_train.types import Batch, Features
 
 if TYPE_CHECKING:
     from clip_train.distributed.world import World
-    from clip_train.loss.base import ContrastiveLoss
+    from clip_train.loss.base import Loss
     from clip_train.model.clip import CLIP
     from clip_train.optim.ema import Ema
 
@@ -49,7 +49,7 @@ class TrainStep:
         model: CLIP,
         *,
         wrapped: nn.Module,
-        loss_fn: ContrastiveLoss,
+        loss_fn: Loss,
         optimizer: torch.optim.Optimizer,
         world: World,
         seed: int,
