@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clip_train.distributed.batch_norm import batch_norms, uncounted
 from clip_train.distributed.parallel import average_scalars, gradient_sync, is_sharded, whole
 from clip_train.errors import UserError
 from clip_train.loss.captions import caption_ids
@@ -67,6 +68,7 @@ class TrainStep:
         self._model, self._wrapped, self._loss_fn, self._optimizer = model, wrapped, loss_fn, optimizer
         self._world, self._seed, self._ema = world, seed, ema
         self.dtype, self._max_grad_norm, self._micro_batch_size = _TYPES[precision], max_grad_norm, micro_batch_size
+        self._batch_norms = batch_norms(model)
         # Offloaded weights are updated on the host, by a kernel that would not wait for numbers from the device.
         on_host = any(p.device.type == "cpu" for p in model.parameters())
         self._update_device = torch.device("cpu") if on_host else world.device
@@ -103,7 +105,8 @@ class TrainStep:
         parts = self._cut(batch)
         last = len(parts) - 1
         cached: list[Features] = []
-        with torch.no_grad():
+        # Each micro-batch counts once in the running statistics of batch norms: when its graph is made.
+        with torch.no_grad(), uncounted(self._batch_norms):
             for j in range(last):
                 cached.append(self._forward(parts[j], step=step, j=j))
         # Alone, the last micro-batch's text is gathered behind its image tower; otherwise the loss gathers all texts.
