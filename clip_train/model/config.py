@@ -221,6 +221,9 @@ class ModelConfig:
     """Start value of the log inverse temperature."""
     init_logit_bias: float | None = None
     """Start value of the bias on the logits, for sigmoid losses; null for none."""
+    matryoshka: list[int] = field(default_factory=list)
+    """Sizes, ascending and below `embed_dim`, at which the first dimensions of an embedding shall serve by themselves:
+    the loss is the mean over these prefixes and the whole. Empty for none."""
     ragged: Ragged = Ragged.auto
     """How captions shorter than the context are computed, exactly in every case: `packed` lays them end to end (CUDA
     in bf16 or fp16), `buckets` groups them by length, `off` keeps all padding. `auto` is `packed` where that runs, else
@@ -250,6 +253,11 @@ class ModelConfig:
         self._fill_pixel_statistics()
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"model.mean={self.mean} and model.std={self.std} need three values each, std positive")
+        sizes = list(self.matryoshka)
+        if sizes != sorted(set(sizes)) or (sizes and not 0 < sizes[0] <= sizes[-1] < self.embed_dim):
+            raise UserError(
+                f"model.matryoshka={sizes} must ascend and lie between 0 and model.embed_dim={self.embed_dim}"
+            )
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"model.patch_dropout={self.patch_dropout} must lie in [0, 1)")
         if self.patch_dropout > 0 and self.vision.resnet_stages and self.vision.timm is None:
