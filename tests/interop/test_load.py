@@ -144,6 +144,21 @@ def test_an_open_clip_folder_loads_with_its_own_normalisation(tmp_path, weights)
     assert torch.equal(white, torch.full((3, 32, 32), 2.0))
 
 
+def test_how_an_open_clip_folder_resizes_pictures_is_kept_or_refused(tmp_path):
+    folder = files.write_open_clip_folder(files.small_model(), tmp_path / "export")
+    config = folder / "open_clip_config.json"
+    values = json.loads(config.read_text())
+    for mode, expected in (("shortest", False), ("squash", True)):
+        values["preprocess_cfg"] |= {"resize_mode": mode, "interpolation": "bicubic"}
+        config.write_text(json.dumps(values))
+        model, preprocess = clip_train.load(folder, device="cpu")
+        assert model.config.squash is preprocess.squash is expected
+    for key, value in (("resize_mode", "longest"), ("interpolation", "bilinear")):
+        config.write_text(json.dumps({**values, "preprocess_cfg": {key: value}}))
+        with pytest.raises(UserError, match=f"preprocess_cfg.{key}='{value}'"):
+            clip_train.load(folder)
+
+
 @pytest.mark.parametrize(
     ("field", "message"),
     [
