@@ -132,7 +132,7 @@ def config_from_native(config: ModelConfig) -> dict[str, Any]:
         if present:
             raise UserError(f"{config.name}: CLIPModel of transformers has no {part}")
     activation = "quick_gelu" if config.quick_gelu else "gelu"
-    end_id = text.vocab_size - 1
+    end_id = text.vocab_size - 1 if text.end_id is None else text.end_id
     return {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
