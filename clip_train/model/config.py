@@ -217,6 +217,9 @@ class ModelConfig:
     `vision.timm` OpenAI CLIP's."""
     std: list[float] = field(default_factory=list)
     """Divides the pixels after `mean`, per channel (RGB); empty as for `mean`."""
+    squash: bool = False
+    """How pictures become square where they are not cropped at random: true resizes both sides, as for SigLIP, false
+    the short side and crops the centre."""
     init_logit_scale: float = math.log(1 / 0.07)
     """Start value of the log inverse temperature."""
     init_logit_bias: float | None = None
