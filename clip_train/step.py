@@ -75,14 +75,15 @@ class TrainStep:
     def __call__(self, batch: Batch, *, learning_rate: float, step: int) -> StepResult:
         """Make one update.
 
-        batch: this rank's rows, on its device (`Batch.to`). step: counts updates from 0 and decides all random numbers.
+        batch: this rank's rows, on its device (`Batch.to`). learning_rate: times a group's own `lr_scale`.
+        step: counts updates from 0 and decides all random numbers.
 
         Raises:
             UserError: the batch cannot be cut into equal micro-batches.
         """
         self._wrapped.train()
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         loss = self.backward(batch, step=step)
         grad_norm, skipped, finite = self._update(loss)
         self._model.clamp_logit_scale_()
@@ -102,27 +103,29 @@ class TrainStep:
         """Leave the averaged gradient of the global batch in the parameters, and return the loss as a share."""
         parts = self._cut(batch)
         last = len(parts) - 1
-        cached: list[Features] = []
         with torch.no_grad():
-            for j in range(last):
-                cached.append(self._forward(parts[j], step=step, j=j))
-        # Alone, the last micro-batch's text is gathered behind its image tower; otherwise the loss gathers all texts.
+            cached = [self._forward(parts[j], step=step, j=j) for j in range(last)]
+        texts: list[Tensor] = []  # of all micro-batches, those of the cached ones as leaves
+        ported: list[Tensor] = []
+
+        def start_gather(text: Tensor) -> Tensor:
+            texts.extend([_leaf(features.text, like=text) for features in cached] + [text])
+            ported.append(self._loss_fn.on_text(torch.cat(texts) if last else text))
+            return text
+
         with gradient_sync(self._wrapped, enabled=last == 0):
-            attached = self._forward(
-                parts[last], step=step, j=last, on_text=self._loss_fn.on_text if last == 0 else None
-            )
-            leaves = [_leaves(features, like=attached) for features in cached]
-            loss = self._loss(_joined([*leaves, attached]), batch)
+            # All texts are known before the last image tower: they are gathered behind it.
+            attached = self._forward(parts[last], step=step, j=last, on_text=start_gather)
+            images = [*(_leaf(features.image, like=attached.image) for features in cached), attached.image]
+            joined = attached._replace(image=torch.cat(images) if last else attached.image, text=ported[0])
+            loss = self._loss(joined, batch)
             (loss * self.loss_scale.value).backward()
-        for j, leaf in enumerate(leaves):
+        for j in range(last):
             with gradient_sync(self._wrapped, enabled=j == last - 1):
                 features = self._forward(parts[j], step=step, j=j)
-                towers = [
-                    (f, g.grad)
-                    for f, g in ((features.image, leaf.image), (features.text, leaf.text))
-                    if f.requires_grad
-                ]
-                torch.autograd.backward([f for f, _ in towers], [g for _, g in towers])
+                towers = [(features.image, images[j].grad), (features.text, texts[j].grad)]
+                trained = [(output, gradient) for output, gradient in towers if output.requires_grad]
+                torch.autograd.backward([output for output, _ in trained], [gradient for _, gradient in trained])
         return loss.detach()
 
     def _forward(
@@ -200,18 +203,9 @@ class LossScale:
         self._good_steps.fill_(state["good_steps"])
 
 
-def _leaves(features: Features, *, like: Features) -> Features:
-    """Return cached features that collect a gradient where those of a graph do."""
-    return features._replace(
-        image=features.image.detach().requires_grad_(like.image.requires_grad),
-        text=features.text.detach().requires_grad_(like.text.requires_grad),
-    )
-
-
-def _joined(parts: list[Features]) -> Features:
-    if len(parts) == 1:
-        return parts[0]  # as it came: the text features belong to the gather that is under way
-    return parts[-1]._replace(image=torch.cat([p.image for p in parts]), text=torch.cat([p.text for p in parts]))
+def _leaf(features: Tensor, *, like: Tensor) -> Tensor:
+    """Return cached features that collect a gradient if those of a graph do."""
+    return features.detach().requires_grad_(like.requires_grad)
 
 
 def _gradient_norm(model: CLIP) -> Tensor:

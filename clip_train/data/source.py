@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from clip_train.data.index import DEFAULT_CAPTIONS, ShardEntry, fingerprint, load_index
 from clip_train.data.indexing import index_shards
-from clip_train.data.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
 from clip_train.data.remote_index import load_remote_index
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.errors import ClipTrainError, UserError
+from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -105,6 +105,23 @@ def find_shards(patterns: str | Sequence[str], *, field: str) -> list[str]:
     if len({is_remote(name) for name in found}) > 1:
         raise UserError(f"{field}={patterns} names local and remote shards: make them two sources")
     return _in_order(found, field=field)
+
+
+def find_streams(patterns: str | Sequence[str], *, field: str, allow_pipe: bool) -> list[str]:
+    """Return the shards to read as streams, each once, in order: files, URLs and commands (`pipe:COMMAND`).
+
+    Raises:
+        UserError: nothing matches, a scheme is not known, or a command is named and not allowed.
+    """
+    found: list[str] = []
+    for name in _expanded(patterns):
+        if not name.startswith(PIPE):
+            found += find_shards(name, field=field)
+        elif allow_pipe:
+            found.append(name)
+        else:
+            raise UserError(f"{field}={name} runs a command in a shell: say data.allow_pipe=true if that is meant")
+    return sorted(set(found), key=os.fsencode)
 
 
 def _expanded(patterns: str | Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clip_train.errors import UserError
@@ -20,6 +21,8 @@ from clip_train.model.config import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 Choice = TypeVar("Choice", TimmPool, TimmProjection)
@@ -47,8 +50,8 @@ _OPTIONAL = ("init_logit_scale", "init_logit_bias")
 # Fields without one: harmless whatever they say about a model that otherwise fits, or harmless at these values.
 _IRRELEVANT = {
     "attn_pooler_heads", "attn_pooler_queries", "custom_text", "final_ln_after_pool", "hf_model_pretrained",
-    "hf_pooler_type", "hf_proj_type", "nonscalar_logit_scale", "output_tokens", "patch_dropout", "timm_drop",
-    "timm_drop_path", "timm_model_pretrained",
+    "hf_pooler_type", "hf_proj_type", "hf_tokenizer_name", "nonscalar_logit_scale", "output_tokens", "patch_dropout",
+    "timm_drop", "timm_drop_path", "timm_model_pretrained", "tokenizer_kwargs",
 }  # fmt: skip
 _NEUTRAL = {
     "pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",),
@@ -67,6 +70,14 @@ def read_config(path: Path) -> ModelConfig:
         return translate(values["model_cfg"], values.get("preprocess_cfg", {}), name=path.parent.name, origin=str(path))
     except (OSError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise UserError(f"{path}: not a config of open_clip ({type(error).__name__}: {error})") from error
+
+
+def read_cleaning(path: Path) -> str | None:
+    """Return how captions are cleaned for the tokenizer beside this config, None if they go to open_clip's own."""
+    text = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    if not text.get("hf_tokenizer_name"):
+        return None
+    return str((text.get("tokenizer_kwargs") or {}).get("clean", "whitespace"))
 
 
 def translate(model: dict[str, Any], preprocess: dict[str, Any], *, name: str, origin: str) -> ModelConfig:
@@ -153,13 +164,13 @@ def _choice(kind: type[Choice], value: str, *, key: str, origin: str) -> Choice:
     return kind(value)
 
 
-def second_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def second_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name native tensors as open_clip's `CustomTextCLIP` does, the text tower under `text.`; reading undoes it."""
     others = ("visual.", "logit_scale", "logit_bias")
     return {name if name.startswith(others) else f"text.{name}": tensor for name, tensor in tensors.items()}
 
 
-def write_config(path: Path, *, config: ModelConfig, vocabulary: Mapping[str, Any]) -> None:
+def write_config(path: Path, *, config: ModelConfig, vocabulary: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Write the `open_clip_config.json` of an architecture, the inverse of `read_config`.
 
     `model_cfg` becomes keyword arguments there, so it holds nothing that open_clip 3.3.0 does not know.
@@ -172,8 +183,8 @@ def write_config(path: Path, *, config: ModelConfig, vocabulary: Mapping[str, An
     model: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.quick_gelu,
-        "vision_cfg": _vision_keys(config.vision),
-        "text_cfg": _text_keys(config.text) | dict(vocabulary),
+        "vision_cfg": _vision_cfg(config.vision),
+        "text_cfg": _text_cfg(config.text) | dict(vocabulary),
     }
     if config.has_second_layout:
         model["custom_text"] = True
@@ -186,7 +197,7 @@ def write_config(path: Path, *, config: ModelConfig, vocabulary: Mapping[str, An
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
+def _vision_cfg(vision: VisionConfig) -> dict[str, Any]:
     if vision.timm is not None:
         return {
             "image_size": vision.image_size,
@@ -196,34 +207,33 @@ def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
             "timm_proj": vision.timm_proj.value,
             "timm_proj_bias": vision.timm_proj_bias,
         }
-    size = {"image_size": vision.image_size, "width": vision.width}
-    if vision.resnet_stages:
-        stages = list(vision.resnet_stages)
-        return {**size, "layers": stages, "head_width": 32 * vision.width // vision.heads, "patch_size": None}
-    keys: dict[str, Any] = {**size, "layers": vision.layers, "head_width": vision.width // vision.heads}
-    keys |= {"patch_size": vision.patch_size, "mlp_ratio": vision.mlp_ratio, "ls_init_value": vision.layer_scale}
-    return _but_usual(keys, usual={"mlp_ratio": 4.0, "ls_init_value": None})
+    is_resnet = bool(vision.resnet_stages)
+    tower: dict[str, Any] = {
+        "image_size": vision.image_size,
+        "layers": list(vision.resnet_stages) if is_resnet else vision.layers,
+        "width": vision.width,
+        "head_width": (32 if is_resnet else 1) * vision.width // vision.heads,
+        "patch_size": None if is_resnet else vision.patch_size,
+    }
+    if not is_resnet and vision.mlp_ratio != _VISION["mlp_ratio"]:
+        tower["mlp_ratio"] = vision.mlp_ratio
+    if not is_resnet and vision.layer_scale is not None:
+        tower["ls_init_value"] = vision.layer_scale
+    return tower
 
 
-def _text_keys(text: TextConfig) -> dict[str, Any]:
-    pool = "last" if text.pool is TextPool.last else "argmax" if text.end_id is None else "eos"
+def _text_cfg(text: TextConfig) -> dict[str, Any]:
+    tower: dict[str, Any] = {key: getattr(text, key) for key in _TEXT}
     style = {
-        "mlp_ratio": text.mlp_ratio,
         "no_causal_mask": not text.causal,
-        "pool_type": pool,
-        "eos_id": text.end_id if pool == "eos" else _TEXT_STYLE["eos_id"],
+        "pool_type": "last" if text.pool is TextPool.last else ("argmax" if text.end_id is None else "eos"),
+        "eos_id": _TEXT_STYLE["eos_id"] if text.end_id is None else text.end_id,
         "pad_id": text.pad_id,
         "proj_bias": text.proj_bias,
-        "norm_kwargs": None if text.norm_eps == 1e-5 else {"eps": text.norm_eps},
+        "norm_kwargs": None if text.norm_eps == TextConfig().norm_eps else {"eps": text.norm_eps},
         "act_kwargs": {"approximate": "tanh"} if text.gelu_tanh else None,
     }
-    sizes = {key: getattr(text, key) for key in _TEXT}
-    return _but_usual(sizes | style, usual=_TEXT_STYLE | {"mlp_ratio": 4.0})
-
-
-def _but_usual(keys: dict[str, Any], *, usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what open_clip assumes anyway, so that a file says what is particular about a model."""
-    return {key: value for key, value in keys.items() if key not in usual or value != usual[key]}
+    return tower | {key: value for key, value in style.items() if value != _TEXT_STYLE[key]}
 
 
 def find_weights(folder: Path) -> Path:

@@ -81,6 +81,9 @@ class VisionConfig:
     """Activation of a timm transformer by timm's name for it, such as `gelu_tanh`; null for the model's own."""
     pretrained: bool = False
     """Start a timm model from timm's own weights, from the hub or its cache; the text tower starts fresh."""
+    unlocked_blocks: int | None = None
+    """Blocks at the tower's end that train, with what follows them; the rest keeps its weights. 0 locks the whole tower
+    (LiT); null trains all of it."""
 
     def __post_init__(self) -> None:
         if self.timm is not None:
@@ -155,6 +158,8 @@ class TextConfig:
     """Added to the variance in layer norms; 1e-6 in SigLIP."""
     gelu_tanh: bool = False
     """GELU's approximation by tanh in place of GELU, as in SigLIP 2 and in the weights of SigLIP's authors."""
+    unlocked_blocks: int | None = None
+    """As `model.vision.unlocked_blocks`."""
 
     def __post_init__(self) -> None:
         _check_tower(self.width, self.layers, self.heads, tower="text")
@@ -174,6 +179,25 @@ class TextConfig:
     def sees_padding(self) -> bool:
         """Whether features depend on the padding, so that captions must fill the context."""
         return not self.causal or self.pool is TextPool.last
+
+
+@dataclass(slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, Hu et al. 2022) on all matrices of the unlocked transformer blocks.
+
+    With them, only they, the temperature and the bias train. `load` and exports merge them into the matrices.
+    """
+
+    rank: int = 0
+    """Columns of each adapter; 0 for none."""
+    alpha: float | None = None
+    """Adapters are multiplied by alpha / rank; null: by 1."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError(f"model.lora.rank={self.rank} must be 0 (no adapters) or positive")
+        if self.alpha is not None and not self.alpha > 0:
+            raise UserError(f"model.lora.alpha={self.alpha} must be positive")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -206,10 +230,21 @@ class ModelConfig:
     checkpointing: int = 0
     """Recompute every k-th transformer block in the backward pass to save memory; 0 recomputes none, 1 all. A ResNet
     is never recomputed: its batch norms would count the batch twice. A timm model recomputes all of its blocks (1)."""
+    init: str | None = None
+    """Weights to start from: anything that `clip_train.load` takes. Position tables are interpolated to other image
+    sizes and context lengths. null: random weights."""
+    init_strict: bool = True
+    """Refuse `init` weights that are missing, left over or of another shape; false leaves them as drawn."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     compile: bool = False
     """Compile each transformer block with torch.compile: minutes at the start, then faster steps on a GPU."""
 
     def __post_init__(self) -> None:
+        for tower, count in (("vision", self.vision.unlocked_blocks), ("text", self.text.unlocked_blocks)):
+            if count is not None and count < 0:
+                raise UserError(f"model.{tower}.unlocked_blocks={count} must be 0 (all locked) or positive, or null")
+        if self.vision.unlocked_blocks == 0 and self.text.unlocked_blocks == 0:
+            raise UserError("model.vision.unlocked_blocks=0 and model.text.unlocked_blocks=0 leave nothing to train")
         if self.embed_dim < 1:
             raise UserError(f"model.embed_dim={self.embed_dim} must be positive")
         self._fill_pixel_statistics()
