@@ -138,7 +138,7 @@ def describe_origin(origin: Path, *, weights: str, name: str) -> Provenance:
     if (origin.parent / EXPORT_FILE).is_file():
         record = read_json(origin.parent / EXPORT_FILE)
         return Provenance(
-            name=name,
+            name=str(record.get("name", name)),
             origin=str(record.get("origin", origin.parent.name)),
             weights=str(record.get("weights", weights)),
             run_config=record.get("run"),
