@@ -196,11 +196,12 @@ def tokenizer_train(
     out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
     vocab_size: Annotated[int, typer.Option(help="Ids: 256 bytes, merges, start and end token.")],
     cleaning: Annotated[Cleaning, typer.Option(help="Of the captions, as tokenizer.cleaning.")] = Cleaning.clip,
+    caption: Annotated[str, typer.Option(help="Where captions are, as data.caption: txt or json:FIELD.")] = "txt",
 ) -> None:
     """Learn a byte-pair vocabulary from the captions of shards."""
     from clip_train.tools.train_tokenizer import train_tokenizer
 
-    print(train_tokenizer(source, out, vocab_size=vocab_size, cleaning=cleaning))
+    print(train_tokenizer(source, out, vocab_size=vocab_size, cleaning=cleaning, caption=caption))
 
 
 @app.command(epilog="clip-train report runs/demo")
