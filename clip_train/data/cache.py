@@ -25,8 +25,8 @@ from uuid import uuid4
 
 from clip_train.data.index import ShardEntry, idx_path, write_atomically
 from clip_train.data.indexing import IndexOptions, idx_part, index_shard
-from clip_train.data.remote import download, read_file, size_of
 from clip_train.errors import IntegrityError, UserError
+from clip_train.storage.remote import download, read_file, size_of
 
 if TYPE_CHECKING:
     from collections import Counter

@@ -97,7 +97,7 @@ class TrainStream:
                 f"global_batch_size={global_batch_size} must not exceed the {samples} samples of data.train"
             )
         self.num_samples = samples - samples % global_batch_size if drop_last else samples  # of an epoch
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
         self._weights = weights
         self._world = world
         self._seed = seed
@@ -112,11 +112,11 @@ class TrainStream:
             )
             for s in sources
         ]  # fmt: skip
-        self._order = self._slot_order(Segment(start=0, sources=()), number=0)
-        self._segments = [self._as_segment(self._order)]
+        self.order = self._slot_order(Segment(start=0, sources=()), number=0)
+        self._segments = [self._as_segment(self.order)]
         self._warn_of_duplicates_in_a_batch()
         self._dataset = SampleDataset(
-            sources, order=self._order, seed=seed, global_batch_size=global_batch_size, substitute=substitute,
+            sources, order=self.order, seed=seed, global_batch_size=global_batch_size, substitute=substitute,
             transform=transform, captions=captions, tokenizer=tokenizer,
         )  # fmt: skip
         self._bad = BadSamples(max_bad_fraction)
@@ -139,9 +139,9 @@ class TrainStream:
         """
         self.close()
         self._reports.clear()
-        if self._workers and any(source.cache is not None for source in self._sources):
+        if self._workers and any(source.cache is not None for source in self.sources):
             self._spool = Spool(
-                self._sources, order=self._order, world=self._world, global_batch_size=self._global_batch_size,
+                self.sources, order=self.order, world=self._world, global_batch_size=self._global_batch_size,
                 ahead=2 * min(self._lanes * self._window, self.num_samples),
             )  # fmt: skip
             self._spool.start(consumed)
@@ -164,7 +164,7 @@ class TrainStream:
         failures = WorkerFailures()
         while True:  # once, and again after each failure of a worker
             sampler = _TaskSampler(
-                self._order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
+                self.order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
             )
             try:
                 with WorkerTasks(self._loader(sampler)) as tasks:
@@ -211,7 +211,7 @@ class TrainStream:
             segments.append(continued(segments, self._segments[0], consumed=state["consumed"], seed=self._seed))
             logger.warning("new data from sample %s on: %s", f"{state['consumed']:,}", "; ".join(changed))
         self._segments = segments
-        self._order = self._dataset.order = self._slot_order(segments[-1], number=len(segments) - 1)
+        self.order = self._dataset.order = self._slot_order(segments[-1], number=len(segments) - 1)
         self._bad.restore(state["bad"])
 
     def _changes(self, state: dict[str, Any], segment: Segment) -> list[str]:
@@ -269,7 +269,7 @@ class TrainStream:
         )  # fmt: skip
 
     def _as_segment(self, order: SlotOrder) -> Segment:
-        rows = zip(self._sources, order.sources, order.quotas, order.bases.tolist(), strict=True)
+        rows = zip(self.sources, order.sources, order.quotas, order.bases.tolist(), strict=True)
         return Segment(
             start=order.start,
             sources=tuple(
@@ -282,8 +282,8 @@ class TrainStream:
         )  # fmt: skip
 
     def _warn_of_duplicates_in_a_batch(self) -> None:
-        total = sum(self._order.quotas)
-        for source, quota in zip(self._order.sources, self._order.quotas, strict=True):
+        total = sum(self.order.quotas)
+        for source, quota in zip(self.order.sources, self.order.quotas, strict=True):
             share = self._global_batch_size * quota / total
             if share > source.num_samples:
                 logger.warning(
@@ -314,7 +314,7 @@ class _TaskSampler(Sampler[Task]):
 
     def __init__(self, order: SlotOrder, *, world: World, global_batch_size: int, start: int) -> None:
         rows = global_batch_size // world.size
-        self._order = order
+        self.order = order
         self._global_batch_size = global_batch_size
         self._start = start
         self._first, self._last = world.rank * rows, (world.rank + 1) * rows
@@ -323,7 +323,7 @@ class _TaskSampler(Sampler[Task]):
     def __iter__(self) -> Iterator[Task]:
         consumed = self._start
         while True:
-            rows = self._order.global_batch(consumed, global_batch_size=self._global_batch_size)
+            rows = self.order.global_batch(consumed, global_batch_size=self._global_batch_size)
             own = rows[self._first : self._last]
             for start in range(0, len(own), MAX_TASK_ROWS):
                 yield Task(consumed, own[start : start + MAX_TASK_ROWS])

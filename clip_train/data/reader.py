@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from clip_train.data.cache import RemoteShard
 from clip_train.data.index import HAS_CRC, ShardEntry
-from clip_train.data.retry import TransportError, retry
 from clip_train.data.tar import BLOCK
 from clip_train.errors import IntegrityError
+from clip_train.storage.retry import TransportError, retry
 
 if TYPE_CHECKING:
     from clip_train.data.source import Source

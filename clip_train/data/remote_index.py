@@ -26,8 +26,8 @@ from clip_train.data.index import (
     parse_listing,
     write_atomically,
 )
-from clip_train.data.remote import read_file, size_of
 from clip_train.errors import IntegrityError, UserError
+from clip_train.storage.remote import read_file, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from clip_train.data.index import DEFAULT_CAPTIONS, ShardEntry, fingerprint, load_index
 from clip_train.data.indexing import index_shards
-from clip_train.data.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
 from clip_train.data.remote_index import load_remote_index
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.errors import ClipTrainError, UserError
+from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -52,10 +52,7 @@ def read_folder(folder: Path, *, weights: str) -> Source:
         IntegrityError: the checkpoint of a run is damaged.
     """
     if (folder / EXPORT_FILE).is_file():
-        file = open_clip.find_weights(folder)
-        return Source(
-            _model_config(read_json(folder / EXPORT_FILE), path=folder / EXPORT_FILE), read_weights(file), file
-        )
+        return _read_export(folder)
     if (folder / open_clip.CONFIG_FILE).is_file():
         file = open_clip.find_weights(folder)
         return Source(open_clip.read_config(folder / open_clip.CONFIG_FILE), read_weights(file), file)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clip_train.errors import UserError
@@ -19,6 +21,8 @@ from clip_train.model.config import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 Choice = TypeVar("Choice", TimmPool, TimmProjection)
@@ -124,40 +128,6 @@ def _vision(given: dict[str, Any], *, origin: str) -> VisionConfig:
     )
 
 
-def write_config(path: Path, *, config: ModelConfig) -> None:
-    """Write the `open_clip_config.json` of an architecture, the inverse of `read_config`.
-
-    `model_cfg` becomes keyword arguments there, so it holds nothing that open_clip 3.3.0 does not know. Without a
-    tokenizer's name it takes its own copy of CLIP's.
-    """
-    vision, text = config.vision, config.text
-    is_resnet = bool(vision.resnet_stages)
-    tower: dict[str, Any] = {
-        "image_size": vision.image_size,
-        "layers": list(vision.resnet_stages) if is_resnet else vision.layers,
-        "width": vision.width,
-        "head_width": (32 if is_resnet else 1) * vision.width // vision.heads,
-        "patch_size": None if is_resnet else vision.patch_size,
-    }
-    if not is_resnet and vision.mlp_ratio != _VISION["mlp_ratio"]:
-        tower["mlp_ratio"] = vision.mlp_ratio
-    if not is_resnet and vision.layer_scale is not None:
-        tower["ls_init_value"] = vision.layer_scale
-    model: dict[str, Any] = {
-        "embed_dim": config.embed_dim,
-        "quick_gelu": config.quick_gelu,
-        "vision_cfg": tower,
-        "text_cfg": {key: getattr(text, key) for key in _TEXT},
-    }
-    if config.init_logit_bias is not None:
-        model |= {key: getattr(config, key) for key in _OPTIONAL}
-    preprocess = {
-        "mean": list(config.mean), "std": list(config.std), "interpolation": "bicubic", "resize_mode": "shortest",
-    }  # fmt: skip
-    values = {"model_cfg": model, "preprocess_cfg": preprocess}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def _text(given: dict[str, Any], *, origin: str) -> TextConfig:
     style: dict[str, Any] = {key: given.get(key, usual) for key, usual in _TEXT_STYLE.items()}
     norm, activation = style["norm_kwargs"] or {}, style["act_kwargs"] or {}
@@ -186,10 +156,76 @@ def _choice(kind: type[Choice], value: str, *, key: str, origin: str) -> Choice:
     return kind(value)
 
 
-def second_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def second_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name native tensors as open_clip's `CustomTextCLIP` does, the text tower under `text.`; reading undoes it."""
     others = ("visual.", "logit_scale", "logit_bias")
     return {name if name.startswith(others) else f"text.{name}": tensor for name, tensor in tensors.items()}
+
+
+def write_config(path: Path, *, config: ModelConfig, vocabulary: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Write the `open_clip_config.json` of an architecture, the inverse of `read_config`.
+
+    `model_cfg` becomes keyword arguments there, so it holds nothing that open_clip 3.3.0 does not know.
+
+    Args:
+        path: the new file.
+        config: the architecture.
+        vocabulary: further keys of `text_cfg` for a tokenizer other than CLIP's, of which open_clip has a copy.
+    """
+    model: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": config.quick_gelu,
+        "vision_cfg": _vision_cfg(config.vision),
+        "text_cfg": _text_cfg(config.text) | dict(vocabulary),
+    }
+    if config.has_second_layout:
+        model["custom_text"] = True
+    if config.init_logit_bias is not None:
+        model |= {key: getattr(config, key) for key in _OPTIONAL}
+    preprocess = {
+        "mean": list(config.mean), "std": list(config.std), "interpolation": "bicubic", "resize_mode": "shortest",
+    }  # fmt: skip
+    values = {"model_cfg": model, "preprocess_cfg": preprocess}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _vision_cfg(vision: VisionConfig) -> dict[str, Any]:
+    if vision.timm is not None:
+        return {
+            "image_size": vision.image_size,
+            "timm_model_name": vision.timm,
+            "timm_model_pretrained": False,
+            "timm_pool": "" if vision.timm_pool is TimmPool.own else vision.timm_pool.value,
+            "timm_proj": vision.timm_proj.value,
+            "timm_proj_bias": vision.timm_proj_bias,
+        }
+    is_resnet = bool(vision.resnet_stages)
+    tower: dict[str, Any] = {
+        "image_size": vision.image_size,
+        "layers": list(vision.resnet_stages) if is_resnet else vision.layers,
+        "width": vision.width,
+        "head_width": (32 if is_resnet else 1) * vision.width // vision.heads,
+        "patch_size": None if is_resnet else vision.patch_size,
+    }
+    if not is_resnet and vision.mlp_ratio != _VISION["mlp_ratio"]:
+        tower["mlp_ratio"] = vision.mlp_ratio
+    if not is_resnet and vision.layer_scale is not None:
+        tower["ls_init_value"] = vision.layer_scale
+    return tower
+
+
+def _text_cfg(text: TextConfig) -> dict[str, Any]:
+    tower: dict[str, Any] = {key: getattr(text, key) for key in _TEXT}
+    style = {
+        "no_causal_mask": not text.causal,
+        "pool_type": "last" if text.pool is TextPool.last else ("argmax" if text.end_id is None else "eos"),
+        "eos_id": _TEXT_STYLE["eos_id"] if text.end_id is None else text.end_id,
+        "pad_id": text.pad_id,
+        "proj_bias": text.proj_bias,
+        "norm_kwargs": None if text.norm_eps == TextConfig().norm_eps else {"eps": text.norm_eps},
+        "act_kwargs": {"approximate": "tanh"} if text.gelu_tanh else None,
+    }
+    return tower | {key: value for key, value in style.items() if value != _TEXT_STYLE[key]}
 
 
 def find_weights(folder: Path) -> Path:

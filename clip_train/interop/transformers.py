@@ -119,7 +119,7 @@ def config_from_native(config: ModelConfig) -> dict[str, Any]:
             "model_type": "clip_text_model",
             "vocab_size": text.vocab_size,
             "hidden_size": text.width,
-            "intermediate_size": 4 * text.width,
+            "intermediate_size": int(text.width * text.mlp_ratio),
             "projection_dim": config.embed_dim,
             "num_hidden_layers": text.layers,
             "num_attention_heads": text.heads,

@@ -66,9 +66,6 @@ class VisionConfig:
     """Hidden channels of a block's MLP over `width`, rounded down."""
     layer_scale: float | None = None
     """Start value of a learned gain per channel on each residual branch; null for none."""
-    unlocked_blocks: int | None = None
-    """Blocks at the tower's end that train, with what follows them; the rest keeps its weights. 0 locks the whole tower
-    (LiT); null trains all of it."""
     timm: str | None = None
     """Name of a model of timm that takes the place of this library's towers, such as `convnext_base`; the sizes above
     other than `image_size` are then its own. null for none."""
@@ -84,6 +81,9 @@ class VisionConfig:
     """Activation of a timm transformer by timm's name for it, such as `gelu_tanh`; null for the model's own."""
     pretrained: bool = False
     """Start a timm model from timm's own weights, from the hub or its cache; the text tower starts fresh."""
+    unlocked_blocks: int | None = None
+    """Blocks at the tower's end that train, with what follows them; the rest keeps its weights. 0 locks the whole tower
+    (LiT); null trains all of it."""
 
     def __post_init__(self) -> None:
         if self.timm is not None:
@@ -143,8 +143,6 @@ class TextConfig:
     """Transformer blocks."""
     heads: int = 8
     """Attention heads; divides `width`."""
-    unlocked_blocks: int | None = None
-    """As `model.vision.unlocked_blocks`."""
     mlp_ratio: float = 4.0
     """Hidden channels of a block's MLP over `width`, rounded down."""
     causal: bool = True
@@ -160,6 +158,8 @@ class TextConfig:
     """Added to the variance in layer norms; 1e-6 in SigLIP."""
     gelu_tanh: bool = False
     """GELU's approximation by tanh in place of GELU, as in SigLIP 2 and in the weights of SigLIP's authors."""
+    unlocked_blocks: int | None = None
+    """As `model.vision.unlocked_blocks`."""
 
     def __post_init__(self) -> None:
         _check_tower(self.width, self.layers, self.heads, tower="text")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import clip_train
-from clip_train.interop.open_clip import second_layout, translate
+from clip_train.interop.open_clip import second_layout, translate, write_config
 from clip_train.model.clip import CLIP
 from clip_train.model.zoo import model_config
 from tests.model import reference
@@ -88,6 +88,8 @@ def assert_in_and_out(config, folder):
     fresh = ours.config.build(seed=7).eval()
     weights = spread(fresh.state_dict())
     fresh.load_state_dict(weights)
+    write_config(folder / "open_clip_config.json", config=fresh.config)
+    theirs = their_model(json.loads((folder / "open_clip_config.json").read_text())["model_cfg"])
     theirs.load_state_dict(second_layout(weights) if fresh.config.has_second_layout else weights, strict=True)
     assert_equal_features(fresh, theirs)
 

@@ -8,17 +8,24 @@ import torch
 
 from clip_train.errors import UserError
 from clip_train.interop.export.archive import is_rounded
-from clip_train.interop.export.targets import Target
-from clip_train.model.config import ModelConfig
+from clip_train.interop.export.targets import TARGETS_OF, Part, Target
+from clip_train.model.config import ModelConfig, TextConfig, VisionConfig
+from clip_train.model.timm_encoder import data_config
+from clip_train.tokenizer.config import REFUSED_END_ID
+from clip_train.tokenizer.huggingface import HuggingFaceTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
+    from clip_train.tokenizer.base import Tokenizer
+
 _HALF_MAX = torch.finfo(torch.float16).max
 _TRANSFORMERS = frozenset({Target.transformers, Target.sentence_transformers})
+_OPEN_CLIP = frozenset({Target.open_clip, Target.clip_benchmark})
 _OPENAI = frozenset({Target.openai_clip})
+_FOLDER = frozenset(TARGETS_OF[Part.folder])
 _NATIVE_VOCABULARY = 49408
 
 
@@ -27,12 +34,19 @@ class _Obstacle(NamedTuple):
     refusing: frozenset[Target]
 
 
-def refusals(config: ModelConfig, tensors: Mapping[str, Tensor], *, drop_logit_bias: bool = False) -> dict[Target, str]:
+def refusals(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    tokenizer: Tokenizer | None = None,
+    drop_logit_bias: bool = False,
+) -> dict[Target, str]:
     """Return the reasons, by library, why this model cannot be had there. A library that is not named gets its files.
 
     Args:
         config: the architecture.
         tensors: its weights under native names.
+        tokenizer: the model's; None if its source names none, which is fine for CLIP's vocabulary.
         drop_logit_bias: accept that libraries without a bias on the logits lose it: the ranking stays, probabilities
             do not.
 
@@ -43,34 +57,69 @@ def refusals(config: ModelConfig, tensors: Mapping[str, Tensor], *, drop_logit_b
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{config.name}: {name} holds values that are not finite; such a model is not exported")
     reasons: dict[Target, list[str]] = {}
-    for obstacle in (*_of_architecture(config, drop_logit_bias=drop_logit_bias), *_of_weights(tensors)):
+    obstacles = (
+        *_of_architecture(config, drop_logit_bias=drop_logit_bias),
+        *_of_vocabulary(config, tokenizer=tokenizer),
+        *_of_weights(tensors),
+    )
+    for obstacle in obstacles:
         for target in obstacle.refusing:
             reasons.setdefault(target, []).append(obstacle.reason)
     return {target: "; ".join(found) for target, found in reasons.items()}
 
 
 def _of_architecture(config: ModelConfig, *, drop_logit_bias: bool) -> Iterator[_Obstacle]:
-    vision, text = config.vision, config.text
     if not config.quick_gelu:
         yield _Obstacle("the activation is GELU, clip.load assumes QuickGELU", _OPENAI)
+    yield from _of_timm(config.vision) if config.vision.timm is not None else _of_image_tower(config.vision)
+    yield from _of_text_tower(config)
+    if config.init_logit_bias is not None and not drop_logit_bias:
+        reason = "there is no logit_bias there; --drop-logit-bias leaves it out: same ranking, other probabilities"
+        yield _Obstacle(reason, _TRANSFORMERS | _OPENAI)
+
+
+def _of_timm(vision: VisionConfig) -> Iterator[_Obstacle]:
+    yield _Obstacle(f"the image tower is timm's {vision.timm}, which is not there", _TRANSFORMERS | _OPENAI)
+    if vision.timm_act is not None:
+        yield _Obstacle(f"there is no key for the activation {vision.timm_act} of a timm tower", _OPEN_CLIP)
+    usual = data_config(str(vision.timm)).image_size
+    if vision.image_size != usual:
+        yield _Obstacle(f"a timm tower is built for {usual} pixels there, not {vision.image_size}", _OPEN_CLIP)
+
+
+def _of_image_tower(vision: VisionConfig) -> Iterator[_Obstacle]:
     if vision.resnet_stages:
         yield _Obstacle("CLIPModel has no ResNet image tower", _TRANSFORMERS)
         if vision.heads * 64 != 32 * vision.width:
             yield _Obstacle(_heads("image", 32 * vision.width, vision.heads), _OPENAI)
-    else:
-        if vision.heads * 64 != vision.width:
-            yield _Obstacle(_heads("image", vision.width, vision.heads), _OPENAI)
-        if int(vision.width * vision.mlp_ratio) != 4 * vision.width:
-            yield _Obstacle(f"the image MLPs are {vision.mlp_ratio:g} wide, clip.load assumes 4", _OPENAI)
-        if vision.layer_scale is not None:
-            yield _Obstacle("there is no LayerScale there", _TRANSFORMERS | _OPENAI)
+        return
+    if vision.heads * 64 != vision.width:
+        yield _Obstacle(_heads("image", vision.width, vision.heads), _OPENAI)
+    if int(vision.width * vision.mlp_ratio) != 4 * vision.width:
+        yield _Obstacle(f"the image MLPs are {vision.mlp_ratio:g} wide, clip.load assumes 4", _OPENAI)
+    if vision.layer_scale is not None:
+        yield _Obstacle("there is no LayerScale there", _TRANSFORMERS | _OPENAI)
+
+
+def _of_text_tower(config: ModelConfig) -> Iterator[_Obstacle]:
+    text = config.text
+    if config.has_second_layout or text.norm_eps != TextConfig().norm_eps or text.gelu_tanh:
+        yield _Obstacle("the text tower is not CLIP's: its mask, pooling, norms or projection", _TRANSFORMERS | _OPENAI)
+    if int(text.width * text.mlp_ratio) != 4 * text.width:
+        yield _Obstacle(f"the text MLPs are {text.mlp_ratio:g} wide, clip.load assumes 4", _OPENAI)
     if text.heads * 64 != text.width:
         yield _Obstacle(_heads("text", text.width, text.heads), _OPENAI)
-    if text.vocab_size != _NATIVE_VOCABULARY:
-        yield _Obstacle(f"the vocabulary has {text.vocab_size:,} ids, clip.tokenize 49,408", _OPENAI)
-    if config.init_logit_bias is not None and not drop_logit_bias:
-        reason = "there is no logit_bias there; --drop-logit-bias leaves it out: same ranking, other probabilities"
-        yield _Obstacle(reason, _TRANSFORMERS | _OPENAI)
+
+
+def _of_vocabulary(config: ModelConfig, *, tokenizer: Tokenizer | None) -> Iterator[_Obstacle]:
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        yield _Obstacle("the vocabulary is not CLIP's, clip.tokenize has no other", _OPENAI)
+        if tokenizer.end_id == REFUSED_END_ID:
+            # Configs of before 2023 hold a wrong 2 there, so transformers takes it for "read at the largest id".
+            yield _Obstacle("end id 2 makes transformers read captions at the largest id instead", _TRANSFORMERS)
+    elif config.text.vocab_size != _NATIVE_VOCABULARY:
+        reason = f"the vocabulary has {config.text.vocab_size:,} ids, and its tokenizer is not known"
+        yield _Obstacle(reason, _FOLDER | _OPENAI)
 
 
 def _of_weights(tensors: Mapping[str, Tensor]) -> Iterator[_Obstacle]:

@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_train.data.retry import TransportError, retry
 from clip_train.errors import UserError
+from clip_train.storage.retry import TransportError, retry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -157,6 +157,60 @@ def download(url: str, path: Path, *, size: int | None, sha256: str | None) -> N
             os.fsync(file.fileno())
 
     _retried(attempt, url=url, path=path)
+
+
+def upload(path: Path, url: str) -> None:
+    """Store a file, over what is there, and check that all of it arrived.
+
+    Raises:
+        UserError: the place is forbidden.
+        IntegrityError: it did not arrive whole in 6 attempts.
+    """
+    size = path.stat().st_size
+
+    def attempt() -> None:
+        fs, inner = filesystem(url)
+        fs.makedirs(inner.rpartition("/")[0], exist_ok=True)  # object stores have no folders and do nothing
+        fs.put_file(str(path), inner)
+        arrived = fs.info(inner).get("size")
+        if arrived is not None and arrived != size:
+            raise TransportError(f"{url}: {arrived} bytes arrived, not {size}")
+
+    _retried(attempt, url=url)
+
+
+def list_names(folder: str) -> list[str]:
+    """Return the names of what lies in a folder, sorted; [] if it is absent.
+
+    Raises:
+        UserError: the place is forbidden.
+        IntegrityError: it cannot be reached.
+    """
+
+    def attempt() -> list[str]:
+        fs, inner = filesystem(folder)
+        try:
+            return sorted(name.rstrip("/").rpartition("/")[2] for name in fs.ls(inner, detail=False))
+        except FileNotFoundError:
+            return []
+
+    return _retried(attempt, url=folder)
+
+
+def delete(url: str) -> None:
+    """Delete a file, or a folder with all in it; nothing happens if it is absent.
+
+    Raises:
+        UserError: the place is forbidden.
+        IntegrityError: it cannot be reached.
+    """
+
+    def attempt() -> None:
+        fs, inner = filesystem(url)
+        if fs.exists(inner):
+            fs.rm(inner, recursive=True)
+
+    _retried(attempt, url=url)
 
 
 def _retried(attempt: Callable[[], Any], *, url: str, path: Path | None = None) -> Any:
