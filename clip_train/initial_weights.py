@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from clip_train.model.clip import CLIP
     from clip_train.model.config import ModelConfig
     from clip_train.schema import TrainConfig
+    from clip_train.tokenizer.base import Tokenizer
 
 NUM_KEYS_SHOWN = 10
 # What may differ between the weights' model and the run's: how it trains and is computed, what shapes tell anyhow, and
@@ -36,7 +37,7 @@ _MAY_DIFFER = (
 )  # fmt: skip
 
 
-def build_model(config: TrainConfig, *, world: World) -> CLIP:
+def build_model(config: TrainConfig, *, world: World, tokenizer: Tokenizer) -> CLIP:
     """Return the run's model on its device, ready to be wrapped. Every rank calls this; rank 0 reads weights.
 
     The others get rank 0's weights when the model is spread over the ranks. A run that has a checkpoint will load it,
@@ -47,14 +48,14 @@ def build_model(config: TrainConfig, *, world: World) -> CLIP:
     """
     model = config.model.build(seed=config.seed)
     if config.model.init is not None and not on_main(lambda: _will_resume(config), world=world):
-        say_lines = on_main(lambda: initialise(model, init=str(config.model.init)), world=world)
+        lines = on_main(lambda: initialise(model, init=str(config.model.init), tokenizer=tokenizer), world=world)
         if world.is_main:
-            say("\n".join(say_lines))
+            say("\n".join(lines))
     prepare(model, seed=config.seed)
     return model.to(world.device)
 
 
-def initialise(model: CLIP, *, init: str) -> list[str]:
+def initialise(model: CLIP, *, init: str, tokenizer: Tokenizer) -> list[str]:
     """Give the model the weights of `init` where they fit, and return what became of them, a line each.
 
     Position tables are interpolated to the model's image size and context.
@@ -67,6 +68,8 @@ def initialise(model: CLIP, *, init: str) -> list[str]:
     config = model.config
     source = read_source(init, model=config.name)
     different = differences(source.config, config)
+    if source.tokenizer is not None and source.tokenizer.files() != tokenizer.files():
+        different.append("tokenizer: another vocabulary, in which the same ids are other words")
     if different and config.init_strict:
         raise UserError(
             f"model.init={init}: the weights belong to a model that computes differently: {'; '.join(different)}. "

@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         )
         stack.callback(stream.close)
         total_steps = config.total_steps(stream.num_samples)
-        model = build_model(config, world=world)
+        model = build_model(config, world=world, tokenizer=tokenizer)
         precision = config.precision.value
         wrapped = config.distributed.parallelize(
             model, world=world, precision=precision, compile_blocks=config.model.compile
