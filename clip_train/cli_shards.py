@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from clip_train.errors import IntegrityError
+
 CORES = os.cpu_count() or 1
 
 ShardsArgument = Annotated[
@@ -20,7 +22,9 @@ IndexDir = Annotated[
 ]
 Jobs = Annotated[int, typer.Option(help="Processes.")]
 
-shards = typer.Typer(help="Make and index shards of image-caption pairs.", no_args_is_help=True, rich_markup_mode=None)
+shards = typer.Typer(
+    help="Make, index, check and show shards of image-caption pairs.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @shards.command(name="make", epilog="clip-train shards make ~/pictures shards/mine --val 0.01 --jobs 8")
@@ -124,6 +128,34 @@ def shards_index(
     print(summary)
 
 
+@shards.command(name="check", epilog="clip-train shards check shards/mine/train --batch-size 4096")
+def shards_check(
+    source: ShardsArgument,
+    batch_size: Annotated[int, typer.Option(help="Global batch size, for the duplicates to expect in a batch.")] = 4096,
+    world: Annotated[int, typer.Option(help="Ranks of the run to come.")] = 1,
+    workers: Annotated[int, typer.Option(help="Loader processes of each rank.")] = 2,
+    caption: Annotated[str, typer.Option(help="Where captions are, as data.caption: txt or json:FIELD.")] = "txt",
+    index_dir: IndexDir = None,
+    jobs: Jobs = CORES,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, every defect too, as JSON.")] = False,
+) -> None:
+    """Read every sample as a run would, and name every defect with shard and key.
+
+    Exit code 3 if a run would stop: a shard is damaged, or over 1 % of the samples cannot be used.
+    """
+    from clip_train.data.shards import check_text
+    from clip_train.data.shards.check import check_source
+    from clip_train.tokenizer.bpe import ClipTokenizer
+
+    report = check_source(
+        source, tokenizer=ClipTokenizer(), batch_size=batch_size, world=world, workers=workers, caption=caption,
+        index_dir=index_dir, jobs=jobs,
+    )  # fmt: skip
+    print(check_text.as_json(report) if as_json else check_text.as_text(report))
+    if report.would_stop:
+        raise typer.Exit(IntegrityError.exit_code)
+
+
 @shards.command(name="scenes", epilog="clip-train shards scenes shards/demo")
 def shards_scenes(
     out: Annotated[Path, typer.Argument(help="Folder that gets train/, val/ and classes/.")],
@@ -135,3 +167,15 @@ def shards_scenes(
     from clip_train.data.scenes.write import write_scenes
 
     print(write_scenes(out, num_train=train, num_val=val, seed=seed))
+
+
+@shards.command(name="replay", epilog="clip-train shards replay runs/demo --step 100 --images batch")
+def shards_replay(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    step: Annotated[int, typer.Option(help="Step of the run, counted from 1.")],
+    images: Annotated[Path | None, typer.Option(help="Folder that gets the pictures as the model saw them.")] = None,
+) -> None:
+    """Print the very batch of a step and compare it with what training noted. Needs no GPU."""
+    from clip_train.tools.replay import replay
+
+    print(replay(run, step=step, images=images))

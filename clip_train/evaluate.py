@@ -13,6 +13,7 @@ from clip_train.errors import UserError
 from clip_train.evaluation.features import PrefixEncoder
 from clip_train.evaluation.result import write_result
 from clip_train.evaluation.samples import collect, save_samples
+from clip_train.evaluation.suite import require_some, summarize
 from clip_train.evaluation.table import print_results
 from clip_train.schema import EvaluateConfig, TrainConfig
 
@@ -78,9 +79,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             raise UserError(
                 f"nothing to evaluate: {run} was trained without evaluations; name some, as in evaluation=[imagenet]"
             )
+        missing = require_some(evaluations, suite=config.suite) if config.suite else {}
         evaluators = {
             name: one.build(world=world, tokenizer=model.tokenize, image_size=model.config.vision.image_size)
             for name, one in evaluations.items()
+            if name not in missing
         }
         out = Path(config.output) if config.output else (run / "evaluation" if run.is_dir() else Path())
         encoder: DualEncoder = model
@@ -89,6 +92,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             encoder = PrefixEncoder(model, embed_dim=config.embed_dim, full=model.config.embed_dim)
             weights += f", first {config.embed_dim} of {model.config.embed_dim} dimensions"
             out = out if config.output else out / f"embed_dim-{config.embed_dim}"
-        return run_evaluations(
+        scores = run_evaluations(
             evaluators, encoder, world=world, out=out, name=config.checkpoint, weights=weights, samples=False
         )
+        if config.suite and world.is_main:
+            summary = summarize(scores, suite=config.suite, names=list(evaluations), missing=missing)
+            summary.write(out / f"suite-{config.suite}.json")
+            print("\n".join(summary.lines()))
+        return scores

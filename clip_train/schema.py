@@ -43,7 +43,7 @@ NAMED = ("tokenizer", "loss", "optim")
 
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
-    "profile", "data.train", "data.workers", "data.on_change",
+    "profile", "data.train", "data.workers", "data.cache", "data.on_change",
     "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
@@ -204,6 +204,15 @@ class EvaluateConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
     """Evaluations by name; empty: those that the run was trained with."""
+    suite: str | None = None
+    """A list of evaluations under configs/suite/, such as `imagenet_shifts`: those whose data are there are run, the
+    others are listed. null: none."""
+    evaluation_root: str | None = None
+    """Folder that holds a suite's evaluation sets."""
+
+    def __post_init__(self) -> None:
+        if self.suite is not None and self.evaluation_root is None:
+            raise UserError(f"suite={self.suite} needs evaluation_root=DIR, the folder that holds its sets")
 
 
 ROOTS: dict[str, type] = {"train": TrainConfig, "evaluate": EvaluateConfig}

@@ -77,14 +77,15 @@ class TrainStep:
     def __call__(self, batch: Batch, *, learning_rate: float, step: int) -> StepResult:
         """Make one update.
 
-        batch: this rank's rows, on its device (`Batch.to`). step: counts updates from 0 and decides all random numbers.
+        batch: this rank's rows, on its device (`Batch.to`). learning_rate: times a group's own `lr_scale`.
+        step: counts updates from 0 and decides all random numbers.
 
         Raises:
             UserError: the batch cannot be cut into equal micro-batches.
         """
         self._wrapped.train()
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         loss = self.backward(batch, step=step)
         grad_norm, skipped, finite = self._update(loss)
         self._model.clamp_logit_scale_()

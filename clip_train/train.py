@@ -21,11 +21,13 @@ from clip_train.distributed.stop import StopReason, StopRequest
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import Preempted, UserError
 from clip_train.evaluate import run_evaluations
+from clip_train.initial_weights import build_model
 from clip_train.metrics.hardware import peak_flops
 from clip_train.metrics.log import Metrics
 from clip_train.metrics.panel import say
 from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
+from clip_train.model.finetune import layers_above
 from clip_train.model.flops import training_flops
 from clip_train.nonfinite import NonfiniteSteps
 from clip_train.progress import Progress, rewind
@@ -67,12 +69,13 @@ def train(config: TrainConfig) -> dict[str, float]:
         )
         stack.callback(stream.close)
         total_steps = config.total_steps(stream.num_samples)
-        model = config.model.build(seed=config.seed).to(world.device)
+        model = build_model(config, world=world)
         precision = config.precision.value
         wrapped = config.distributed.parallelize(
             model, world=world, precision=precision, compile_blocks=config.model.compile
         )
-        optimizer = config.optim.build(model)
+        above = layers_above(model) if config.optim.layer_decay < 1 else None
+        optimizer = config.optim.build(model, layers_above=above)
         ema = config.optim.build_ema(model)
         micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world)
         config = replace(config, micro_batch_size=micro_batch_size)
@@ -111,7 +114,10 @@ def train(config: TrainConfig) -> dict[str, float]:
             start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {run_dir}"
             say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
             where = f"{world.size} x {world.device.type}, {precision}, captions: ragged={captions.value}"
-            say(f"{config.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters on {where}")
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            whole = sum(p.numel() for p in model.parameters())
+            count = f"{whole:,} parameters" + (f", {trained:,} of them trained," if trained < whole else "")
+            say(f"{config.model.name}, {count} on {where}")
         exchange = StepExchange(
             stream, batches=batches_on(world.device, stream.batches(progress.samples_seen)), run_dir=run_dir,
             world=world, step=progress.step, consumed=progress.samples_seen,

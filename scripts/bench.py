@@ -107,6 +107,24 @@ def common_flags(parser: argparse.ArgumentParser, *, rounds: int = 5) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, environment and all numbers")
 
 
+def family() -> list[int]:
+    """Return the ids of this process and of all that it started, directly or not."""
+    parents = {int(path.name): process_fields(int(path.name)) for path in Path("/proc").glob("[0-9]*")}
+    found, generation = [os.getpid()], {os.getpid()}
+    while generation:
+        generation = {pid for pid, fields in parents.items() if fields and int(fields[1]) in generation}
+        found += sorted(generation)
+    return found
+
+
+def process_fields(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the state on; empty if the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2].split()
+    except OSError:
+        return []
+
+
 def peer_version(python: str) -> str | None:
     """Return the version of open_clip in the interpreter `python`, or None."""
     found = subprocess.run([python, "-c", PEER_VERSION], capture_output=True, text=True, check=False)

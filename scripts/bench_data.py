@@ -226,18 +226,11 @@ def peer_batches(settings: dict[str, Any]) -> Iterator[Any]:
 
 def core_seconds() -> float:
     """Return the CPU time of this process and of all that it started, directly or not."""
-    ticks = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(") ")[2].split()
-        except OSError:  # it has ended
-            continue
-        ticks[int(path.parent.name)] = (int(fields[1]), int(fields[11]) + int(fields[12]))
-    own, total = {os.getpid()}, 0
-    while own:
-        total += sum(ticks[pid][1] for pid in own if pid in ticks)
-        own = {pid for pid, (parent, _) in ticks.items() if parent in own}
-    return total / os.sysconf("SC_CLK_TCK")
+    ticks = 0
+    for pid in bench.family():
+        fields = bench.process_fields(pid)
+        ticks += int(fields[11]) + int(fields[12]) if fields else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def wait_until_idle() -> None:

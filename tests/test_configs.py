@@ -22,7 +22,7 @@ EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 CHOICES = [
     f"{group.name}={p.stem}" if group.name != "evaluation" else f"evaluation=[{p.stem}]"
     for group in sorted(CONFIGS.iterdir())
-    if group.is_dir() and group.name != "experiment"
+    if group.is_dir() and group.name not in ("experiment", "suite")
     for p in sorted(group.glob("*.yaml"))
 ]
 
@@ -33,6 +33,12 @@ def test_every_choice_composes_and_reads_back(choice, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert from_yaml(path) == config
+
+
+@pytest.mark.parametrize("suite", sorted(p.stem for p in (CONFIGS / "suite").glob("*.yaml")))
+def test_every_suite_composes_and_carries_its_own_name(suite):
+    config = load("evaluate", ["checkpoint=x", f"suite={suite}", "evaluation_root=/data"])
+    assert config.suite == suite and config.evaluation
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

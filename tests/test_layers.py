@@ -11,12 +11,12 @@ ROWS = [
     {"tools"},
     {"__init__"},
     {"train", "help"},
-    {"evaluate", "micro_batch", "starting_point", "nonfinite", "progress"},
+    {"evaluate", "micro_batch", "starting_point", "initial_weights", "nonfinite", "progress"},
     {"config", "step"},
     {"schema"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
-    {"distributed"},
+    {"distributed", "storage"},
     {"types", "errors", "config_dir"},
 ]
 
@@ -62,7 +62,7 @@ def test_config_and_data_choices_have_the_same_names_everywhere():
     from clip_train.schema import CHOICES
 
     configs = {p.name for p in (ROOT.parent / "configs").iterdir() if p.is_dir()}
-    without_package = {"logging", "launch", "experiment"}
+    without_package = {"logging", "launch", "experiment", "suite"}
     packages = {p.name for p in ROOT.iterdir() if (p / "__init__.py").exists()}
     for group in configs - without_package:
         assert group in packages, f"configs/{group} has no clip_train/{group}"

@@ -12,6 +12,7 @@ import torch
 
 from clip_train.checkpoint.agree import on_main
 from clip_train.checkpoint.best import Score, read_best, write_best
+from clip_train.checkpoint.copies import RemoteCopies
 from clip_train.checkpoint.load import (
     TRAIN_STATE_NAME,
     find_checkpoint,
@@ -82,6 +83,7 @@ class Checkpointer:
         self._tensors = tensors
         self._state = state
         self._say = say or (lambda line: print(line, flush=True))
+        self._copies = RemoteCopies(config.remote, run_dir=self.run_dir, say=self._say) if config.remote else None
         self._lock: RunLock | None = None
         self._saving: threading.Thread | None = None
         self._error: Exception | None = None  # of the newest finished save
@@ -214,6 +216,10 @@ class Checkpointer:
             return None
         if mode != "auto":
             return self._choose_path(Path(mode))
+        if not list_checkpoints(self.run_dir) and self._copies is not None:
+            copy = self._copies.fetch_newest()
+            if copy is not None:
+                self._say(f"{self.run_dir}: no checkpoint here; fetched {copy.name} from {self._copies.folder}")
         if not list_checkpoints(self.run_dir):
             unfinished = f", only unfinished saves ({', '.join(self._leftovers)})" if self._leftovers else ""
             self._say(f"{self.run_dir}: no checkpoint{unfinished}; starting from scratch")
@@ -288,6 +294,8 @@ class Checkpointer:
             self._verified.add(path)
             self._keep_best(path)
             self._prune()
+            if self._copies is not None:
+                self._copies.mirror()
 
     def _keep_best(self, path: Path) -> None:
         score, self._challenger = self._challenger, None

@@ -29,6 +29,9 @@ class CheckpointConfig:
     best: str | None = None
     """Metric whose best checkpoint stays besides the newest, as in `val/image_retrieval_recall@1`; a leading minus says
     that smaller is better. An evaluation that beats it saves at once. null: none."""
+    remote: str | None = None
+    """Folder for copies of all checkpoints, as in `s3://bucket/runs/${name}` (fsspec; extras remote and gcs). A run
+    directory without checkpoints continues from the newest copy. null: none."""
     asynchronous: bool = True
     """Write while training goes on, from a copy in CPU memory; false waits until the checkpoint is on disk."""
 
@@ -44,6 +47,9 @@ class CheckpointConfig:
                 f"checkpoint.milestone_every={self.milestone_every} must be null or a multiple of "
                 f"checkpoint.every={self.every}"
             )
+
+        if self.remote is not None and "://" not in self.remote:
+            raise UserError(f"checkpoint.remote={self.remote} must be a URL, as in s3://bucket/runs/NAME")
 
     def build(
         self,

@@ -31,7 +31,7 @@ def publish(
     Raises:
         OSError: nothing was published, and what stood at `target` still does.
     """
-    part = _private_name(target, kind="part")
+    part = private_name(target, kind="part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
@@ -49,7 +49,7 @@ def publish(
 
 def remove(checkpoint_dir: Path) -> None:
     """Delete a checkpoint; its name goes first, so that no half of it is ever seen under that name."""
-    trash = _private_name(checkpoint_dir, kind="trash")
+    trash = private_name(checkpoint_dir, kind="trash")
     checkpoint_dir.rename(trash)
     shutil.rmtree(trash)
 
@@ -90,7 +90,7 @@ def explain(error: OSError, *, folder: Path, needed: int) -> str:
 
 
 def _replace(part: Path, target: Path) -> None:
-    stale = _private_name(target, kind="stale")
+    stale = private_name(target, kind="stale")
     replaces = target.exists()
     if replaces:
         target.rename(stale)
@@ -112,5 +112,6 @@ def _holds(target: Path, records: dict[str, FileRecord]) -> bool:
         return False
 
 
-def _private_name(target: Path, *, kind: str) -> Path:
+def private_name(target: Path, *, kind: str) -> Path:
+    """Return a name beside `target` that no reader looks at and that `clear_leftovers` knows."""
     return target.parent / f".{kind}-{target.name}-{os.getpid()}"

@@ -26,12 +26,17 @@ def step_of(checkpoint_dir: Path) -> int:
     return int(match[1])
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a folder of this name is a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the published checkpoints of a run, newest first, not verified."""
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
+    return sorted((path for path in folder.iterdir() if is_checkpoint_name(path.name)), key=step_of, reverse=True)
 
 
 def prune(

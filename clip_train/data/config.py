@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
+    from clip_train.data.cache import ShardCache
     from clip_train.data.dataset import Tokenizer
     from clip_train.data.loader import TrainStream
     from clip_train.data.source import Source
@@ -37,6 +39,29 @@ class OnChange(StrEnum):
 class EpochEnd(StrEnum):
     roll = "roll"
     drop_last = "drop_last"
+
+
+@dataclass(slots=True, kw_only=True)
+class CacheConfig:
+    """Where remote shards (`https://`, `s3://` …) lie while they are read."""
+
+    dir: str = "~/.cache/clip-train/shards"
+    """Folder on a disk of each machine, shared by all of its processes."""
+    max_bytes: int = 200_000_000_000
+    """What the folder may hold, in bytes. Shards are evicted when no planned sample lies in them."""
+    counts_from_stats: bool = False
+    """Without an index beside the shards, believe img2dataset's `NAME_stats.json` instead of downloading every shard
+    once to count. Checked when a shard is first read: another number stops the run."""
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 1:
+            raise UserError(f"data.cache.max_bytes={self.max_bytes} must be positive")
+
+    def build(self) -> ShardCache:
+        """Return the cache, which is made at its first use."""
+        from clip_train.data.cache import ShardCache
+
+        return ShardCache(folder=Path(self.dir).expanduser().absolute(), max_bytes=self.max_bytes)
 
 
 class CaptionField(NamedTuple):
@@ -95,6 +120,7 @@ class DataConfig:
     """Parts of the data that are read side by side. More shuffle better, fewer read fewer shards at a time."""
     window: int = 32768
     """Samples of a lane that are shuffled together."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         if self.train is not None:
@@ -168,10 +194,11 @@ class DataConfig:
             raise UserError("data.train is not set: name the shards, as in data.train='shards/train-{000..009}.tar'")
         by_source = _patterns_by_source(self.train)
         fields = {name: "data.train" if name == TRAIN_SOURCE else f"data.train.{name}.shards" for name in by_source}
-        return [
-            open_source(patterns, name=name, world=world, field=fields[name], captions=captions, index_dir=index_dir)
-            for name, (patterns, _) in by_source.items()
-        ]
+        open_one = partial(
+            open_source, world=world, captions=captions, index_dir=index_dir, cache=self.cache.build(),
+            counts_from_stats=self.cache.counts_from_stats,
+        )  # fmt: skip
+        return [open_one(patterns, name=name, field=fields[name]) for name, (patterns, _) in by_source.items()]
 
     def val_shards(self) -> list[Path]:
         """Return the held-out shards in order.

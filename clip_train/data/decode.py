@@ -115,8 +115,10 @@ def decode_image(content: bytes) -> np.ndarray:
     image = open_image(content)
     check_shape(*image.size)
     try:
-        ImageOps.exif_transpose(image, in_place=True)
-        return np.array(to_rgb(image))  # writable, as torch wants it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage that does not matter; what matters raises
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(to_rgb(image))  # writable, as torch wants it
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
@@ -186,8 +188,9 @@ def _scale_to_uint8(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16") or (image.mode == "I" and values.min() >= 0 and values.max() < 2**16):
         low, high = 0.0, 65535.0
     else:
-        values = np.nan_to_num(values)
-        low, high = float(values.min()), float(values.max())
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     return np.rint((values - low) * (255.0 / (high - low or 1.0))).astype(np.uint8)
 
 

@@ -67,6 +67,11 @@ class ShardEntry:
     index_dir: Path | None = None  # as for `index_folder`
 
     @property
+    def location(self) -> str:
+        """What messages call the shard, and what its name in a fingerprint comes from."""
+        return str(self.path)
+
+    @property
     def idx_path(self) -> Path:
         """Where the sample records of the shard are."""
         return idx_path(self.path, captions=self.captions, index_dir=self.index_dir)
@@ -221,32 +226,54 @@ def read_listing(
         IntegrityError: the index is damaged or of another version.
     """
     path = listing_path(folder, captions=captions, index_dir=index_dir)
+    advice = f"remove it, then {_how_to_index(folder)}"
     try:
-        document: Any = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be read ({error}): remove it, then {_how_to_index(folder)}") from error
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error}): {advice}") from error
+    return {
+        row["name"]: ShardEntry(
+            path=folder / row["name"],
+            n=row["n"],
+            bytes=row["bytes"],
+            idx_sha256=row["idx_sha256"],
+            captions=captions,
+            filter_sha256=row.get("filter_sha256"),
+            index_dir=index_dir,
+        )
+        for row in parse_listing(content, origin=str(path), advice=advice)
+    }
+
+
+def parse_listing(content: bytes, *, origin: str, advice: str) -> list[dict[str, Any]]:
+    """Return the rows of an `index.json`, each with `name`, `n`, `bytes` and `idx_sha256`.
+
+    Args:
+        content: of the file.
+        origin: what to call it in messages.
+        advice: what to do if it is damaged.
+
+    Raises:
+        IntegrityError: it is damaged or of another version.
+    """
+    try:
+        document: Any = json.loads(content)
+    except ValueError as error:
+        raise IntegrityError(f"{origin} cannot be read ({error}): {advice}") from error
     try:
         if (document["format"], document["version"]) != (INDEX_FORMAT, INDEX_VERSION):
             raise IntegrityError(
-                f"{path} is {document['format']} version {document['version']}, not {INDEX_FORMAT} version "
-                f"{INDEX_VERSION}: remove it, then {_how_to_index(folder)}"
+                f"{origin} is {document['format']} version {document['version']}, not {INDEX_FORMAT} version "
+                f"{INDEX_VERSION}: {advice}"
             )
-        return {
-            row["name"]: ShardEntry(
-                path=folder / row["name"],
-                n=row["n"],
-                bytes=row["bytes"],
-                idx_sha256=row["idx_sha256"],
-                captions=captions,
-                filter_sha256=row.get("filter_sha256"),
-                index_dir=index_dir,
-            )
-            for row in document["shards"]
-        }
-    except (KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} is damaged: remove it, then {_how_to_index(folder)}") from error
+        rows = document["shards"]
+        if not all(row.keys() >= {"name", "n", "bytes", "idx_sha256"} for row in rows):
+            raise KeyError("name, n, bytes, idx_sha256")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{origin} is damaged: {advice}") from error
+    return rows
 
 
 def _how_to_index(folder: Path) -> str:

@@ -129,7 +129,7 @@ def index_shards(
         return publish_index(indexed, options=options)
     finally:
         for shard in shards:
-            _part(idx_path(shard, captions=captions, index_dir=index_dir)).unlink(missing_ok=True)
+            idx_part(idx_path(shard, captions=captions, index_dir=index_dir)).unlink(missing_ok=True)
 
 
 def index_shard(path: Path, *, options: IndexOptions, earlier: ShardEntry | None = None) -> IndexedShard:
@@ -163,7 +163,7 @@ def index_shard(path: Path, *, options: IndexOptions, earlier: ShardEntry | None
     records = records[kept]
     _fill_crcs(path, records, crc=options.crc, earlier=earlier)
     content = records.tobytes()
-    write_synced(_part(idx_path(path, captions=options.captions, index_dir=options.index_dir)), content)
+    write_synced(idx_part(idx_path(path, captions=options.captions, index_dir=options.index_dir)), content)
     entry = ShardEntry(
         path=path,
         n=len(records),
@@ -203,7 +203,7 @@ def publish_index(indexed: Sequence[IndexedShard], *, options: IndexOptions) -> 
         )
     by_folder: dict[Path, list[ShardEntry]] = {}
     for entry in entries:
-        _part(entry.idx_path).replace(entry.idx_path)
+        idx_part(entry.idx_path).replace(entry.idx_path)
         by_folder.setdefault(entry.path.parent, []).append(entry)
     for folder, listed in by_folder.items():
         write_listing(folder, listed, captions=options.captions, index_dir=options.index_dir)
@@ -298,5 +298,6 @@ def _read_crcs(path: Path, records: np.ndarray, *, rows: np.ndarray) -> None:
     records["flags"][rows] |= HAS_CRC
 
 
-def _part(idx: Path) -> Path:
+def idx_part(idx: Path) -> Path:
+    """Return where records wait to be published as `idx`."""
     return idx.with_name(f"{idx.name}.part")

@@ -24,6 +24,7 @@ from clip_train.data.bad import BadSample, BadSamples
 from clip_train.data.dataset import SampleDataset, Task, TaskFailure, TaskResult, TaskRows, Tokenizer
 from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
 from clip_train.data.segments import Segment, SegmentSource, continued, differences
+from clip_train.data.spool import Spool, check_room
 from clip_train.data.workers import (
     WORKER_POLL_SECONDS,
     WORKER_START_METHOD,
@@ -96,7 +97,7 @@ class TrainStream:
                 f"global_batch_size={global_batch_size} must not exceed the {samples} samples of data.train"
             )
         self.num_samples = samples - samples % global_batch_size if drop_last else samples  # of an epoch
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
         self._weights = weights
         self._world = world
         self._seed = seed
@@ -111,29 +112,39 @@ class TrainStream:
             )
             for s in sources
         ]  # fmt: skip
-        self._order = self._slot_order(Segment(start=0, sources=()), number=0)
-        self._segments = [self._as_segment(self._order)]
+        self.order = self._slot_order(Segment(start=0, sources=()), number=0)
+        self._segments = [self._as_segment(self.order)]
         self._warn_of_duplicates_in_a_batch()
         self._dataset = SampleDataset(
-            sources, order=self._order, seed=seed, global_batch_size=global_batch_size, substitute=substitute,
+            sources, order=self.order, seed=seed, global_batch_size=global_batch_size, substitute=substitute,
             transform=transform, captions=captions, tokenizer=tokenizer,
         )  # fmt: skip
         self._bad = BadSamples(max_bad_fraction)
         self._reports: deque[StepReport] = deque()
         self._batches: Generator[Batch, None, None] | None = None
+        self._spool: Spool | None = None
+        check_room(sources, lanes=lanes, window=window, world=world)
         if workers:
             start_worker_server()  # its imports take seconds, in which the caller can build the model
 
     def batches(self, consumed: int) -> Iterator[Batch]:
         """Yield this rank's rows of the global batches from slot `consumed` on, without end.
 
-        Nothing before `consumed` is read or decoded. One iterator is alive at a time: a new one ends the former.
+        Nothing before `consumed` is read or decoded. One iterator is alive at a time: a new one ends the former. With
+        remote shards every rank must call it, and it waits for those of the first batch.
 
         Raises:
-            IntegrityError: data is damaged, or too many samples cannot be used.
+            IntegrityError: data is damaged or does not arrive, or too many samples cannot be used.
+            UserError: a remote shard is absent or forbidden.
         """
         self.close()
         self._reports.clear()
+        if self._workers and any(source.cache is not None for source in self.sources):
+            self._spool = Spool(
+                self.sources, order=self.order, world=self._world, global_batch_size=self._global_batch_size,
+                ahead=2 * min(self._lanes * self._window, self.num_samples),
+            )  # fmt: skip
+            self._spool.start(consumed)
         self._batches = self._generate(consumed)
         return self._batches
 
@@ -153,7 +164,7 @@ class TrainStream:
         failures = WorkerFailures()
         while True:  # once, and again after each failure of a worker
             sampler = _TaskSampler(
-                self._order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
+                self.order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
             )
             try:
                 with WorkerTasks(self._loader(sampler)) as tasks:
@@ -166,6 +177,8 @@ class TrainStream:
                         self._reports.append(StepReport(consumed, add_hashes(*hashes), bad))
                         yield self._join([part.batch for part in parts])
                         consumed += self._global_batch_size
+                        if self._spool is not None:
+                            self._spool.advance(consumed)
             except WorkerFailed as failure:
                 failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
 
@@ -198,7 +211,7 @@ class TrainStream:
             segments.append(continued(segments, self._segments[0], consumed=state["consumed"], seed=self._seed))
             logger.warning("new data from sample %s on: %s", f"{state['consumed']:,}", "; ".join(changed))
         self._segments = segments
-        self._order = self._dataset.order = self._slot_order(segments[-1], number=len(segments) - 1)
+        self.order = self._dataset.order = self._slot_order(segments[-1], number=len(segments) - 1)
         self._bad.restore(state["bad"])
 
     def _changes(self, state: dict[str, Any], segment: Segment) -> list[str]:
@@ -228,6 +241,9 @@ class TrainStream:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
         self._dataset.close()
 
     def _loader(self, sampler: _TaskSampler) -> DataLoader:
@@ -253,7 +269,7 @@ class TrainStream:
         )  # fmt: skip
 
     def _as_segment(self, order: SlotOrder) -> Segment:
-        rows = zip(self._sources, order.sources, order.quotas, order.bases.tolist(), strict=True)
+        rows = zip(self.sources, order.sources, order.quotas, order.bases.tolist(), strict=True)
         return Segment(
             start=order.start,
             sources=tuple(
@@ -266,8 +282,8 @@ class TrainStream:
         )  # fmt: skip
 
     def _warn_of_duplicates_in_a_batch(self) -> None:
-        total = sum(self._order.quotas)
-        for source, quota in zip(self._order.sources, self._order.quotas, strict=True):
+        total = sum(self.order.quotas)
+        for source, quota in zip(self.order.sources, self.order.quotas, strict=True):
             share = self._global_batch_size * quota / total
             if share > source.num_samples:
                 logger.warning(
@@ -298,7 +314,7 @@ class _TaskSampler(Sampler[Task]):
 
     def __init__(self, order: SlotOrder, *, world: World, global_batch_size: int, start: int) -> None:
         rows = global_batch_size // world.size
-        self._order = order
+        self.order = order
         self._global_batch_size = global_batch_size
         self._start = start
         self._first, self._last = world.rank * rows, (world.rank + 1) * rows
@@ -307,7 +323,7 @@ class _TaskSampler(Sampler[Task]):
     def __iter__(self) -> Iterator[Task]:
         consumed = self._start
         while True:
-            rows = self._order.global_batch(consumed, global_batch_size=self._global_batch_size)
+            rows = self.order.global_batch(consumed, global_batch_size=self._global_batch_size)
             own = rows[self._first : self._last]
             for start in range(0, len(own), MAX_TASK_ROWS):
                 yield Task(consumed, own[start : start + MAX_TASK_ROWS])

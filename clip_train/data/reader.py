@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 import struct
 import zlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
+from clip_train.data.cache import RemoteShard
 from clip_train.data.index import HAS_CRC, ShardEntry
 from clip_train.data.tar import BLOCK
 from clip_train.errors import IntegrityError
+from clip_train.storage.retry import TransportError, retry
 
 if TYPE_CHECKING:
     from clip_train.data.source import Source
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 _RECORD = struct.Struct("<6I2HI")
 _SECOND_CAPTION = struct.Struct("<4I")
 _NAME_LENGTH = 100
+FIRST_WAIT_SECONDS = 0.1
 
 
 class _OpenShard(NamedTuple):
@@ -38,6 +42,7 @@ class ShardReader:
 
     def __init__(self, source: Source, *, max_open: int = 64) -> None:
         self._shards = source.shards
+        self._cache = source.cache
         self._max_open = max_open
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._verified: set[int] = set()
@@ -46,8 +51,12 @@ class ShardReader:
         """Return the bytes of a sample: its picture, and its members that hold captions in the order of the index.
 
         Raises:
-            IntegrityError: a file vanished, changed after indexing, or fails its crc32.
+            IntegrityError: a file vanished, changed after indexing, cannot be read or fails its crc32, 6 times.
+            UserError: a remote shard is absent or forbidden.
         """
+        return retry(lambda: self._read(shard, index), first_wait=FIRST_WAIT_SECONDS)
+
+    def _read(self, shard: int, index: int) -> tuple[bytes, list[bytes]]:
         entry = self._shards[shard]
         size = entry.record.itemsize
         try:
@@ -60,10 +69,16 @@ class ShardReader:
             if len(entry.captions) > 1:
                 parts.append(_SECOND_CAPTION.unpack_from(record, _RECORD.size)[:3])
             contents = [os.pread(files.tar, length, block * BLOCK) for block, length, _ in parts]
+            for (block, length, crc), content in zip(parts, contents, strict=True):
+                _check(entry, block, content, length, crc if flags & HAS_CRC else None)
+        except (FileNotFoundError, PermissionError) as error:  # waiting brings nothing back
+            raise IntegrityError(f"{entry.location}, sample {index}: {error}") from error
         except (OSError, struct.error) as error:
-            raise IntegrityError(f"{entry.path}, sample {index}: {error}") from error
-        for (block, length, crc), content in zip(parts, contents, strict=True):
-            _check(entry, block, content, length, crc if flags & HAS_CRC else None)
+            self._forget(shard)  # a stale handle stays stale
+            raise TransportError(f"{entry.location}, sample {index}: {error}") from error
+        except TransportError:
+            self._forget(shard)
+            raise
         return contents[0], contents[1:]
 
     def key(self, shard: int, index: int) -> str:
@@ -73,7 +88,7 @@ class ShardReader:
         image_block = _RECORD.unpack(os.pread(files.idx, _RECORD.size, start))[0]
         header = os.pread(files.tar, _NAME_LENGTH, (image_block - 1) * BLOCK)
         name = header.split(b"\0", 1)[0].decode(errors="replace")
-        return f"{self._shards[shard].path.name}/{name}"
+        return f"{posixpath.basename(self._shards[shard].location)}/{name}"
 
     def close(self) -> None:
         """Close all files. The reader may be used again."""
@@ -90,6 +105,7 @@ class ShardReader:
     def _files(self, shard: int) -> _OpenShard:
         files = self._open.get(shard)
         if files is None:
+            self._close_evicted()
             while len(self._open) >= self._max_open:
                 _close(self._open.popitem(last=False)[1])
             files = self._open[shard] = self._open_shard(shard)
@@ -97,7 +113,26 @@ class ShardReader:
             self._open.move_to_end(shard)
         return files
 
+    def _forget(self, shard: int) -> None:
+        files = self._open.pop(shard, None)
+        if files is not None:
+            _close(files)
+
+    def _close_evicted(self) -> None:
+        """Close shards that have left the cache: open, they would still take room on the disk."""
+        if self._cache is not None:
+            for shard in [shard for shard, files in self._open.items() if os.fstat(files.tar).st_nlink == 0]:
+                self._forget(shard)
+
     def _open_shard(self, shard: int) -> _OpenShard:
+        entry = self._shards[shard]
+        if not isinstance(entry, RemoteShard):
+            return self._open_local(shard)
+        assert self._cache is not None, "remote shards come with their cache"
+        with self._cache.hold(entry):
+            return self._open_local(shard)
+
+    def _open_local(self, shard: int) -> _OpenShard:
         entry = self._shards[shard]
         tar = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -109,7 +144,7 @@ class ShardReader:
         try:
             size = os.fstat(tar).st_size
             if size != entry.bytes:
-                raise IntegrityError(f"{entry.path} changed after indexing: size {entry.bytes} -> {size} bytes")
+                raise IntegrityError(f"{entry.location} changed after indexing: size {entry.bytes} -> {size} bytes")
             if shard not in self._verified:
                 self._verify_records(entry, idx)
                 self._verified.add(shard)
@@ -120,17 +155,19 @@ class ShardReader:
 
     def _verify_records(self, entry: ShardEntry, idx: int) -> None:
         records = os.pread(idx, entry.n * entry.record.itemsize + 1, 0)
-        if hashlib.sha256(records).hexdigest() != entry.idx_sha256:
+        # A remote shard that was only counted has no hash; its records were made here.
+        if entry.idx_sha256 and hashlib.sha256(records).hexdigest() != entry.idx_sha256:
             raise IntegrityError(
                 f"{entry.idx_path} does not match its hash: run `clip-train shards index {entry.path.parent}`"
             )
 
 
 def _check(entry: ShardEntry, block: int, content: bytes, length: int, crc: int | None) -> None:
+    place = f"{entry.location} at byte {block * BLOCK}"
     if len(content) != length:
-        raise IntegrityError(f"{entry.path} at byte {block * BLOCK}: {len(content)} of {length} bytes could be read")
+        raise TransportError(f"{place}: {len(content)} of {length} bytes could be read")
     if crc is not None and zlib.crc32(content) != crc:
-        raise IntegrityError(f"{entry.path} at byte {block * BLOCK}: the content does not match its crc32")
+        raise TransportError(f"{place}: the content does not match its crc32")
 
 
 def _close(files: _OpenShard) -> None:

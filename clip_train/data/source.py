@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from clip_train.data.index import DEFAULT_CAPTIONS, ShardEntry, fingerprint, load_index
 from clip_train.data.indexing import index_shards
+from clip_train.data.remote_index import load_remote_index
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.errors import ClipTrainError, UserError
+from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from clip_train.data.cache import ShardCache
     from clip_train.distributed.world import World
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_SIGNS = 5.0
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +33,10 @@ class Source:
     """Shards in the order that gives each its number, by the UTF-8 bytes of their names below `root`."""
 
     name: str
-    root: Path
+    root: str  # folder or URL
     shards: tuple[ShardEntry, ...]
     captions: tuple[str, ...] = DEFAULT_CAPTIONS  # extensions of the members that hold captions
+    cache: ShardCache | None = None  # where remote shards are read
 
     @property
     def counts(self) -> list[int]:
@@ -43,16 +51,16 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """sha256 that changes with names, counts, sizes, filters and caption members, not with the shards' folder."""
-        listed = ((self.shard_name(i), shard) for i, shard in enumerate(self.shards))
+        listed = ((self.shard_name(i), s) for i, s in enumerate(self.shards))
         return fingerprint(listed, captions=self.captions)
 
     def shard_name(self, shard: int) -> str:
         """Return the name of a shard below `root`."""
-        return self.shards[shard].path.relative_to(self.root).as_posix()
+        return _below(self.shards[shard].location, self.root)
 
 
 def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> list[Path]:
-    """Return the shards that patterns name, as absolute paths in order of their names, each once.
+    """Return the local shards that patterns name, as absolute paths in order of their names, each once.
 
     A pattern may hold braces (`train-{000..009}.tar`), `~`, globs and `::` between several; a folder means its `*.tar`.
 
@@ -61,70 +69,132 @@ def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> li
         field: what to call the patterns in messages, such as `data.train`.
 
     Raises:
-        UserError: nothing matches, or a named file does not exist.
+        UserError: nothing matches, a named file does not exist, or a shard is remote.
     """
-    from webdataset.shardlists import expand_urls
+    locations = find_shards(patterns, field=field)
+    remote = next((location for location in locations if is_remote(location)), None)
+    if remote is not None:
+        raise UserError(f"{field}={remote}: shards must be local files here; only data.train reads remote ones")
+    return [Path(location) for location in locations]
 
-    found: list[Path] = []
+
+def find_shards(patterns: str | Sequence[str], *, field: str) -> list[str]:
+    """Return the shards that patterns name, local or remote, in order of their names, each once.
+
+    Local paths are absolute. Patterns are those of `expand_shards`; remote globs and folders need a place that lists.
+
+    Raises:
+        UserError: nothing matches, a local file does not exist, a scheme is not known, or local and remote are mixed.
+        IntegrityError: a remote folder cannot be reached.
+    """
+    found: list[str] = []
     missing: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # An existing path may hold any character; os.path also takes patterns too long to be a path.
-        literal = os.path.exists(os.path.expanduser(pattern))  # noqa: PTH110, PTH111
-        for name in [pattern] if literal else expand_urls(pattern):
-            _refuse_remote(name, field=field)
-            path = Path(name).expanduser()
-            if path.is_dir():
-                matches = sorted(path.glob("*.tar"))
-            elif path.exists():
-                matches = [path]
-            else:
-                matches = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-            if not matches:
-                missing.append(f"{path}/*.tar" if path.is_dir() else str(path))
-            found += matches
+    for name in _expanded(patterns):
+        if name.startswith(PIPE):
+            raise UserError(f"{field}={name}: commands cannot be indexed; data.reader=streaming reads them")
+        matches = _remote_matches(name, field=field) if is_remote(name) else _local_matches(name)
+        if not matches:
+            folder = not is_remote(name) and Path(name).expanduser().is_dir()
+            missing.append(f"{Path(name).expanduser()}/*.tar" if folder else name)
+        found += matches
     if missing:
         rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(f"{field}={patterns}: not found: {', '.join(missing[:5])}{rest}")
     if not found:
         raise UserError(f"{field}={patterns} names no shards")
+    if len({is_remote(name) for name in found}) > 1:
+        raise UserError(f"{field}={patterns} names local and remote shards: make them two sources")
     return _in_order(found, field=field)
 
 
+def _expanded(patterns: str | Sequence[str]) -> list[str]:
+    from webdataset.shardlists import expand_urls
+
+    names: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # An existing path may hold any character; os.path also takes patterns too long to be a path.
+        literal = os.path.exists(os.path.expanduser(pattern))  # noqa: PTH110, PTH111
+        names += [pattern] if literal else expand_urls(pattern)
+    return names
+
+
+def _local_matches(name: str) -> list[str]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        matches = sorted(path.glob("*.tar"))
+    elif path.exists():
+        matches = [path]
+    else:
+        matches = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    return [os.path.abspath(match) for match in matches]  # noqa: PTH100 - links keep their own names
+
+
+def _remote_matches(name: str, *, field: str) -> list[str]:
+    check_scheme(name, field=field)
+    base = name.partition("?")[0]  # of a signed URL
+    return [name] if base.endswith(".tar") and "*" not in base else list_shards(name)
+
+
 def open_source(
-    patterns: str | Sequence[str], *, name: str, world: World, field: str,
-    captions: tuple[str, ...] = DEFAULT_CAPTIONS, index_dir: Path | None = None,
+    patterns: str | Sequence[str], *, name: str, world: World, field: str, captions: tuple[str, ...] = DEFAULT_CAPTIONS,
+    index_dir: Path | None = None, cache: ShardCache | None = None, counts_from_stats: bool = False,
 ) -> Source:  # fmt: skip
     """Open the shards that patterns name. Every rank calls it; rank 0 indexes the shards that have no index.
 
     Args:
-        patterns: as for `expand_shards`.
+        patterns: as for `find_shards`.
         name: of the source; decides its order.
         world: all ranks.
         field: what to call the patterns in messages.
         captions: extensions of the members that hold captions; a sample has all of them.
-        index_dir: where the index is, None beside the shards.
+        index_dir: where the index of local shards is, None beside them.
+        cache: where remote shards are read; without it they are refused.
+        counts_from_stats: take the counts of remote shards from img2dataset where they have no index.
 
     Raises:
         UserError: shards are missing, or their folder cannot be written and they have no index.
-        IntegrityError: a shard or an index is damaged.
+        IntegrityError: a shard or an index is damaged, or does not arrive.
     """
-    outcome: Source | ClipTrainError | None = None
-    if world.is_main:
+
+    def attempt() -> Source | ClipTrainError:
         try:
-            outcome = _open(patterns, name=name, field=field, captions=captions, index_dir=index_dir)
+            locations = find_shards(patterns, field=field)
+            if not is_remote(locations[0]):
+                return _open(locations, name=name, field=field, captions=captions, index_dir=index_dir)
+            if cache is None:
+                raise UserError(f"{field}={patterns}: shards must be local files here")
+            entries = load_remote_index(
+                locations, cache=cache, captions=captions, counts_from_stats=counts_from_stats, field=field
+            )
+            root = _common_folder(locations)
+            return Source(name=name, root=root, shards=tuple(entries), captions=captions, cache=cache)
         except ClipTrainError as error:
-            outcome = error  # raised on every rank, so that none waits for the others
-    outcome = broadcast_object(outcome, world=world)
+            return error  # raised on every rank, so that none waits for the others
+
+    outcome = _from_main(attempt, world=world)
     if isinstance(outcome, ClipTrainError):
         raise outcome
-    assert outcome is not None
     return outcome
 
 
+def _from_main(attempt: Callable[[], _Result], *, world: World) -> _Result:
+    """Return what `attempt` returns on rank 0. The other ranks hear from it all the while: an index pass may take
+    longer than a collective may wait."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(attempt) if world.is_main else None
+        result: list[_Result] = []
+        while not result:
+            if running is not None:
+                wait([running], timeout=_SECONDS_BETWEEN_SIGNS)
+                result = [running.result()] if running.done() else []
+            result = broadcast_object(result, world=world)
+    return result[0]
+
+
 def _open(
-    patterns: str | Sequence[str], *, name: str, field: str, captions: tuple[str, ...], index_dir: Path | None
+    locations: Sequence[str], *, name: str, field: str, captions: tuple[str, ...], index_dir: Path | None
 ) -> Source:
-    shards = expand_shards(patterns, field=field)
+    shards = [Path(location) for location in locations]
     entries, missing = load_index(shards, captions=captions, index_dir=index_dir)
     if missing:
         logger.info("%s: indexing %d of %d shards", field, len(missing), len(shards))
@@ -132,23 +202,22 @@ def _open(
         for parts, count in summary.skipped.items():
             logger.warning("%s: %d samples have only %s and are left out", field, count, parts)
         entries, _ = load_index(shards, captions=captions, index_dir=index_dir)
-    return Source(name=name, root=_common_folder(shards), shards=tuple(entries), captions=captions)
+    return Source(name=name, root=_common_folder(locations), shards=tuple(entries), captions=captions)
 
 
-def _in_order(paths: list[Path], *, field: str) -> list[Path]:
-    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 - links keep their own names
-    unique = dict.fromkeys(absolute)
-    if len(unique) < len(absolute):
-        logger.warning("%s: %d shards are listed twice and used once", field, len(absolute) - len(unique))
-    root = _common_folder(list(unique))
-    return sorted(unique, key=lambda path: os.fsencode(path.relative_to(root).as_posix()))
+def _in_order(locations: list[str], *, field: str) -> list[str]:
+    unique = list(dict.fromkeys(locations))
+    if len(unique) < len(locations):
+        logger.warning("%s: %d shards are listed twice and used once", field, len(locations) - len(unique))
+    root = _common_folder(unique)
+    return sorted(unique, key=lambda location: os.fsencode(_below(location, root)))
 
 
-def _common_folder(paths: Sequence[Path]) -> Path:
-    return Path(os.path.commonpath([path.parent for path in paths]))
+def _common_folder(locations: Sequence[str]) -> str:
+    if is_remote(locations[0]):
+        return common_folder(locations)
+    return os.path.commonpath([os.path.dirname(location) for location in locations])  # noqa: PTH120
 
 
-def _refuse_remote(name: str, *, field: str) -> None:
-    scheme = name.split(":", 1)[0] if ":" in name else ""
-    if scheme == "pipe" or "://" in name:
-        raise UserError(f"{field}={name}: shards must be local files")
+def _below(location: str, root: str) -> str:
+    return location.removeprefix(root).lstrip("/")

@@ -83,6 +83,16 @@ class TrainTransform:
                 image = augmentation(image, uniforms=uniforms)
             row.copy_(image)
 
+    def crop_of(self, content: bytes, *, uniforms: Sequence[float]) -> tuple[Crop, tuple[int, int]]:
+        """Return the crop that a call would take, and height and width of the picture that it is taken from.
+
+        Raises:
+            BadSampleError: the picture cannot be used.
+        """
+        jpeg = open_plain_jpeg(content)
+        height, width = decode_image(content).shape[:2] if jpeg is None else (jpeg.height, jpeg.width)
+        return random_crop(height, width, uniforms=uniforms, scale=self.crop_scale), (height, width)
+
     def scale_factor(self, crop: Crop) -> int:
         """Return the largest factor at which a plain JPEG may be decoded for `crop`."""
         if self.decode_floor is None:

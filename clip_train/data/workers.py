@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import multiprocessing
 import os
 import threading
@@ -80,11 +81,16 @@ class WorkerTasks:
         others = set(multiprocessing.active_children())
         self._results: Any = iter(loader)
         self._workers = [process for process in multiprocessing.active_children() if process not in others]
+        self._deadline, self._hung = math.inf, False
+        self._closed = threading.Event()
+        if self._workers:
+            threading.Thread(target=self._watch, daemon=True).start()
 
     def __enter__(self) -> WorkerTasks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._closed.set()
         if kind is WorkerFailed:
             self._kill()  # one that is stopped or hangs would not hear a request
         self._results = None  # it ends the workers, now and not when some traceback is forgotten
@@ -98,21 +104,33 @@ class WorkerTasks:
         """
         deadline = time.monotonic() + WORKER_TIMEOUT_SECONDS
         while True:
+            self._deadline = deadline
             try:
                 return next(self._results)
             except Exception as error:
+                if not self._workers:
+                    raise
+                if self._hung:
+                    raise WorkerFailed(f"no worker answered within {WORKER_TIMEOUT_SECONDS:.0f} s") from error
                 # The loader's timeout is a RuntimeError after which it can be asked again. What a dying worker leaves
                 # behind may be any error: its results come through sockets and shared memory.
                 dead = [process for process in self._workers if not process.is_alive()]
-                if not self._workers:
-                    raise
                 if dead:
                     how = ", ".join(f"process {p.pid} ended with {p.exitcode}" for p in dead)
                     raise WorkerFailed(f"{how} ({error!r})") from error
                 if not isinstance(error, RuntimeError):
                     raise WorkerFailed(repr(error)) from error
-                if time.monotonic() >= deadline:
-                    raise WorkerFailed(f"no worker answered within {WORKER_TIMEOUT_SECONDS:.0f} s") from error
+            finally:
+                self._deadline = math.inf
+
+    def _watch(self) -> None:
+        """Kill workers that do not answer: the trainer may be waiting in a read that only their end ends."""
+        while not self._closed.wait(WORKER_POLL_SECONDS):
+            if time.monotonic() >= self._deadline:
+                self._hung = True
+                for process in self._workers:
+                    process.kill()
+                return
 
     def _kill(self) -> None:
         for process in self._workers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_train.errors import UserError
@@ -43,6 +44,10 @@ class EvaluationConfig:
         if self.workers < 0:
             raise UserError(f"evaluation.workers={self.workers} must not be negative")
 
+    def missing(self) -> str | None:
+        """Return where the evaluation set was looked for and is not; None if it is there."""
+        raise NotImplementedError
+
     def build(self, *, world: World, tokenizer: Tokenizer, image_size: int) -> Classify | Retrieve:
         """Open the evaluation set and make the evaluator. Every rank calls this."""
         raise NotImplementedError
@@ -64,6 +69,10 @@ class ClassifyConfig(EvaluationConfig):
     """`auto` (the file in `root`; else `imagenet` for ImageNet's class folders, else `single`), `imagenet` (80),
     `simple` (7), `single` (`a photo of a {}.`), or a text file of templates, one per line, with `{}` or `{c}` for the
     name."""
+
+    def missing(self) -> str | None:
+        """Return `root` if it is not a folder."""
+        return None if Path(self.root).is_dir() else self.root
 
     def build(self, *, world: World, tokenizer: Tokenizer, image_size: int) -> Classify:
         """Open the images and make the evaluator. Every rank reads the same list of images."""
@@ -107,6 +116,16 @@ class RetrieveConfig(EvaluationConfig):
             raise UserError(f"evaluation.{self.name}.shards={self.shards} must name shards; for `val` set data.val")
         if not self.recall_k or min(self.recall_k) < 1:
             raise UserError(f"evaluation.recall_k={list(self.recall_k)} must list integers of at least 1")
+
+    def missing(self) -> str | None:
+        """Return what `shards` names but is not there."""
+        from clip_train.data.source import expand_shards
+
+        try:
+            expand_shards(self.shards, field=f"evaluation.{self.name}.shards")
+        except UserError as error:
+            return str(error)
+        return None
 
     def build(self, *, world: World, tokenizer: Tokenizer, image_size: int) -> Retrieve:
         """Open the pairs and make the evaluator. Every rank reads the same list of pairs."""

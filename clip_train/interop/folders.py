@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -13,7 +14,8 @@ from yaml import YAMLError
 from clip_train.errors import UserError
 from clip_train.interop import open_clip, transformers
 from clip_train.interop.weights import read_tensors, read_weights
-from clip_train.model.config import ModelConfig
+from clip_train.model.config import LoraConfig, ModelConfig
+from clip_train.model.finetune import merge_adapters
 from clip_train.tokenizer.config import TOKENIZERS
 
 if TYPE_CHECKING:
@@ -50,10 +52,7 @@ def read_folder(folder: Path, *, weights: str) -> Source:
         IntegrityError: the checkpoint of a run is damaged.
     """
     if (folder / EXPORT_FILE).is_file():
-        file = open_clip.find_weights(folder)
-        return Source(
-            _model_config(read_json(folder / EXPORT_FILE), path=folder / EXPORT_FILE), read_weights(file), file
-        )
+        return _read_export(folder)
     if (folder / open_clip.CONFIG_FILE).is_file():
         file = open_clip.find_weights(folder)
         return Source(open_clip.read_config(folder / open_clip.CONFIG_FILE), read_weights(file), file)
@@ -141,7 +140,8 @@ def _read_run(path: Path, *, weights: str) -> Source:
     values = _read_yaml(checkpoint / RUN_CONFIG_FILE)
     config = _model_config(values, path=checkpoint / RUN_CONFIG_FILE)
     tokenizer = _tokenizer(values, path=checkpoint / RUN_CONFIG_FILE, context_length=config.text.context_length)
-    return Source(config, load_tensors(checkpoint, part), checkpoint, tokenizer)
+    tensors = merge_adapters(load_tensors(checkpoint, part), alpha=config.lora.alpha)
+    return Source(dataclasses.replace(config, lora=LoraConfig()), tensors, checkpoint, tokenizer)
 
 
 def _read_yaml(path: Path) -> Mapping[Any, Any]:

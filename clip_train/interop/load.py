@@ -68,7 +68,11 @@ def load(
     assign_weights(loaded, source.tensors, origin=str(source.origin))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The two scalars stay exact: a rounded logarithm would change every probability.
+    exact = {name: parameter.data for name, parameter in loaded.named_parameters() if name.startswith("logit_")}
     loaded = loaded.to(device=device, dtype=dtype).eval()
+    for name, value in exact.items():
+        loaded.get_parameter(name).data = value.to(device)
     if compile:
         from clip_train.distributed.parallel import compile_each_block
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clip_train.errors import UserError
@@ -160,17 +162,21 @@ def second_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name if name.startswith(others) else f"text.{name}": tensor for name, tensor in tensors.items()}
 
 
-def write_config(path: Path, *, config: ModelConfig) -> None:
+def write_config(path: Path, *, config: ModelConfig, vocabulary: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Write the `open_clip_config.json` of an architecture, the inverse of `read_config`.
 
-    `model_cfg` becomes keyword arguments there, so it holds nothing that open_clip 3.3.0 does not know. Without a
-    tokenizer's name it takes its own copy of CLIP's.
+    `model_cfg` becomes keyword arguments there, so it holds nothing that open_clip 3.3.0 does not know.
+
+    Args:
+        path: the new file.
+        config: the architecture.
+        vocabulary: further keys of `text_cfg` for a tokenizer other than CLIP's, of which open_clip has a copy.
     """
     model: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.quick_gelu,
         "vision_cfg": _vision_cfg(config.vision),
-        "text_cfg": _text_cfg(config.text),
+        "text_cfg": _text_cfg(config.text) | dict(vocabulary),
     }
     if config.has_second_layout:
         model["custom_text"] = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ class CLIP(TextTransformer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.config = config
+        # Modules that are never in training mode, whatever the model is in.
+        self.locked: list[nn.Module] = []
         self.visual = _image_tower(config)
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         bias = config.init_logit_bias
@@ -55,6 +58,13 @@ class CLIP(TextTransformer):
         if on_text is not None:
             text = on_text(text)
         return Features(self.encode_image(images), text, self.logit_scale, self.logit_bias)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; locked modules stay in evaluation mode."""
+        super().train(mode)
+        for module in self.locked:
+            module.train(False)
+        return self
 
     def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
         """Embed images, [B, D].

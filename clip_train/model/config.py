@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -81,6 +81,9 @@ class VisionConfig:
     """Activation of a timm transformer by timm's name for it, such as `gelu_tanh`; null for the model's own."""
     pretrained: bool = False
     """Start a timm model from timm's own weights, from the hub or its cache; the text tower starts fresh."""
+    unlocked_blocks: int | None = None
+    """Blocks at the tower's end that train, with what follows them; the rest keeps its weights. 0 locks the whole tower
+    (LiT); null trains all of it."""
 
     def __post_init__(self) -> None:
         if self.timm is not None:
@@ -88,12 +91,11 @@ class VisionConfig:
             return
         if self.pretrained:
             raise UserError("model.vision.pretrained=true needs model.vision.timm=NAME: the weights are timm's")
-        self.image_size = self.image_size or 224
         if self.resnet_stages:
             self._check_resnet()
             return
         _check_tower(self.width, self.layers, self.heads, tower="vision")
-        if self.patch_size < 1 or self.image_size % self.patch_size:
+        if self.patch_size < 1 or self.image_size < 0 or self.image_size % self.patch_size:
             raise UserError(
                 f"model.vision.image_size={self.image_size} must be a multiple of "
                 f"model.vision.patch_size={self.patch_size}"
@@ -102,11 +104,7 @@ class VisionConfig:
             raise UserError(f"model.vision.mlp_ratio={self.mlp_ratio} must be positive")
 
     def _check_timm(self) -> None:
-        if not self.image_size:
-            from clip_train.model.timm_encoder import data_config
-
-            self.image_size = data_config(str(self.timm)).image_size
-        if self.image_size < 1:
+        if self.image_size < 0:
             raise UserError(f"model.vision.image_size={self.image_size} must be positive")
         if self.timm_proj is TimmProjection.none and self.timm_proj_bias:
             raise UserError("model.vision.timm_proj_bias=true needs a projection: model.vision.timm_proj=linear or mlp")
@@ -114,7 +112,7 @@ class VisionConfig:
     def _check_resnet(self) -> None:
         if len(self.resnet_stages) != 4 or min(self.resnet_stages) < 1:
             raise UserError(f"model.vision.resnet_stages={self.resnet_stages} must be four positive numbers of blocks")
-        if self.image_size < 32 or self.image_size % 32:
+        if self.image_size < 0 or self.image_size % 32:
             raise UserError(f"model.vision.image_size={self.image_size} of a ResNet must be a multiple of 32")
         if self.width < 2 or self.width % 2 or self.heads < 1 or 32 * self.width % self.heads:
             raise UserError(
@@ -155,6 +153,8 @@ class TextConfig:
     """Added to the variance in layer norms; 1e-6 in SigLIP."""
     gelu_tanh: bool = False
     """GELU's approximation by tanh in place of GELU, as in SigLIP 2 and in the weights of SigLIP's authors."""
+    unlocked_blocks: int | None = None
+    """As `model.vision.unlocked_blocks`."""
 
     def __post_init__(self) -> None:
         _check_tower(self.width, self.layers, self.heads, tower="text")
@@ -174,6 +174,25 @@ class TextConfig:
     def sees_padding(self) -> bool:
         """Whether features depend on the padding, so that captions must fill the context."""
         return not self.causal or self.pool is TextPool.last
+
+
+@dataclass(slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, Hu et al. 2022) on all matrices of the unlocked transformer blocks.
+
+    With them, only they, the temperature and the bias train. `load` and exports merge them into the matrices.
+    """
+
+    rank: int = 0
+    """Columns of each adapter; 0 for none."""
+    alpha: float | None = None
+    """Adapters are multiplied by alpha / rank; null: by 1."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError(f"model.lora.rank={self.rank} must be 0 (no adapters) or positive")
+        if self.alpha is not None and not self.alpha > 0:
+            raise UserError(f"model.lora.alpha={self.alpha} must be positive")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -209,13 +228,24 @@ class ModelConfig:
     checkpointing: int = 0
     """Recompute every k-th transformer block in the backward pass to save memory; 0 recomputes none, 1 all. A ResNet
     is never recomputed: its batch norms would count the batch twice. A timm model recomputes all of its blocks (1)."""
+    init: str | None = None
+    """Weights to start from: anything that `clip_train.load` takes. Position tables are interpolated to other image
+    sizes and context lengths. null: random weights."""
+    init_strict: bool = True
+    """Refuse `init` weights that are missing, left over or of another shape; false leaves them as drawn."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     compile: bool = False
     """Compile each transformer block with torch.compile: minutes at the start, then faster steps on a GPU."""
 
     def __post_init__(self) -> None:
+        for tower, count in (("vision", self.vision.unlocked_blocks), ("text", self.text.unlocked_blocks)):
+            if count is not None and count < 0:
+                raise UserError(f"model.{tower}.unlocked_blocks={count} must be 0 (all locked) or positive, or null")
+        if self.vision.unlocked_blocks == 0 and self.text.unlocked_blocks == 0:
+            raise UserError("model.vision.unlocked_blocks=0 and model.text.unlocked_blocks=0 leave nothing to train")
         if self.embed_dim < 1:
             raise UserError(f"model.embed_dim={self.embed_dim} must be positive")
-        self._fill_pixel_statistics()
+        self._fill_what_the_tower_decides()
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"model.mean={self.mean} and model.std={self.std} need three values each, std positive")
         sizes = list(self.matryoshka)
@@ -246,22 +276,25 @@ class ModelConfig:
         """Whether open_clip keeps the text tower of such a model under `text.` (its `CustomTextCLIP`)."""
         return self.text.sees_padding or self.text.proj_bias
 
-    def _fill_pixel_statistics(self) -> None:
-        if self.mean and self.std:
+    def _fill_what_the_tower_decides(self) -> None:
+        if self.mean and self.std and self.vision.image_size:
             return
+        image_size = 224
         mean: tuple[float, ...] = CLIP_MEAN
         std: tuple[float, ...] = CLIP_STD
         if self.vision.timm is not None:
             from clip_train.model.timm_encoder import data_config
 
-            _, mean, std = data_config(self.vision.timm)
+            image_size, mean, std = data_config(self.vision.timm)
         self.mean, self.std = self.mean or list(mean), self.std or list(std)
+        if not self.vision.image_size:
+            self.vision = replace(self.vision, image_size=image_size)  # checks it, too
 
     def build(self, *, seed: int) -> CLIP:
-        """Make the model on the CPU with random weights that depend on `seed` alone.
+        """Make the model on the CPU with random weights that depend on `seed` alone, for a timm tower too.
 
         Raises:
-            UserError: a timm model is unknown, does not go with an option, or its weights cannot be had.
+            UserError: a timm model is unknown or does not go with an option.
         """
         import torch
 
@@ -269,10 +302,7 @@ class ModelConfig:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = CLIP(self)
-        if self.vision.pretrained:
-            model.load_timm_weights()
-        return model
+            return CLIP(self)
 
 
 def _check_tower(width: int, layers: int, heads: int, *, tower: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -33,18 +34,25 @@ class OptimConfig:
     """After the warm-up: `cosine` falls to 0 at the last step, `constant` stays."""
     max_grad_norm: float | None = None
     """Gradients whose norm over all parameters is larger are scaled down to it; null for no clipping."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate for each layer between a parameter and its tower's output: the last block has it
+    once, the embeddings one time more than there are blocks. 1 for none."""
     ema_decay: float | None = None
     """Share of the average that an update keeps, such as 0.9999; null for no averaged weights."""
 
     def __post_init__(self) -> None:
         _check("lr", self.lr, self.lr > 0, "be positive")
+        _check("layer_decay", self.layer_decay, 0 < self.layer_decay <= 1, "lie in (0, 1]")
         _check("warmup", self.warmup, self.warmup >= 0, "be 0 or more")
         _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm is None or self.max_grad_norm > 0, "be positive")
         decay = self.ema_decay
         _check("ema_decay", decay, decay is None or 0 < decay < 1, "lie between 0 and 1")
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Make the optimizer of `model`'s parameters."""
+    def build(self, model: nn.Module, *, layers_above: Mapping[str, int] | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer of `model`'s parameters.
+
+        layers_above: by name, how many layers come after a parameter, for `layer_decay`.
+        """
         raise NotImplementedError
 
     def learning_rate(self, step: int, *, total_steps: int) -> float:
@@ -82,12 +90,15 @@ class AdamWConfig(OptimConfig):
         _check("betas", self.betas, len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "be two in [0, 1)")
         _check("eps", self.eps, self.eps > 0, "be positive")
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+    def build(self, model: nn.Module, *, layers_above: Mapping[str, int] | None = None) -> torch.optim.Optimizer:
         """Make the optimizer of `model`; sharded models first, then their optimizer."""
         from clip_train.optim.adamw import build_adamw
 
         beta1, beta2 = self.betas
-        return build_adamw(model, lr=self.lr, weight_decay=self.weight_decay, betas=(beta1, beta2), eps=self.eps)
+        return build_adamw(
+            model, lr=self.lr, weight_decay=self.weight_decay, betas=(beta1, beta2), eps=self.eps,
+            layer_decay=self.layer_decay, layers_above=layers_above,
+        )  # fmt: skip
 
 
 def _check(name: str, value: object, holds: bool, rule: str) -> None:

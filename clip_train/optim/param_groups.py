@@ -1,7 +1,8 @@
-"""Decide which parameters decay."""
+"""Decide which parameters decay, and at what share of the learning rate each trains."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,19 +11,31 @@ from torch import nn
 _EMBEDDING_NAMES = ("class_embedding", "positional_embedding", "token_embedding", "pos_embed", "cls_token", "reg_token")
 
 
-def param_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into one group with weight decay and one without.
+def param_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    layers_above: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters into groups with and without weight decay, and by their layer if that matters.
 
-    Matrices decay. Norms, biases, the temperature, class tokens, positional and token embeddings do not. Empty groups
-    are left out.
+    Matrices decay. Norms, biases, the temperature, class tokens, positional and token embeddings do not. A group's
+    `lr_scale`, layer_decay ** (layers above), is its share of the learning rate (BEiT, Bao et al. 2022, §3.2).
+
+    Args:
+        layers_above: by name, how many layers of its tower come after a parameter; 0 for names that are not there.
     """
-    decay: list[nn.Parameter] = []
-    constant: list[nn.Parameter] = []
+    above = layers_above or {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decay if decays(name, parameter) else constant).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": constant, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            place = (layer_decay ** above.get(name, 0), decays(name, parameter))
+            groups.setdefault(place, []).append(parameter)
+    return [
+        {"params": groups[place], "weight_decay": weight_decay if place[1] else 0.0, "lr_scale": place[0]}
+        for place in sorted(groups, reverse=True)
+    ]
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import html
 import string
+import unicodedata
 from collections.abc import Callable
 
 import ftfy
 import regex
+from ftfy.badness import is_bad
 
 _SPACE = regex.compile(r"\s+")
 # Nothing that ftfy or html.unescape would touch: printable ASCII without `&`, tab and newline.
 _PLAIN = regex.compile(r"[\t\n -%'-~]*")
+# One line of letters, marks, symbols and punctuation that none of ftfy's fixers replaces by itself. Left out are `&`,
+# controls, ligatures, curly quotes, wide and narrow forms, unusual spaces.
+_ORDINARY = regex.compile(
+    r"[ -%'-~\u00a1-\u0131\u0134-\u0148\u014a-\u017f\u0370-\u0e7f\u1e00-\u1eff\u2010-\u2015\u2022\u2026\u20a0-\u20bf"
+    r"\u2122\u2190-\u27bf\u3001-\u30ff\u4e00-\u9fff\uac00-\ud7a3\U0001f300-\U0001faff]*"
+)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def whitespace(text: str) -> str:
     """Repair the encoding, unescape HTML twice, collapse white space."""
-    if not _PLAIN.fullmatch(text):
+    if not _PLAIN.fullmatch(text) and not _is_sound(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return _SPACE.sub(" ", text).strip()
 
@@ -31,6 +39,18 @@ def canonicalize(text: str) -> str:
     """Repair, unescape, drop ASCII punctuation, lower-case, collapse white space: SigLIP's (big_vision)."""
     text = whitespace(text).replace("_", " ").translate(_PUNCTUATION).lower()
     return _SPACE.sub(" ", text).strip()
+
+
+def _is_sound(text: str) -> bool:
+    """Return whether ftfy and html.unescape are known to leave the text alone.
+
+    ftfy re-decodes only what its own test calls bad, replaces single characters, and composes (NFC).
+    """
+    return (
+        _ORDINARY.fullmatch(text) is not None
+        and not is_bad(text)
+        and unicodedata.is_normalized("NFC", text)
+    )  # fmt: skip
 
 
 CLEANERS: dict[str, Callable[[str], str]] = {

@@ -14,6 +14,10 @@ FILE_NAME = "tokenizer.json"
 class HuggingFaceTokenizer(Tokenizer):
     """The vocabulary and rules of a `tokenizer.json`, with start, end and padding tokens of one's own choice.
 
+    Attributes:
+        bos, eos, pad: spelling of the start token (None for none), the end token and the padding.
+        cleaning: one of `CLEANERS`.
+
     The file's own padding, truncation and template of special tokens are not used. Text that spells a special token is
     encoded as its characters.
     """
@@ -52,6 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.end_id = _id_of(eos, ids, key="eos", origin=origin)
         self.pad_id = self.end_id if pad is None else _id_of(pad, ids, key="pad", origin=origin)
         self._special = {self.start_id, self.end_id}
+        self.bos, self.eos, self.pad, self.cleaning = bos, eos, eos if pad is None else pad, cleaning
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, self._arguments

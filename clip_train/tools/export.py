@@ -21,14 +21,13 @@ from clip_train.interop.export.refuse import refusals
 from clip_train.interop.export.targets import MAIN_TARGET, TARGETS_OF, Part, Target
 from clip_train.interop.export.verify import INSTALL, Benchmark, Check, Status, table, verify
 from clip_train.interop.export.write import can_write_onnx, write_parts
-from clip_train.interop.folders import Source
+from clip_train.interop.folders import EXPORT_FILE, RUN_CONFIG_FILE, Source, read_json
 from clip_train.interop.load import read_source
-from clip_train.interop.loaded_model import LoadedModel, Preprocess
+from clip_train.interop.loaded_model import LoadedModel, empty_model
 from clip_train.interop.weights import assign_weights
 from clip_train.tools.report import read_evaluations
 
 ALL = "all"
-CONFIG_FILE = "config.yaml"
 
 
 def export_command(
@@ -66,7 +65,7 @@ def export_command(
     found = read_source(source, weights=weights, model=model_name)
     out = out or _default_out(source, name=found.config.name)
     check_replaceable(out)
-    reasons = refusals(found.config, found.tensors, drop_logit_bias=drop_logit_bias)
+    reasons = refusals(found.config, found.tensors, tokenizer=found.tokenizer, drop_logit_bias=drop_logit_bias)
     asked = [target for part in parts for target in TARGETS_OF[part]]
     refused = {target: reasons[target] for target in asked if target in reasons}
     if named in refused:
@@ -81,14 +80,14 @@ def export_command(
     model = _build(found)
     provenance = describe_origin(found.origin, weights=weights, name=found.config.name)
     with staged(out) as folder:
-        served = write_parts(folder, model=model, parts=parts, refused=refused)
-        write_record(folder, config=found.config, provenance=provenance, served=served)
+        published_as = repository or out.resolve().name
+        served = write_parts(folder, model=model, parts=parts, refused=refused, published_as=published_as)
+        write_record(folder, model=model, provenance=provenance, served=served)
         proved: list[Check] = []
         if prove or pythons:
             proved = verify(
                 folder,
                 model=model,
-                preprocess=Preprocess(found.config),
                 targets=served,
                 pythons=pythons,
                 score=lambda path: _score(path, model=model),
@@ -119,11 +118,20 @@ def describe_origin(origin: Path, *, weights: str, name: str) -> Provenance:
     """Return what is known of weights that come from the file or checkpoint `origin`.
 
     The scores are those of the evaluations at the step of the checkpoint. They are of the live weights, so averaged
-    ones have none.
+    ones have none. What an export knew of its weights goes on to the next.
     """
-    if not (origin.is_dir() and (origin / CONFIG_FILE).is_file()):
+    if (origin.parent / EXPORT_FILE).is_file():
+        record = read_json(origin.parent / EXPORT_FILE)
+        return Provenance(
+            name=name,
+            origin=str(record.get("origin", origin.parent.name)),
+            weights=str(record.get("weights", weights)),
+            run_config=record.get("run"),
+            scores=[CardScore(**score) for score in record.get("scores", [])],
+        )
+    if not (origin.is_dir() and (origin / RUN_CONFIG_FILE).is_file()):
         return Provenance(name=name, origin=origin.name, weights=weights)
-    config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(origin / CONFIG_FILE), resolve=False))
+    config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(origin / RUN_CONFIG_FILE), resolve=False))
     run_dir, step = origin.parent.parent, int(origin.name.removeprefix("step-"))
     averaged = (origin / "ema.safetensors").is_file() and weights != "raw"
     run_name = str(config.get("name") or run_dir.resolve().name)
@@ -163,8 +171,7 @@ def _default_out(source: str, *, name: str) -> Path:
 
 
 def _build(source: Source) -> LoadedModel:
-    with torch.device("meta"):
-        model = LoadedModel(source.config, tokenizer=source.tokenizer)
+    model = empty_model(source.config, tokenizer=source.tokenizer)
     assign_weights(model, source.tensors, origin=str(source.origin))
     return model.eval()
 

@@ -66,8 +66,8 @@ def numbered_shards(folder: Path, counts: list[int], *, bad: set[int] = frozense
     return folder
 
 
-def stream(folder: Path, world, *, batch: int = 8, seed: int = 7, image_size: int = 16, **options):
-    """A stream over a folder. Of several ranks it is one that needs no process group: rank 0 alone opens the shards."""
+def stream(folder: Path | str, world, *, batch: int = 8, seed: int = 7, image_size: int = 16, **options):
+    """A stream over a folder or a pattern. Ranks need no process group: rank 0 alone opens the shards."""
     config = DataConfig(train=str(folder), **({"workers": 0, "lanes": 4, "window": 6} | options))
     return config.stream(
         config.open_train(world=World()), world=world, seed=seed, global_batch_size=batch, tokenizer=ByteTokenizer(),

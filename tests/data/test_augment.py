@@ -116,7 +116,7 @@ def test_augmented_rows_are_the_same_at_any_number_of_ranks(tmp_path):
 def test_augmented_rows_are_the_same_at_any_number_of_workers(tmp_path):
     numbered_shards(tmp_path, [5, 3, 8])
     alone = _augmented_images(tmp_path, World(), workers=0)
-    for workers in (1, 3):
+    for workers in (1, 2):
         assert torch.equal(alone, _augmented_images(tmp_path, World(), workers=workers))
 
 

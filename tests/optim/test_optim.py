@@ -56,6 +56,19 @@ def test_only_weight_matrices_decay():
     }
 
 
+def test_a_layers_share_of_the_learning_rate_is_the_decay_once_for_each_layer_above_it():
+    model = StandinCLIP()
+    above = {"conv1.weight": 3, "visual.resblocks.0.fc.weight": 2, "visual.resblocks.1.fc.weight": 1}
+    optimizer = AdamWConfig(layer_decay=0.5).build(model, layers_above=above)
+    share = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    of = {name: share[id(p)] for name, p in model.named_parameters()}
+    assert {name: of[name] for name in above} == {
+        "conv1.weight": 0.125, "visual.resblocks.0.fc.weight": 0.25, "visual.resblocks.1.fc.weight": 0.5,
+    }  # fmt: skip
+    assert {of[name] for name in of.keys() - above.keys()} == {1.0}
+    assert {g["weight_decay"] for g in optimizer.param_groups if g["lr_scale"] < 1} == {0.2}
+
+
 def test_averages_equal_those_of_torch():
     model = StandinCLIP()
     ema = Ema(model, decay=0.9)
@@ -91,7 +104,7 @@ def test_averages_are_applied_for_a_while_and_restored():
 
 @pytest.mark.parametrize(
     "wrong", [{"lr": 0}, {"warmup": -1}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"eps": 0}, {"weight_decay": -1},
-              {"max_grad_norm": 0}, {"ema_decay": 1.0}],
+              {"max_grad_norm": 0}, {"ema_decay": 1.0}, {"layer_decay": 0}, {"layer_decay": 1.1}],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named(wrong):
     (name,) = wrong

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clip_train.checkpoint.files import safetensors_chunks, write_file
-from clip_train.interop.export.tokenizer_files import write_json, write_tokenizer_files
+from clip_train.interop.export.tokenizer_files import write_clip_files, write_huggingface_files, write_json
 from clip_train.interop.open_clip import CONFIG_FILE, WEIGHT_FILES, second_layout, write_config
 from clip_train.interop.transformers import config_from_native, from_native
+from clip_train.model.config import TextPool
+from clip_train.tokenizer.huggingface import HuggingFaceTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,23 +22,64 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clip_train.model.config import ModelConfig
+    from clip_train.tokenizer.base import Tokenizer
 
+_OPEN_CLIP_CLEANING = {
+    "none": "whitespace",
+    "whitespace": "whitespace",
+    "clip": "lower",
+    "canonicalize": "canonicalize",
+}
 _BICUBIC = 3  # Pillow's number
 
 
-def write_open_clip(folder: Path, *, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write `open_clip_config.json` and `open_clip_model.safetensors`, under open_clip's names in float32."""
-    write_config(folder / CONFIG_FILE, config=config)
+def write_open_clip(
+    folder: Path,
+    *,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    published_as: str,
+) -> None:
+    """Write `open_clip_config.json` and `open_clip_model.safetensors`, open_clip's names in float32.
+
+    Args:
+        folder: the export.
+        config: the architecture.
+        tensors: its weights under native names.
+        tokenizer: the model's.
+        published_as: the export's name. In a local folder any name makes open_clip read the tokenizer that lies there;
+            from the hub it must be the repository's.
+    """
+    vocabulary: dict[str, Any] = {}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        vocabulary = {
+            "hf_tokenizer_name": published_as,
+            "tokenizer_kwargs": {"clean": _OPEN_CLIP_CLEANING[tokenizer.cleaning]},
+            "pad_id": tokenizer.pad_id,
+        }
+        if config.text.pool is TextPool.end:
+            vocabulary |= {"pool_type": "eos", "eos_id": tokenizer.end_id}
+        write_huggingface_files(folder, tokenizer=tokenizer)
+    write_config(folder / CONFIG_FILE, config=config, vocabulary=vocabulary)
     theirs = second_layout(tensors) if config.has_second_layout else tensors
     write_file(folder / WEIGHT_FILES[0], chunks=safetensors_chunks(theirs))
 
 
-def write_transformers(folder: Path, *, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+def write_transformers(
+    folder: Path, *, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
     """Write what `CLIPModel`, `CLIPProcessor` and `SentenceTransformer` load from a folder."""
-    write_json(folder / "config.json", config_from_native(config))
+    values = config_from_native(config)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        special = {"bos": tokenizer.start_id, "eos": tokenizer.end_id, "pad": tokenizer.pad_id}
+        values["text_config"] |= {f"{name}_token_id": i for name, i in special.items()}
+        write_huggingface_files(folder, tokenizer=tokenizer)
+    else:
+        write_clip_files(folder, context_length=config.text.context_length)
+    write_json(folder / "config.json", values)
     write_file(folder / "model.safetensors", chunks=safetensors_chunks(from_native(tensors, config)))
     write_json(folder / "preprocessor_config.json", _image_processor(config))
-    write_tokenizer_files(folder, context_length=config.text.context_length)
 
 
 def _image_processor(config: ModelConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from clip_train.interop.loaded_model import LoadedModel, Preprocess
+    from clip_train.interop.loaded_model import LoadedModel
 
 # Width and height: odd, tiny, larger and smaller than any input, extreme ratios.
 SIZES = ((64, 64), (225, 224), (37, 211), (640, 480), (480, 641), (31, 17), (1000, 90), (77, 300))
@@ -38,14 +38,14 @@ class Inputs(NamedTuple):
     tokens: Tensor  # int64 [16, L]
 
 
-def write_inputs(work: Path, *, model: LoadedModel, preprocess: Preprocess) -> Inputs:
+def write_inputs(work: Path, *, model: LoadedModel) -> Inputs:
     """Write pictures, texts and the tensors that this model makes of them below the folder `work`."""
     (work / "images").mkdir()
     pictures = [_picture(size, seed=i) for i, size in enumerate(SIZES)]
     for i, picture in enumerate(pictures):
         picture.save(work / "images" / f"{i}.png")
     (work / "texts.json").write_text(json.dumps(TEXTS), encoding="utf-8")
-    pixels = torch.stack([preprocess(picture) for picture in pictures])
+    pixels = torch.stack([model.preprocess(picture) for picture in pictures])
     tokens = model.tokenize(list(TEXTS), truncate=True)
     np.savez(work / "inputs.npz", pixels=pixels.numpy(), tokens=tokens.numpy())
     return Inputs(pixels, tokens)

@@ -11,29 +11,48 @@ from clip_train.checkpoint.files import hash_file
 from clip_train.interop.export.publish import RECORD_FILE, REPORT_FILE
 from clip_train.interop.export.targets import KNOWN_DIFFERENCES, Target
 from clip_train.interop.export.tokenizer_files import write_json
+from clip_train.tokenizer.huggingface import FILE_NAME, HuggingFaceTokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from clip_train.interop.export.card import Provenance
     from clip_train.interop.export.verify import Check
-    from clip_train.model.config import ModelConfig
+    from clip_train.interop.loaded_model import LoadedModel
+    from clip_train.tokenizer.base import Tokenizer
 
 
-def write_record(folder: Path, *, config: ModelConfig, provenance: Provenance, served: Sequence[Target]) -> None:
+def write_record(folder: Path, *, model: LoadedModel, provenance: Provenance, served: Sequence[Target]) -> None:
     """Write `clip_train.json`: the architecture for `clip_train.load`, the origin, and a hash of every file."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     record = {
         "clip_train": __version__,
-        "model": asdict(config),
+        "model": asdict(model.config),
+        "tokenizer": _tokenizer(model.tokenize),
         "origin": provenance.origin,
         "weights": provenance.weights,
         "run": provenance.run_config,
+        "scores": [asdict(score) for score in provenance.scores],
         "calibration": None,
         "known_differences": {target: KNOWN_DIFFERENCES[target] for target in served if target in KNOWN_DIFFERENCES},
         "files": {name: asdict(hash_file(path)) for name, path in files.items()},
     }
     write_json(folder / RECORD_FILE, record)
+
+
+def _tokenizer(tokenizer: Tokenizer) -> dict[str, object]:
+    """Return the choice of `tokenizer=` that makes it again from the export's files."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return {"name": "clip", "context_length": tokenizer.context_length}
+    return {
+        "name": "huggingface",
+        "context_length": tokenizer.context_length,
+        "path": FILE_NAME,
+        "bos": tokenizer.bos,
+        "eos": tokenizer.eos,
+        "pad": tokenizer.pad,
+        "cleaning": tokenizer.cleaning,
+    }
 
 
 def write_report(

@@ -8,19 +8,24 @@ import torch
 
 from clip_train.errors import UserError
 from clip_train.interop.export.archive import is_rounded
-from clip_train.interop.export.targets import Target
+from clip_train.interop.export.targets import TARGETS_OF, Part, Target
 from clip_train.model.config import ModelConfig, TextConfig, VisionConfig
 from clip_train.model.timm_encoder import data_config
+from clip_train.tokenizer.config import REFUSED_END_ID
+from clip_train.tokenizer.huggingface import HuggingFaceTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
+    from clip_train.tokenizer.base import Tokenizer
+
 _HALF_MAX = torch.finfo(torch.float16).max
 _TRANSFORMERS = frozenset({Target.transformers, Target.sentence_transformers})
 _OPEN_CLIP = frozenset({Target.open_clip, Target.clip_benchmark})
 _OPENAI = frozenset({Target.openai_clip})
+_FOLDER = frozenset(TARGETS_OF[Part.folder])
 _NATIVE_VOCABULARY = 49408
 
 
@@ -29,12 +34,19 @@ class _Obstacle(NamedTuple):
     refusing: frozenset[Target]
 
 
-def refusals(config: ModelConfig, tensors: Mapping[str, Tensor], *, drop_logit_bias: bool = False) -> dict[Target, str]:
+def refusals(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    tokenizer: Tokenizer | None = None,
+    drop_logit_bias: bool = False,
+) -> dict[Target, str]:
     """Return the reasons, by library, why this model cannot be had there. A library that is not named gets its files.
 
     Args:
         config: the architecture.
         tensors: its weights under native names.
+        tokenizer: the model's; None if its source names none, which is fine for CLIP's vocabulary.
         drop_logit_bias: accept that libraries without a bias on the logits lose it: the ranking stays, probabilities
             do not.
 
@@ -45,7 +57,12 @@ def refusals(config: ModelConfig, tensors: Mapping[str, Tensor], *, drop_logit_b
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{config.name}: {name} holds values that are not finite; such a model is not exported")
     reasons: dict[Target, list[str]] = {}
-    for obstacle in (*_of_architecture(config, drop_logit_bias=drop_logit_bias), *_of_weights(tensors)):
+    obstacles = (
+        *_of_architecture(config, drop_logit_bias=drop_logit_bias),
+        *_of_vocabulary(config, tokenizer=tokenizer),
+        *_of_weights(tensors),
+    )
+    for obstacle in obstacles:
         for target in obstacle.refusing:
             reasons.setdefault(target, []).append(obstacle.reason)
     return {target: "; ".join(found) for target, found in reasons.items()}
@@ -92,8 +109,17 @@ def _of_text_tower(config: ModelConfig) -> Iterator[_Obstacle]:
         yield _Obstacle(f"the text MLPs are {text.mlp_ratio:g} wide, clip.load assumes 4", _OPENAI)
     if text.heads * 64 != text.width:
         yield _Obstacle(_heads("text", text.width, text.heads), _OPENAI)
-    if text.vocab_size != _NATIVE_VOCABULARY:
-        yield _Obstacle(f"the vocabulary has {text.vocab_size:,} ids, clip.tokenize 49,408", _OPENAI)
+
+
+def _of_vocabulary(config: ModelConfig, *, tokenizer: Tokenizer | None) -> Iterator[_Obstacle]:
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        yield _Obstacle("the vocabulary is not CLIP's, clip.tokenize has no other", _OPENAI)
+        if tokenizer.end_id == REFUSED_END_ID:
+            # Configs of before 2023 hold a wrong 2 there, so transformers takes it for "read at the largest id".
+            yield _Obstacle("end id 2 makes transformers read captions at the largest id instead", _TRANSFORMERS)
+    elif config.text.vocab_size != _NATIVE_VOCABULARY:
+        reason = f"the vocabulary has {config.text.vocab_size:,} ids, and its tokenizer is not known"
+        yield _Obstacle(reason, _FOLDER | _OPENAI)
 
 
 def _of_weights(tensors: Mapping[str, Tensor]) -> Iterator[_Obstacle]:

@@ -1,4 +1,4 @@
-"""CLIP's vocabulary as transformers reads it."""
+"""Vocabularies as transformers reads them: CLIP's, and any other in a `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,28 @@ from clip_train.tokenizer.bpe import byte_letters, merge_lines
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from clip_train.tokenizer.huggingface import HuggingFaceTokenizer
+
+_SPACE: list[dict[str, Any]] = [
+    {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+    {"type": "Strip", "strip_left": True, "strip_right": True},
+]
+# What the `tokenizers` library can do of each cleaning: everything but repairing the encoding and unescaping HTML.
+_CLEANING: dict[str, list[dict[str, Any]]] = {
+    "none": [],
+    "whitespace": _SPACE,
+    "clip": [*_SPACE, {"type": "Lowercase"}],
+    "canonicalize": [
+        {"type": "Replace", "pattern": {"String": "_"}, "content": " "},
+        {"type": "Replace", "pattern": {"Regex": r"[!-/:-@\[-`{-~]"}, "content": ""},
+        {"type": "Lowercase"},
+        *_SPACE,
+    ],
+}
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def write_tokenizer_files(folder: Path, *, context_length: int) -> None:
+def write_clip_files(folder: Path, *, context_length: int) -> None:
     """Write `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json` of `CLIPTokenizer`."""
     letters = byte_letters()
     merges = merge_lines()
@@ -25,6 +43,40 @@ def write_tokenizer_files(folder: Path, *, context_length: int) -> None:
     write_json(folder / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True}
     write_json(folder / "tokenizer_config.json", settings | special)
+
+
+def write_huggingface_files(folder: Path, *, tokenizer: HuggingFaceTokenizer) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` that give transformers the ids of this tokenizer.
+
+    Special tokens and what of the cleaning can be said there go into the file: white space, case, punctuation.
+    """
+    content: dict[str, Any] = json.loads(tokenizer.files()["tokenizer.json"])
+    own = [content["normalizer"]] if content.get("normalizer") else []
+    content["normalizer"] = {"type": "Sequence", "normalizers": [*_CLEANING[tokenizer.cleaning], *own]}
+    content["post_processor"] = _template(tokenizer)
+    content |= {"truncation": None, "padding": None}
+    write_json(folder / "tokenizer.json", content)
+    special = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context_length}
+    write_json(folder / "tokenizer_config.json", settings | {key: token for key, token in special.items() if token})
+
+
+def _template(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
+    """Return the rule of the `tokenizers` library that puts start and end token around a caption."""
+    ids = {tokenizer.eos: tokenizer.end_id}
+    if tokenizer.bos is not None and tokenizer.start_id is not None:
+        ids[tokenizer.bos] = tokenizer.start_id
+
+    def token(spelling: str | None) -> list[dict[str, Any]]:
+        return [] if spelling is None else [{"SpecialToken": {"id": spelling, "type_id": 0}}]
+
+    caption = [*token(tokenizer.bos), {"Sequence": {"id": "A", "type_id": 0}}, *token(tokenizer.eos)]
+    return {
+        "type": "TemplateProcessing",
+        "single": caption,
+        "pair": [*caption, {"Sequence": {"id": "B", "type_id": 0}}, *token(tokenizer.eos)],
+        "special_tokens": {spelling: {"id": spelling, "ids": [i], "tokens": [spelling]} for spelling, i in ids.items()},
+    }
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

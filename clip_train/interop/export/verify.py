@@ -20,10 +20,12 @@ from clip_train.errors import UserError
 from clip_train.interop.export.archive import round_like_clip_load
 from clip_train.interop.export.inputs import write_inputs
 from clip_train.interop.export.targets import Target
-from clip_train.interop.loaded_model import LoadedModel, Preprocess
+from clip_train.interop.loaded_model import empty_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from clip_train.interop.loaded_model import LoadedModel
 
 PEERS = Path(__file__).parent / "peers"
 MAX_DIFFERENCE = 1e-5
@@ -74,7 +76,6 @@ def verify(
     folder: Path,
     *,
     model: LoadedModel,
-    preprocess: Preprocess,
     targets: Sequence[Target],
     pythons: Sequence[Path],
     score: Callable[[Path], Benchmark],
@@ -84,7 +85,6 @@ def verify(
     Args:
         folder: an export.
         model: in float32, in eval mode, on the CPU.
-        preprocess: the model's own.
         targets: the libraries that the export has files for.
         pythons: interpreters in which to look for the libraries, before this one.
         score: writes a labelled set into a folder and evaluates the model on it; called for clip-benchmark only.
@@ -96,7 +96,7 @@ def verify(
     checks = []
     with tempfile.TemporaryDirectory(prefix="clip-train-verify-") as scratch:
         work = Path(scratch)
-        inputs = write_inputs(work, model=model, preprocess=preprocess)
+        inputs = write_inputs(work, model=model)
         expected = _features(model, pixels=inputs.pixels, tokens=inputs.tokens)
         for target in targets:
             if target not in owners:
@@ -237,7 +237,6 @@ def _features(model: LoadedModel, *, pixels: torch.Tensor, tokens: torch.Tensor)
 
 
 def _rounded(model: LoadedModel) -> LoadedModel:
-    with torch.device("meta"):
-        rounded = LoadedModel(model.config)
+    rounded = empty_model(model.config)
     rounded.load_state_dict(round_like_clip_load(model.state_dict()), assign=True)
     return rounded.eval()

@@ -26,7 +26,7 @@ def can_write_onnx() -> bool:
 
 
 def write_parts(
-    folder: Path, *, model: LoadedModel, parts: Sequence[Part], refused: Mapping[Target, str]
+    folder: Path, *, model: LoadedModel, parts: Sequence[Part], refused: Mapping[Target, str], published_as: str
 ) -> list[Target]:
     """Write the files of `parts` and return the libraries that they serve.
 
@@ -36,16 +36,22 @@ def write_parts(
             agreed to lose) is left out for this library alone.
         parts: which; a part is left out if its own library refuses.
         refused: the libraries that refuse.
+        published_as: the export's name, `ORG/NAME` on the hub.
     """
     config = model.config
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     parts = [part for part in parts if MAIN_TARGET[part] not in refused]
     for part in parts:
         if part is Part.folder:
-            write_open_clip(folder, config=config, tensors=tensors)
+            write_open_clip(folder, config=config, tensors=tensors, tokenizer=model.tokenize, published_as=published_as)
             if Target.transformers not in refused:
                 unbiased = {name: tensor for name, tensor in tensors.items() if name != "logit_bias"}
-                write_transformers(folder, config=replace(config, init_logit_bias=None), tensors=unbiased)
+                write_transformers(
+                    folder,
+                    config=replace(config, init_logit_bias=None),
+                    tensors=unbiased,
+                    tokenizer=model.tokenize,
+                )
         elif part is Part.clip:
             write_archive(folder / ARCHIVE_FILE, config=config, tensors=tensors)
         else:

@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from safetensors.torch import save_file
 
 import clip_train
 from clip_train.errors import UserError
@@ -17,6 +20,7 @@ from clip_train.interop.export.verify import Status, compare, find_libraries, ve
 from clip_train.tools.export import export_command
 from tests.interop import files
 from tests.interop.export.test_refuse import EVERYWHERE
+from tests.tokenizer.made import write_bpe
 
 # Pythons that have the libraries which do not fit into this environment (clip-benchmark, openai-clip).
 PYTHONS = [Path(path) for path in os.environ.get("CLIP_TRAIN_VERIFY_PYTHONS", "").split(":") if path]
@@ -135,12 +139,47 @@ def test_a_python_that_does_not_start_is_an_error(tmp_path):
 
 def test_open_clip_computes_the_same_in_a_process_of_its_own(exported):
     pytest.importorskip("open_clip")
-    model, preprocess = clip_train.load(exported, device="cpu")
-    (check,) = verify(
-        exported, model=model, preprocess=preprocess, targets=[Target.open_clip], pythons=[], score=pytest.fail
-    )
+    model, _ = clip_train.load(exported, device="cpu")
+    (check,) = verify(exported, model=model, targets=[Target.open_clip], pythons=[], score=pytest.fail)
     assert check.status is Status.passed
     assert check.max_difference < 1e-6 and check.file_difference < 1e-6
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A model with a vocabulary of its own, as an export of it is read, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("foreign") / "foreign"
+    folder.mkdir()
+    write_bpe(folder / "tokenizer.json")
+    chosen = {"name": "huggingface", "path": "tokenizer.json", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
+    text = {"width": 64, "heads": 1, "layers": 1, "vocab_size": 350, "end_id": 3, "context_length": 24}
+    model = files.small_model(quick_gelu=True, text=text)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "clip_train.json").write_text(json.dumps({"model": asdict(model.config), "tokenizer": chosen}))
+    return folder
+
+
+def test_another_vocabulary_travels_with_start_and_end_token_and_cleaning(foreign, tmp_path):
+    assert export(foreign, out=tmp_path / "out") == 0
+    ours = clip_train.load(foreign, device="cpu")[0].tokenize
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    for text in ("a photo of a CAT", "two  spaces\tand a tab ", "naïve café", ""):
+        expected = ours(text)[0].tolist()
+        ids = theirs.encode(text).ids
+        assert ids == expected[: len(ids)] and set(expected[len(ids) :]) <= {ours.pad_id}
+    again, _ = clip_train.load(tmp_path / "out", device="cpu")
+    assert torch.equal(again.tokenize(["a photo of a CAT"]), ours(["a photo of a CAT"]))
+
+
+@pytest.mark.slow
+def test_another_vocabulary_computes_the_same_in_every_library(foreign, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    assert export(foreign, out=tmp_path / "out", prove=True) == 0
+    rows = json.loads((tmp_path / "out" / "export_report.json").read_text())["verified"]
+    passed = {row["target"]: row["file_difference"] for row in rows if row["status"] == "PASS"}
+    assert passed.keys() >= {"open_clip", "transformers", "sentence-transformers"}
+    assert passed["open_clip"] < 1e-6
+    assert max(passed["transformers"], passed["sentence-transformers"]) < 0.05  # pictures are resized by torchvision
 
 
 @pytest.mark.slow

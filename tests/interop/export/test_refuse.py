@@ -8,6 +8,8 @@ from clip_train.interop.export.refuse import refusals
 from clip_train.interop.export.targets import Target
 from clip_train.model.clip import CLIP
 from clip_train.model.zoo import create_model, model_config
+from clip_train.tokenizer.huggingface import HuggingFaceTokenizer
+from tests.tokenizer.made import write_bpe
 
 # Fits everything: 64-wide heads, QuickGELU, a ViT with square pictures and CLIP's vocabulary.
 EVERYWHERE = {
@@ -58,6 +60,23 @@ def test_reasons_name_the_property_and_what_the_library_assumes():
     assert found[Target.openai_clip] == (
         "the activation is GELU, clip.load assumes QuickGELU; image heads are 32 wide, clip.load assumes 64"
     )
+
+
+@pytest.mark.parametrize(
+    ("eos", "cells"), [("</s>", "ok ok REFUSED ok"), ("<unk>", "ok REFUSED REFUSED ok")], ids=["end id 3", "end id 2"]
+)
+def test_another_vocabulary_goes_wherever_its_tokenizer_can(eos, cells, tmp_path):
+    path = write_bpe(tmp_path / "tokenizer.json")
+    tokenizer = HuggingFaceTokenizer(
+        path.read_text(), origin="x", context_length=16, bos="<s>", eos=eos, pad="<pad>", cleaning="clip"
+    )
+    text = {"vocab_size": tokenizer.vocab_size, "end_id": tokenizer.end_id, "context_length": 16}
+    found = refused_by({"text": text}, tokenizer=tokenizer)
+    assert " ".join("REFUSED" if target in found else "ok" for target in COLUMNS) == cells
+
+
+def test_another_vocabulary_without_its_tokenizer_is_for_graphs_only():
+    assert set(refused_by({"text": {"vocab_size": 350}})) == set(Target) - {Target.onnxruntime}
 
 
 def test_a_bias_may_be_dropped_on_request():

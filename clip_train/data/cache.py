@@ -1,0 +1,315 @@
+"""A bounded folder on this machine that holds remote shards while they are read.
+
+Any number of processes share it. A shard is downloaded whole, by one process at a time, under a temporary name, checked
+and renamed; so a file under its own name is complete. Space is taken before the download begins. Where there is none,
+shards that no run has planned go first, then those that are needed last; plans are published by data/spool.py. A shard
+that is being opened or downloaded is never evicted, and one that is open stays readable.
+
+    FOLDER/<sha256 of the URL>.tar, .idx      a shard and its records
+    FOLDER/<sha256 of the URL>.<bytes>.part   a download under way, with the room it takes
+    FOLDER/locks/  plans/  listings/          one lock per shard; what runs need; counts of remote folders
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from clip_train.data.index import ShardEntry, idx_path, write_atomically
+from clip_train.data.indexing import IndexOptions, idx_part, index_shard
+from clip_train.errors import IntegrityError, UserError
+from clip_train.storage.remote import download, read_file, size_of
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Iterator, Mapping
+
+_FREE_BYTES = 1 << 28  # left to others on the disk
+_POLL_SECONDS = 0.1
+URGENT = -1  # nearer than any plan
+UNPLANNED = 1 << 62
+
+
+class CacheFull(Exception):
+    """There is no room now for a shard that is needed later than those that are there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteShard(ShardEntry):
+    """A shard behind a URL; `path` is its place in the cache. Without `idx_sha256` only its count is known."""
+
+    url: str
+    sha256: str | None = None  # of the tar, where it is known
+    has_idx: bool = False  # its records stand beside it and need not be made here
+
+    @property
+    def location(self) -> str:
+        """The URL."""
+        return self.url
+
+    @property
+    def room(self) -> int:
+        """Bytes that the shard and its records take in the cache."""
+        return self.bytes + self.n * self.record.itemsize
+
+    def missing_bytes(self) -> int:
+        """Return how many bytes of the shard are not here yet; 0 only if it can be read."""
+        if self.path.exists() and self.idx_path.exists():
+            return 0
+        with suppress(FileNotFoundError):
+            return max(1, self.bytes - _part_path(self.path, room=self.room).stat().st_size)
+        return max(1, self.bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardCache:
+    """Remote shards as local files.
+
+    Args:
+        folder: on a disk of this machine; made if needed.
+        max_bytes: what shards and their records may take.
+    """
+
+    folder: Path
+    max_bytes: int
+
+    def path(self, url: str) -> Path:
+        """Return where a shard is when it is here."""
+        return self.folder / f"{_stem(url)}.tar"
+
+    @contextmanager
+    def hold(self, shard: RemoteShard, *, distance: int = URGENT, wait: bool = True) -> Iterator[None]:
+        """Keep a shard here while it is opened. Downloads it if it is absent.
+
+        Args:
+            shard: what to hold.
+            distance: samples until it is needed; it may displace only shards that are needed later.
+            wait: for room, if there is none.
+
+        Raises:
+            UserError: the shard is absent or forbidden, or exceeds the cache.
+            IntegrityError: it does not arrive, is damaged or changed after indexing.
+            CacheFull: there is no room and `wait` is false.
+        """
+        self._make_folders()
+        with self._lock(_stem(shard.url)):
+            if not shard.path.exists():
+                with self._part(shard.url, room=shard.room, distance=distance, wait=wait) as part:
+                    download(shard.url, part, size=shard.bytes, sha256=shard.sha256)
+                    self._add_records(shard, tar=part)
+                    part.replace(shard.path)
+            elif not shard.idx_path.exists():  # the records of another run have other captions
+                self._add_records(shard, tar=shard.path)
+            yield
+
+    def index(self, url: str, *, captions: tuple[str, ...]) -> tuple[RemoteShard, Counter[str]]:
+        """Download and walk a shard of unknown content; return its entry and its incomplete samples by extensions.
+
+        Raises:
+            UserError: the shard is absent or forbidden, or exceeds the cache.
+            IntegrityError: it does not arrive or is damaged.
+        """
+        self._make_folders()
+        path = self.path(url)
+        with self._lock(_stem(url)):
+            if not path.exists():
+                size = size_of(url)
+                with self._part(url, room=size or 0, distance=URGENT, wait=True) as part:
+                    download(url, part, size=size, sha256=None)
+                    entry, skipped = self._walk(part, url=url, captions=captions)
+                    part.replace(path)
+            else:
+                entry, skipped = self._walk(path, url=url, captions=captions)
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        shard = RemoteShard(
+            path=path, n=entry.n, bytes=entry.bytes, idx_sha256=entry.idx_sha256, captions=captions, url=url,
+            sha256=sha256,
+        )  # fmt: skip
+        return shard, skipped
+
+    def room(self) -> int:
+        """Return how many bytes of shards the cache can hold: its bound, or what the disk has left and it holds."""
+        self._make_folders()
+        return self._limit()
+
+    def plan(self) -> Plan:
+        """Return a new plan of this process, empty as yet."""
+        self._make_folders()
+        return Plan(self.folder / "plans")
+
+    def _add_records(self, shard: RemoteShard, *, tar: Path) -> None:
+        """Put the records of a shard beside it: those of its origin, or what a walk of it finds."""
+        if shard.has_idx:
+            url = shard.url.removesuffix(".tar") + idx_path(Path("_.tar"), captions=shard.captions).name[1:]
+            content = read_file(url)
+            if content is None or hashlib.sha256(content).hexdigest() != shard.idx_sha256:
+                what = "is gone" if content is None else "does not match its hash"
+                raise IntegrityError(f"{url} {what}: index the shards again where they are")
+            write_atomically(shard.idx_path, content)
+            return
+        found, _ = self._walk(tar, url=shard.url, captions=shard.captions)
+        if found.n != shard.n or (shard.idx_sha256 and found.idx_sha256 != shard.idx_sha256):
+            shard.idx_path.unlink()
+            hint = "" if shard.idx_sha256 else "; data.cache.counts_from_stats=false counts them"
+            raise IntegrityError(
+                f"{shard.url} holds {found.n} pairs of picture and caption, not {shard.n} as counted{hint}"
+            )
+
+    def _walk(self, tar: Path, *, url: str, captions: tuple[str, ...]) -> tuple[ShardEntry, Counter[str]]:
+        """Walk a shard, complete or under its temporary name, and put its records where they belong."""
+        try:
+            indexed = index_shard(tar, options=IndexOptions(captions=captions))
+        except IntegrityError as error:
+            raise IntegrityError(str(error).replace(str(tar), url)) from error
+        idx_part(indexed.entry.idx_path).replace(idx_path(self.path(url), captions=captions))
+        return indexed.entry, indexed.incomplete
+
+    @contextmanager
+    def _part(self, url: str, *, room: int, distance: int, wait: bool) -> Iterator[Path]:
+        """Take room for a shard and return where to write it. Its lock must be held."""
+        part = _part_path(self.path(url), room=room)
+        if room > self.max_bytes:
+            raise UserError(
+                f"data.cache.max_bytes={self.max_bytes} must hold a shard at least: {url} takes {room} bytes"
+            )
+        part.unlink(missing_ok=True)  # of a process that was killed
+        while not self._reserve(part, room=room, distance=distance):
+            if not wait:
+                raise CacheFull
+            time.sleep(_POLL_SECONDS)
+        try:
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _reserve(self, part: Path, *, room: int, distance: int) -> bool:
+        with self._lock("all"):
+            contents = self._contents()
+            missing = sum(contents.values()) + room - self._limit()
+            if missing > 0:
+                missing -= self._evict(missing, contents=contents, distance=distance)
+            if missing <= 0:
+                part.touch()
+            return missing <= 0
+
+    def _evict(self, missing: int, *, contents: Mapping[str, int], distance: int) -> int:
+        """Remove shards that are needed later than `distance` until `missing` bytes are free; return those freed."""
+        needs = _published(self.folder / "plans")
+        freed = 0
+        for stem in sorted(contents, key=lambda stem: (-needs.get(stem, UNPLANNED), stem)):
+            if freed >= missing or needs.get(stem, UNPLANNED) <= distance:
+                break
+            with self._try_lock(stem) as free:
+                if free:
+                    for path in self.folder.glob(f"{stem}.*"):
+                        path.unlink(missing_ok=True)
+                    freed += contents[stem]
+        return freed
+
+    def _contents(self) -> dict[str, int]:
+        """Return the bytes that each shard takes, complete or under way."""
+        contents: dict[str, int] = {}
+        for entry in os.scandir(self.folder):
+            if not entry.is_file():
+                continue
+            stem, _, rest = entry.name.partition(".")
+            reserved = rest.removesuffix(".part")
+            try:
+                size = int(reserved) if rest.endswith(".part") and reserved.isdigit() else entry.stat().st_size
+            except FileNotFoundError:
+                continue
+            contents[stem] = contents.get(stem, 0) + size
+        return contents
+
+    def _limit(self) -> int:
+        """Return what the contents may add up to: the bound, or what the disk can still give."""
+        disk = os.statvfs(self.folder)
+        available = disk.f_bavail * disk.f_frsize - _FREE_BYTES
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                available += path.stat().st_blocks * 512
+        return min(self.max_bytes, available)
+
+    def _make_folders(self) -> None:
+        try:
+            for name in ("locks", "plans", "listings"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache.dir={self.folder} cannot be written: {error.strerror or error}") from error
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        with (self.folder / "locks" / name).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _try_lock(self, name: str) -> Iterator[bool]:
+        """Take a lock if it is free, and tell whether it was."""
+        with (self.folder / "locks" / name).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+
+class Plan:
+    """What one run needs of a cache and how soon, for every process that makes room. It counts while its owner lives.
+
+    Args:
+        folder: where plans are published.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"{uuid4().hex}.json"
+        self._path.write_text("{}", encoding="utf-8")
+        self._lock = self._path.with_suffix(".lock").open("a")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def publish(self, distances: Mapping[str, int]) -> None:
+        """Replace the plan: for each URL the samples until it is needed."""
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps({_stem(url): distance for url, distance in distances.items()}), encoding="utf-8")
+        part.replace(self._path)
+
+    def close(self) -> None:
+        """Withdraw the plan."""
+        self._path.unlink(missing_ok=True)
+        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.close()
+
+
+def _published(folder: Path) -> dict[str, int]:
+    """Return the nearest need of each planned shard; remove the plans of runs that are gone."""
+    needs: dict[str, int] = {}
+    for lock in folder.glob("*.lock"):
+        plan = lock.with_suffix(".json")
+        with suppress(FileNotFoundError), lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                for stem, distance in json.loads(plan.read_text(encoding="utf-8")).items():
+                    needs[stem] = min(distance, needs.get(stem, UNPLANNED))
+            else:
+                plan.unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
+    return needs
+
+
+def _part_path(path: Path, *, room: int) -> Path:
+    return path.with_suffix(f".{room}.part")
+
+
+def _stem(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()

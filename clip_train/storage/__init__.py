@@ -1,0 +1,1 @@
+"""Files elsewhere: by URL, with retries."""

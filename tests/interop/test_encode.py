@@ -1,0 +1,111 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clip_train
+from clip_train.errors import UserError
+
+from . import files
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    model = files.small_model(quick_gelu=True)
+    path = tmp_path_factory.mktemp("model") / "mine.pt"
+    torch.save({**model.state_dict(), **files.openai_integers(model)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return clip_train.load(path, device="cpu")[0]
+
+
+def pictures(count=5):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*rng.integers(20, 60, 2), 3), dtype=np.uint8) for _ in range(count)]
+
+
+def test_encode_gives_the_features_of_one_call_each_in_their_order(model, tmp_path):
+    arrays = pictures()
+    images = [Image.fromarray(array) for array in arrays]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    one_by_one = torch.cat([model.encode_image(model.preprocess(image)[None]) for image in images]).detach().numpy()
+    for given in (images, arrays, [tmp_path / f"{i}.png" for i in range(5)], (image for image in images)):
+        features = model.encode(images=given, batch_size=2, progress=False)
+        assert features.dtype == np.float32 and np.abs(features - one_by_one).max() < 1e-6
+    texts = ["a cat", "a dog in a house", "", "three"]
+    one_by_one = torch.cat([model.encode_text([text], normalize=False) for text in texts]).detach().numpy()
+    assert np.abs(model.encode(texts=texts, batch_size=3, normalize=False) - one_by_one).max() < 1e-5
+    assert model.encode(texts=[]).shape == (0, model.config.embed_dim)
+
+
+def test_encode_cuts_long_captions_only_when_told(model):
+    long = "word " * 100
+    with pytest.raises(RuntimeError, match="truncate=True"):
+        model.encode(texts=[long])
+    cut = model.tokenize([long], truncate=True)
+    assert np.abs(model.encode(texts=[long], truncate=True) - model.encode_text(cut).detach().numpy()).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "images=… or texts=…"),
+        ({"images": [], "texts": []}, "one of them"),
+        ({"texts": "a cat"}, "put a single one into a list"),
+        ({"texts": ["a"], "batch_size": 0}, "batch_size=0"),
+        ({"images": [np.zeros((4, 4), dtype=np.uint8)]}, r"uint8 \[4, 4\] is no picture"),
+        ({"images": ["absent.png"]}, "absent.png: No such file"),
+        ({"images": [__file__]}, r"test_encode\.py: "),
+    ],
+)
+def test_encode_refuses_what_it_cannot_embed(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        model.encode(**arguments)
+
+
+def test_the_bar_is_drawn_on_terminals_only(model, capsys, monkeypatch):
+    model.encode(texts=["a"] * 9, batch_size=2)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    model.encode(texts=["a"] * 9, batch_size=2)
+    shown = capsys.readouterr()
+    assert "texts" in shown.err and "9/9" in shown.err and shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_precision_is_chosen_by_name_and_the_temperature_keeps_it(path, model, name, dtype):
+    loaded, _ = clip_train.load(path, device="cpu", dtype=name)
+    assert loaded.dtype == dtype and loaded.logit_scale.dtype == torch.float32
+    assert torch.equal(loaded.logit_scale, model.logit_scale)
+    assert (loaded.encode(texts=["a dog"]) * model.encode(texts=["a dog"])).sum() > 0.999
+    with pytest.raises(UserError, match="dtype='int8' must be one of fp32, bf16, fp16"):
+        clip_train.load(path, dtype="int8")
+
+
+def test_another_image_size_interpolates_the_positions_and_says_so(path, model, capsys):
+    loaded, preprocess = clip_train.load(path, device="cpu", image_size=48)
+    assert "2x2 -> 3x3" in capsys.readouterr().err
+    assert loaded.visual.input_resolution == 48 and preprocess(Image.new("RGB", (60, 50))).shape == (3, 48, 48)
+    same, table = model.visual.positional_embedding, loaded.visual.positional_embedding
+    assert torch.equal(same[0], table[0]) and table.shape == (10, same.shape[1])
+    image = preprocess(Image.fromarray(pictures()[0]))
+    assert loaded.encode_image(image[None]).norm().item() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(UserError, match="image_size=50"):
+        clip_train.load(path, image_size=50)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_features(path, model):
+    compiled, _ = clip_train.load(path, device="cpu", compile=True)
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    images = pictures()
+    assert np.abs(compiled.encode(images=images) - model.encode(images=images)).max() < 1e-5
+    assert np.abs(compiled.encode(texts=["a", "a dog"]) - model.encode(texts=["a", "a dog"])).max() < 1e-5

@@ -1,0 +1,67 @@
+"""The data benchmark and the memory check run at a small size, and say what they measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts.photographs import photograph, psnr
+
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+
+
+def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_the_reference_pictures_have_the_spectrum_of_photographs():
+    """The power of a photograph falls with about the square of the frequency (Field 1987)."""
+    power = np.zeros(128)
+    for seed in range(4):
+        grey = np.asarray(photograph(128, 128, seed=seed).convert("L")).astype(float)
+        spectrum = np.abs(np.fft.fft2(grey - grey.mean())) ** 2
+        frequencies = np.fft.fftfreq(128, 1 / 128)
+        radius = np.hypot(frequencies[:, None], frequencies).astype(int)
+        power += np.bincount(radius.ravel(), spectrum.ravel(), 128)[:128]
+    power[3:40] /= np.bincount(radius.ravel())[3:40]
+    slope = np.polyfit(np.log(np.arange(3, 40)), np.log(power[3:40]), 1)[0]
+    assert -3 < slope < -1.5
+
+
+def test_psnr_is_the_textbook_one():
+    black = np.zeros((4, 4, 3), dtype=np.uint8)
+    assert psnr(black + np.uint8(1), black) == pytest.approx(48.13, abs=0.01)  # 20 log10(255)
+    assert psnr(black, black) == float("inf")
+
+
+@pytest.mark.slow
+def test_the_data_benchmark_compares_all_sides_on_the_same_shards(tmp_path):
+    """Without a peer where open_clip is missing; the ratios are then left out."""
+    record, small = tmp_path / "data.json", ["--sizes", "300", "--images", "64", "--rounds", "1", "--photos", "4"]
+    run = _run("bench_data.py", *small, "--json", str(record))
+    assert run.returncode == 0, run.stderr
+    document = json.loads(record.read_text())
+    rows = {row["side"]: row for row in document["rows"]}
+    assert {"exact", "fast, floor 1", "fast, floor 2"} <= rows.keys()
+    assert rows["exact"]["psnr_min"] >= 65 and rows["exact"]["psnr_mean"] >= 70
+    assert rows["fast, floor 2"]["psnr_min"] >= 48
+    for row in rows.values():
+        assert row["images_per_core_second"] > 0
+    if document["environment"]["open_clip_torch"]:
+        assert rows["open_clip"]["ratio_core_seconds"]["median"] == 1
+        assert rows["open_clip"]["bytes_per_image"] > 3.9 * rows["exact"]["bytes_per_image"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_over_a_few_thousand_samples():
+    run = _run("check_memory.py", "--samples", "4000", "--warmup", "4000", "--workers", "1")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "within the limit" in run.stdout
