@@ -29,7 +29,7 @@ NUM_KEYS_SHOWN = 10
 # What may differ between the weights' model and the run's: how it trains and is computed, what shapes tell anyhow, and
 # the tokenizer's facts. Anything else would change what the weights compute without a word.
 _MAY_DIFFER = (
-    "name", "embed_dim", "init", "init_strict", "init_logit_scale", "init_logit_bias", "lora", "ragged",
+    "name", "embed_dim", "init", "init_strict", "init_logit_scale", "init_logit_bias", "lora", "matryoshka", "ragged",
     "patch_dropout", "checkpointing", "compile", "vision.image_size", "vision.patch_size", "vision.width",
     "vision.layers", "vision.resnet_stages", "vision.mlp_ratio", "vision.layer_scale", "vision.unlocked_blocks",
     "vision.pretrained", "text.context_length", "text.vocab_size", "text.end_id", "text.pad_id", "text.width",
@@ -44,10 +44,15 @@ def build_model(config: TrainConfig, *, world: World, tokenizer: Tokenizer) -> C
     so nothing is read for it: its source may be gone.
 
     Raises:
-        UserError: `model.init` does not fit the run's model, or locks and adapters do not fit it.
+        UserError: `model.init` does not fit the run's model, timm's weights cannot be had, or locks and adapters do
+            not fit the model.
     """
     model = config.model.build(seed=config.seed)
-    if config.model.init is not None and not on_main(lambda: _will_resume(config), world=world):
+    starts = config.model.init is not None or config.model.vision.pretrained
+    will_resume = starts and on_main(lambda: _will_resume(config), world=world)
+    if config.model.vision.pretrained and not will_resume:
+        on_main(model.load_timm_weights, world=world)
+    if config.model.init is not None and not will_resume:
         lines = on_main(lambda: initialise(model, init=str(config.model.init), tokenizer=tokenizer), world=world)
         if world.is_main:
             say("\n".join(lines))
