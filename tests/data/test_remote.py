@@ -28,7 +28,7 @@ from clip_train.data.source import find_shards, open_source
 from clip_train.data.workers import start_worker_server
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
-from clip_train.metrics.log import read_metrics
+from clip_train.metrics.sinks import read_metrics
 from clip_train.storage import remote
 from tests.data.made import ByteTokenizer, numbered_shards, stream
 from tests.data.served import Served
