@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clip_train.distributed.batch_norm import batch_norms, uncounted
 from clip_train.distributed.parallel import average_scalars, gradient_sync, is_sharded, whole
 from clip_train.errors import UserError
 from clip_train.loss.captions import caption_ids
@@ -23,7 +24,7 @@ from clip_train.types import Batch, Features
 
 if TYPE_CHECKING:
     from clip_train.distributed.world import World
-    from clip_train.loss.base import ContrastiveLoss
+    from clip_train.loss.base import Loss
     from clip_train.model.clip import CLIP
     from clip_train.optim.ema import Ema
 
@@ -49,7 +50,7 @@ class TrainStep:
         model: CLIP,
         *,
         wrapped: nn.Module,
-        loss_fn: ContrastiveLoss,
+        loss_fn: Loss,
         optimizer: torch.optim.Optimizer,
         world: World,
         seed: int,
@@ -67,6 +68,7 @@ class TrainStep:
         self._model, self._wrapped, self._loss_fn, self._optimizer = model, wrapped, loss_fn, optimizer
         self._world, self._seed, self._ema = world, seed, ema
         self.dtype, self._max_grad_norm, self._micro_batch_size = _TYPES[precision], max_grad_norm, micro_batch_size
+        self._batch_norms = batch_norms(model)
         # Offloaded weights are updated on the host, by a kernel that would not wait for numbers from the device.
         on_host = any(p.device.type == "cpu" for p in model.parameters())
         self._update_device = torch.device("cpu") if on_host else world.device
@@ -103,7 +105,8 @@ class TrainStep:
         """Leave the averaged gradient of the global batch in the parameters, and return the loss as a share."""
         parts = self._cut(batch)
         last = len(parts) - 1
-        with torch.no_grad():
+        # Each micro-batch counts once in the running statistics of batch norms: when its graph is made.
+        with torch.no_grad(), uncounted(self._batch_norms):
             cached = [self._forward(parts[j], step=step, j=j) for j in range(last)]
         texts: list[Tensor] = []  # of all micro-batches, those of the cached ones as leaves
         ported: list[Tensor] = []

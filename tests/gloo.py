@@ -11,10 +11,13 @@ import torch
 import torch.multiprocessing as mp
 
 
-def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = 120.0) -> list[Any]:
+def run_on_ranks(
+    function: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = 120.0, workers: bool = False
+) -> list[Any]:
     """Call `function(world, *args)` on `world_size` processes and return what each rank returned, in rank order.
 
     `function` must be a module-level function; what it returns is pickled (return numpy or plain values, not tensors).
+    With `workers` the ranks may start processes of their own.
     A rank that raises fails the test with that rank's traceback.
     """
     with socket.socket() as s:
@@ -25,7 +28,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, 
     context.set_forkserver_preload(["torch", "torch.distributed.checkpoint.state_dict"])
     queue = context.SimpleQueue()
     processes = [
-        context.Process(target=_main, args=(rank, world_size, port, queue, function, args), daemon=True)
+        context.Process(target=_main, args=(rank, world_size, port, queue, function, args), daemon=not workers)
         for rank in range(world_size)
     ]
     for p in processes:

@@ -1,6 +1,6 @@
 """Deliver this rank's rows of every global batch, from any point of the sample stream.
 
-1. The order names the slots of a global batch; this rank takes its piece of the sorted rows (`_TaskSampler`).
+1. The order names the slots of a global batch; this rank takes its piece of the sorted rows (`TaskSampler`).
 2. The piece is cut into tasks of at most 256 rows, so that all workers build one large batch together.
 3. Workers fill uint8 rows and tokens (data/dataset.py); torch's DataLoader hands the tasks back in order.
 4. `TrainStream` joins the tasks of a step and checks that they belong to it. A worker that fails is replaced, at the
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from clip_train.data.audit import add_hashes
 from clip_train.data.bad import BadSample, BadSamples
-from clip_train.data.dataset import SampleDataset, Task, TaskFailure, TaskResult, TaskRows, Tokenizer
+from clip_train.data.dataset import SampleDataset, Task, TaskFailure, TaskResult, TaskRows
 from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
 from clip_train.data.segments import Segment, SegmentSource, continued, differences
 from clip_train.data.spool import Spool, check_room
@@ -43,9 +43,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from clip_train.data.captions import CaptionChooser
+    from clip_train.data.dataset import RowFiller
     from clip_train.data.source import Source
-    from clip_train.data.transforms import TrainTransform
     from clip_train.distributed.world import World
 
 logger = logging.getLogger(__name__)
@@ -70,9 +69,7 @@ class TrainStream:
         world: which rows are this rank's.
         seed: seed of the order and of every crop.
         global_batch_size: samples of a step over all ranks.
-        tokenizer: turns captions into ids.
-        captions: draws the caption of a sample.
-        transform: decodes, crops and augments a picture.
+        filler: makes rows of samples.
         workers: loader processes of this rank; 0 loads in the trainer's process.
         lanes, window: see data/order.py.
         substitute: replace unusable samples where possible, else mask them.
@@ -85,8 +82,8 @@ class TrainStream:
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer,
-        captions: CaptionChooser, transform: TrainTransform, workers: int, lanes: int, window: int, substitute: bool,
+        self, sources: Sequence[Source], *, world: World, seed: int, global_batch_size: int, filler: RowFiller,
+        workers: int, lanes: int, window: int, substitute: bool,
         max_bad_fraction: float, weights: Sequence[float] | None = None, drop_last: bool = False,
         new_segment: bool = False,
     ) -> None:  # fmt: skip
@@ -116,8 +113,7 @@ class TrainStream:
         self._segments = [self._as_segment(self.order)]
         self._warn_of_duplicates_in_a_batch()
         self._dataset = SampleDataset(
-            sources, order=self.order, seed=seed, global_batch_size=global_batch_size, substitute=substitute,
-            transform=transform, captions=captions, tokenizer=tokenizer,
+            sources, order=self.order, global_batch_size=global_batch_size, substitute=substitute, filler=filler,
         )  # fmt: skip
         self._bad = BadSamples(max_bad_fraction)
         self._reports: deque[StepReport] = deque()
@@ -163,19 +159,15 @@ class TrainStream:
     def _generate(self, consumed: int) -> Generator[Batch, None, None]:
         failures = WorkerFailures()
         while True:  # once, and again after each failure of a worker
-            sampler = _TaskSampler(
+            sampler = TaskSampler(
                 self.order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
             )
             try:
                 with WorkerTasks(self._loader(sampler)) as tasks:
                     while True:
-                        parts = [_rows(tasks.next(), consumed=consumed) for _ in range(sampler.tasks_per_batch)]
-                        hashes, bad = (
-                            [part.id_hash for part in parts],
-                            [sample for part in parts for sample in part.bad],
-                        )
-                        self._reports.append(StepReport(consumed, add_hashes(*hashes), bad))
-                        yield self._join([part.batch for part in parts])
+                        parts = [rows_of(tasks.next(), consumed=consumed) for _ in range(sampler.tasks_per_batch)]
+                        self._reports.append(report_of(parts, consumed=consumed))
+                        yield join(parts, world=self._world)
                         consumed += self._global_batch_size
                         if self._spool is not None:
                             self._spool.advance(consumed)
@@ -246,7 +238,7 @@ class TrainStream:
             self._spool = None
         self._dataset.close()
 
-    def _loader(self, sampler: _TaskSampler) -> DataLoader:
+    def _loader(self, sampler: TaskSampler) -> DataLoader:
         if not self._workers:
             return DataLoader(self._dataset, sampler=sampler, batch_size=None, collate_fn=as_is)
         return DataLoader(
@@ -254,13 +246,6 @@ class TrainStream:
             prefetch_factor=max(2, -(-2 * sampler.tasks_per_batch // self._workers)), worker_init_fn=start_worker,
             multiprocessing_context=WORKER_START_METHOD, timeout=WORKER_POLL_SECONDS, in_order=True,
         )  # fmt: skip
-
-    def _join(self, parts: list[Batch]) -> Batch:
-        """Put the tasks of a step together, in pinned memory if they go to a GPU."""
-        pin = self._world.device.type == "cuda"
-        if len(parts) == 1 and not pin:
-            return parts[0]
-        return Batch(*(_concatenate(tensors, pin=pin) for tensors in zip(*parts, strict=True)))
 
     def _slot_order(self, segment: Segment, *, number: int) -> SlotOrder:
         return SlotOrder(
@@ -309,8 +294,8 @@ def check_divisible(global_batch_size: int, *, world: World) -> None:
         )
 
 
-class _TaskSampler(Sampler[Task]):
-    """Yields the tasks of this rank, batch after batch."""
+class TaskSampler(Sampler[Task]):
+    """Yields the tasks of this rank, batch after batch from slot `start` on, without end."""
 
     def __init__(self, order: SlotOrder, *, world: World, global_batch_size: int, start: int) -> None:
         rows = global_batch_size // world.size
@@ -330,12 +315,26 @@ class _TaskSampler(Sampler[Task]):
             consumed += self._global_batch_size
 
 
-def _rows(result: TaskResult, *, consumed: int) -> TaskRows:
+def rows_of(result: TaskResult, *, consumed: int) -> TaskRows:
     """Return what a worker made of a task of the step that begins at slot `consumed`, or raise why it could not."""
     assert result.consumed == consumed, "the loader lost its place"
     if isinstance(result.outcome, TaskFailure):
         raise result.outcome.error or WorkerFailed(result.outcome.trace)
     return result.outcome
+
+
+def join(parts: Sequence[TaskRows], *, world: World) -> Batch:
+    """Put the tasks of a step together, in pinned memory if they go to a GPU."""
+    pin = world.device.type == "cuda"
+    if len(parts) == 1 and not pin:
+        return parts[0].batch
+    return Batch(*(_concatenate(tensors, pin=pin) for tensors in zip(*(part.batch for part in parts), strict=True)))
+
+
+def report_of(parts: Sequence[TaskRows], *, consumed: int) -> StepReport:
+    """Return what the tasks of a step consist of together."""
+    bad = [sample for part in parts for sample in part.bad]
+    return StepReport(consumed, add_hashes(*(part.id_hash for part in parts)), bad)
 
 
 def _concatenate(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:

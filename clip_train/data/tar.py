@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BLOCK = 512
 _MAX_EXTENDED_HEADER = 1 << 20
+_MAX_PADDING = 1 << 20  # writers fill up a record, mostly of 10 KiB; a preallocated file ends in what was not written
 _ZERO_BLOCK = bytes(BLOCK)
 _CHECKSUM_BLANKS = 8 * 0x20
 _ADLER_MODULUS = 65521
@@ -169,13 +170,18 @@ def _kind_and_size(path: Path, header: bytes, position: int) -> tuple[bytes, int
 
 
 def _check_end(path: Path, data: mmap.mmap, position: int) -> None:
-    """Two zero blocks end a tar; whatever follows must be padding."""
+    """Two zero blocks end a tar; whatever follows must be padding, and not much of it."""
     if len(data) - position < 2 * BLOCK:
         raise _CutOffError(f"{path} at byte {position}: the file is cut off inside its end marker")
     for start in range(position, len(data), 1 << 20):
         piece = data[start : start + (1 << 20)]
         if piece.count(0) != len(piece):
             raise _damaged(path, position, "a zero block stands here, but data follows it")
+    if len(data) - position > _MAX_PADDING:
+        raise _CutOffError(
+            f"{path} at byte {position}: only zeros follow, {len(data) - position:,} bytes of them: space was reserved "
+            "for the file, but it was not written to its end"
+        )
 
 
 def _checksum_is_right(header: bytes) -> bool:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 from clip_train.errors import TrainingFailed
@@ -114,6 +115,8 @@ class WorkerTasks:
                     raise WorkerFailed(f"no worker answered within {WORKER_TIMEOUT_SECONDS:.0f} s") from error
                 # The loader's timeout is a RuntimeError after which it can be asked again. What a dying worker leaves
                 # behind may be any error: its results come through sockets and shared memory.
+                if not isinstance(error, RuntimeError):
+                    wait([process.sentinel for process in self._workers], timeout=WORKER_POLL_SECONDS)
                 dead = [process for process in self._workers if not process.is_alive()]
                 if dead:
                     how = ", ".join(f"process {p.pid} ended with {p.exitcode}" for p in dead)

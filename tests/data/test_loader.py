@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from clip_train.data.config import DataConfig
-from clip_train.data.order import SourceOrder
+from clip_train.data.loader import TaskSampler
+from clip_train.data.order import SlotOrder, SourceOrder
 from clip_train.data.transforms import random_crop, sample_uniforms
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
@@ -68,6 +70,63 @@ def test_the_ranks_together_see_the_rows_of_one_process_at_any_number_of_ranks(t
         for step, batch in enumerate(whole):
             joined = [torch.cat(tensors) for tensors in zip(*(piece[step] for piece in pieces), strict=True)]
             assert _equal(batch, joined)
+
+
+def _check_ranks(num_layouts: int) -> None:
+    """Cut random batches of random mixtures over many numbers of ranks; joined they are the global batch."""
+    rng = random.Random(3)
+    for _ in range(num_layouts):
+        sources = [
+            SourceOrder(
+                [rng.choice([0, 1, 9, 40]) for _ in range(rng.choice([1, 5, 17]))] + [rng.randrange(1, 60)],
+                name=str(i), seed=4, lanes=rng.choice([1, 2, 3, 7, 64]), window=rng.choice([1, 2, 5, 16, 32768]),
+            )
+            for i in range(rng.choice([1, 1, 2, 3]))
+        ]  # fmt: skip
+        order = SlotOrder(sources, seed=4)
+        batch, start = 24 * rng.choice([1, 2, 40]), rng.randrange(3000)
+        expected = [order.global_batch(start + i * batch, global_batch_size=batch) for i in range(2)]
+        assert np.array_equal(np.sort(np.concatenate(expected)), np.arange(start, start + 2 * batch))
+        for size in (1, 2, 3, 4, 6, 8):
+            pieces = []
+            for rank in range(size):
+                sampler = TaskSampler(order, world=World(rank=rank, size=size), global_batch_size=batch, start=start)
+                tasks = list(itertools.islice(sampler, 2 * sampler.tasks_per_batch))
+                assert all(len(task.slots) <= 256 for task in tasks)
+                pieces += [(task.consumed, rank, task.slots) for task in tasks]
+            for i, whole in enumerate(expected):
+                own = [slots for consumed, _, slots in pieces if consumed == start + i * batch]
+                assert np.array_equal(np.concatenate(own), whole)
+
+
+def test_random_layouts_give_the_same_batches_at_any_number_of_ranks():
+    _check_ranks(50)
+
+
+@pytest.mark.slow
+def test_a_thousand_random_layouts_give_the_same_batches_at_any_number_of_ranks():
+    _check_ranks(1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [0, 1, 2])
+def test_any_number_of_ranks_and_workers_shows_the_same_batches(tmp_path, layout):
+    rng = random.Random(layout)
+    counts = [rng.randrange(1, 60) for _ in range(5)]
+    bad = set(rng.sample(range(sum(counts)), sum(counts) // 20))
+    options = {"batch": 24, "lanes": rng.choice([1, 3, 64]), "window": rng.choice([2, 40, 32768])}
+    numbered_shards(tmp_path, counts, bad=bad)
+    expected = _take(stream(tmp_path, World(), **options), 0, 12)
+    for workers in (0, 1, 2, 3, 5):
+        for size in (1, 2, 3, 4, 6, 8) if workers in (0, 2) else (1,):
+            pieces = []
+            for rank in range(size):
+                part = stream(tmp_path, World(rank=rank, size=size), workers=workers, **options)
+                pieces.append(_take(part, 0, 12))
+                part.close()
+            for step, batch in enumerate(expected):
+                joined = [torch.cat(tensors) for tensors in zip(*(piece[step] for piece in pieces), strict=True)]
+                assert _equal(batch, joined), (workers, size, step)
 
 
 def test_workers_change_nothing_and_a_resume_continues_at_the_very_sample(tmp_path):

@@ -193,3 +193,25 @@ def test_a_substitute_is_never_in_the_batch_of_the_sample_it_stands_in_for():
         for slot in rows.tolist():
             _, s, i = slots.substitutes(slot, global_batch_size=32)
             assert not batch & set(zip(s.tolist(), i.tolist(), strict=True))
+
+
+@pytest.mark.slow
+def test_neighbours_in_a_shard_seldom_meet_in_a_batch_and_almost_never_twice():
+    """400 shards of 5,000, batches of 4,096. A full shuffle would put 0.21 % of the neighbours into one batch."""
+    shards, per_shard, batch = 400, 5000, 4096
+    order = SourceOrder([per_shard] * shards, name="train", seed=0)
+    epochs = []
+    for epoch in range(2):
+        in_batch = np.empty(order.num_samples, dtype=np.int64)
+        shards_per_batch = []
+        for start in range(0, order.num_samples, batch):
+            slots = np.arange(start, min(start + batch, order.num_samples))
+            shard, index = order.locate(slots + epoch * order.num_samples)
+            in_batch[shard * per_shard + index] = start // batch
+            shards_per_batch.append(len(np.unique(shard)))
+        same = in_batch[1:] == in_batch[:-1]
+        same[per_shard - 1 :: per_shard] = False  # the last of a shard and the first of the next
+        epochs.append(same)
+        assert same.sum() / (shards * (per_shard - 1)) < 2 * 0.0021
+        assert np.mean(shards_per_batch) > 300
+    assert (epochs[0] & epochs[1]).sum() / (shards * (per_shard - 1)) < 0.00005

@@ -111,6 +111,16 @@ def test_a_zero_block_before_the_end_is_found(tmp_path):
         list(walk_tar(path))
 
 
+def test_a_file_that_was_reserved_but_not_written_to_its_end_is_found(tmp_path):
+    path = _tar(tmp_path / "x.tar", list(_members(3)))
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(500_000))
+    assert len(list(walk_tar(path))) == 6
+    path.write_bytes(whole + bytes(1 << 20))
+    with pytest.raises(IntegrityError, match=r"only zeros follow, .* not written to its end"):
+        list(walk_tar(path))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "empty"), (b"\x1f\x8b" + bytes(600), "gzip"), (b"<!doctype html>" + b"x" * 600, "HTML")],

@@ -35,7 +35,7 @@ class RaisingTokenizer(ByteTokenizer):
 def _raising_stream(folder: Path, *, lives: int):
     file = folder / "lives"
     file.write_bytes(b"." * lives)
-    config = DataConfig(train=str(folder), workers=2, lanes=4, window=6)
+    config = DataConfig(train=str(folder), workers=1, lanes=4, window=6)
     return config.stream(
         config.open_train(world=World()), world=World(), seed=7, global_batch_size=8, image_size=16,
         tokenizer=RaisingTokenizer("n 40", file),
