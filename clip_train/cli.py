@@ -170,6 +170,7 @@ def export(
     drop_logit_bias: Annotated[
         bool, typer.Option("--drop-logit-bias", help="Leave the bias out where there is none: other probabilities.")
     ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Also write 8-bit ONNX graphs: close, not equal.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare features with every library that is installed.")
     ] = False,
@@ -183,8 +184,8 @@ def export(
     from clip_train.tools.export import export_command
 
     code = export_command(
-        source, to=to, out=out, weights=weights, model_name=model, drop_logit_bias=drop_logit_bias, prove=verify,
-        pythons=verify_python or [], repository=push,
+        source, to=to, out=out, weights=weights, model_name=model, drop_logit_bias=drop_logit_bias, int8=int8,
+        prove=verify, pythons=verify_python or [], repository=push,
     )  # fmt: skip
     raise typer.Exit(code)
 
@@ -195,11 +196,12 @@ def tokenizer_train(
     out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
     vocab_size: Annotated[int, typer.Option(help="Ids: 256 bytes, merges, start and end token.")],
     cleaning: Annotated[Cleaning, typer.Option(help="Of the captions, as tokenizer.cleaning.")] = Cleaning.clip,
+    caption: Annotated[str, typer.Option(help="Where captions are, as data.caption: txt or json:FIELD.")] = "txt",
 ) -> None:
     """Learn a byte-pair vocabulary from the captions of shards."""
     from clip_train.tools.train_tokenizer import train_tokenizer
 
-    print(train_tokenizer(source, out, vocab_size=vocab_size, cleaning=cleaning))
+    print(train_tokenizer(source, out, vocab_size=vocab_size, cleaning=cleaning, caption=caption))
 
 
 @app.command(epilog="clip-train report runs/demo")

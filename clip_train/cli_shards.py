@@ -17,6 +17,7 @@ ShardsArgument = Annotated[
     str, typer.Argument(help="Folder of .tar files, or a pattern such as 'data/{000..331}.tar'.")
 ]
 Captions = Annotated[str, typer.Option(help="Members that hold captions: txt, json or txt+json.")]
+CaptionField = Annotated[str, typer.Option(help="Where captions are, as data.caption: txt or json:FIELD.")]
 IndexDir = Annotated[
     Path | None, typer.Option(help="Folder of the index, if it is not beside the shards. Also set data.index_dir.")
 ]
@@ -134,7 +135,7 @@ def shards_check(
     batch_size: Annotated[int, typer.Option(help="Global batch size, for the duplicates to expect in a batch.")] = 4096,
     world: Annotated[int, typer.Option(help="Ranks of the run to come.")] = 1,
     workers: Annotated[int, typer.Option(help="Loader processes of each rank.")] = 2,
-    caption: Annotated[str, typer.Option(help="Where captions are, as data.caption: txt or json:FIELD.")] = "txt",
+    caption: CaptionField = "txt",
     index_dir: IndexDir = None,
     jobs: Jobs = CORES,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything, every defect too, as JSON.")] = False,
@@ -154,6 +155,26 @@ def shards_check(
     print(check_text.as_json(report) if as_json else check_text.as_text(report))
     if report.would_stop:
         raise typer.Exit(IntegrityError.exit_code)
+
+
+@shards.command(name="show", epilog="clip-train shards show shards/mine/train sheet.html")
+def shards_show(
+    source: ShardsArgument,
+    out: Annotated[Path, typer.Argument(help="The page to write, such as sheet.html.")],
+    number: Annotated[int, typer.Option("--num", help="Samples shown.")] = 24,
+    seed: Annotated[int, typer.Option(help="Seed of the order and the crops, as of a run.")] = 0,
+    image_size: Annotated[int, typer.Option(help="Side of the model's pictures in pixels.")] = 224,
+    caption: CaptionField = "txt",
+    index_dir: IndexDir = None,
+) -> None:
+    """Write a page of samples: pictures as stored and as the trainer sees them, captions read back from token ids."""
+    from clip_train.tools.contact_sheet import write_contact_sheet
+
+    print(
+        write_contact_sheet(
+            source, out, number=number, seed=seed, image_size=image_size, caption=caption, index_dir=index_dir
+        )
+    )
 
 
 @shards.command(name="scenes", epilog="clip-train shards scenes shards/demo")

@@ -26,9 +26,11 @@ def load(command: str, overrides: list[str]) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.to_object(compose(command, overrides))
+        config = OmegaConf.to_object(compose(command, overrides))
     except (OmegaConfBaseException, AttributeError) as error:  # the latter where `+key=` adds what no dataclass has
         raise UserError(_explain(command, overrides, error)) from error
+    _refuse_unasked_pipes(config, overrides)
+    return config
 
 
 def compose(command: str, overrides: list[str]) -> Any:
@@ -151,6 +153,13 @@ def _refuse_code_and_secrets(override: str) -> None:
         raise UserError(f"{override}: a config holds values, never code (_target_)")
     if re.search(r"(password|secret|api_?key|access_?token|auth_?token)", key, re.IGNORECASE):
         raise UserError(f"{key}: keys and passwords come from the environment or a login, never from the config")
+
+
+def _refuse_unasked_pipes(config: Any, overrides: list[str]) -> None:
+    """A recipe that someone else wrote must not run commands: only who starts the run can allow it."""
+    asked = any(override.lstrip("+").partition("=")[0] == "data.allow_pipe" for override in overrides)
+    if isinstance(config, TrainConfig) and config.data.allow_pipe and not asked:
+        raise UserError("data.allow_pipe=true counts on the command line only, not in a recipe")
 
 
 def _refuse_environment(composed: Any) -> None:

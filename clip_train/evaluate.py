@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from clip_train.config import from_yaml
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import UserError
+from clip_train.evaluation.features import PrefixEncoder
 from clip_train.evaluation.result import write_result
 from clip_train.evaluation.samples import collect, save_samples
 from clip_train.evaluation.suite import require_some, summarize
@@ -85,8 +86,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             if name not in missing
         }
         out = Path(config.output) if config.output else (run / "evaluation" if run.is_dir() else Path())
+        encoder: DualEncoder = model
+        weights = config.checkpoint
+        if config.embed_dim is not None:
+            encoder = PrefixEncoder(model, embed_dim=config.embed_dim, full=model.config.embed_dim)
+            weights += f", first {config.embed_dim} of {model.config.embed_dim} dimensions"
+            out = out if config.output else out / f"embed_dim-{config.embed_dim}"
         scores = run_evaluations(
-            evaluators, model, world=world, out=out, name=config.checkpoint, weights=config.checkpoint, samples=False
+            evaluators, encoder, world=world, out=out, name=config.checkpoint, weights=weights, samples=False
         )
         if config.suite and world.is_main:
             summary = summarize(scores, suite=config.suite, names=list(evaluations), missing=missing)

@@ -40,7 +40,7 @@ def choose_micro_batch(
         # A process by itself: a rank that runs out of memory must not leave others waiting.
         alone = World(device=world.device)
         step = TrainStep(
-            model, wrapped=model, loss_fn=config.loss.build(world=alone), optimizer=optimizer, world=alone,
+            model, wrapped=model, loss_fn=config.build_loss(world=alone), optimizer=optimizer, world=alone,
             seed=config.seed, precision=config.precision.value, micro_batch_size=size,
         )  # fmt: skip
         return fits_on_cuda(step, model=model, rows=rows, global_rows=config.global_batch_size, device=world.device)

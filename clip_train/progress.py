@@ -8,7 +8,7 @@ from clip_train.errors import TrainingFailed
 
 if TYPE_CHECKING:
     from clip_train.checkpoint.checkpointer import Checkpointer
-    from clip_train.data.loader import TrainStream
+    from clip_train.data.stream import BatchStream
 
 
 class Stretch(NamedTuple):
@@ -22,7 +22,7 @@ class Stretch(NamedTuple):
 class Progress:
     """How far the run is. `samples_seen` alone decides which sample comes next."""
 
-    def __init__(self, stream: TrainStream, *, global_batch_size: int) -> None:
+    def __init__(self, stream: BatchStream, *, global_batch_size: int) -> None:
         self.step = 0
         self.samples_seen = 0
         self.stream = stream

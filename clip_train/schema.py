@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.config import CheckpointConfig
 from clip_train.data.config import DataConfig
@@ -19,6 +20,10 @@ from clip_train.metrics.config import LoggingConfig
 from clip_train.model.config import ModelConfig
 from clip_train.optim.config import AdamWConfig, OptimConfig
 from clip_train.tokenizer.config import TOKENIZERS, TokenizerConfig
+
+if TYPE_CHECKING:
+    from clip_train.distributed.world import World
+    from clip_train.loss.base import Loss
 
 CHOICES: dict[str, dict[str, type]] = {
     "data": {"shards": DataConfig},
@@ -142,6 +147,13 @@ class TrainConfig:
             known = ", ".join(f"{name}/…" for name in self.evaluation) or "none: name some with evaluation=[...]"
             raise UserError(f"checkpoint.best={best} must be a metric of an evaluation; there are {known}")
 
+    def build_loss(self, *, world: World) -> Loss:
+        """Make the loss for the ranks of `world`, over prefixes too for a Matryoshka model. Called by every rank."""
+        from clip_train.loss.matryoshka import MatryoshkaLoss
+
+        loss, sizes = self.loss.build(world=world), list(self.model.matryoshka)
+        return MatryoshkaLoss(loss, sizes=sizes) if sizes else loss
+
     def total_steps(self, num_samples: int) -> int:
         """Return the length of the run in steps, given the size of the training data.
 
@@ -186,6 +198,9 @@ class EvaluateConfig:
     """`auto` (CUDA if present, else CPU), `cpu`, `cuda` or `cuda:N`."""
     output: str | None = None
     """Folder for the result files; null: `evaluation/` in the run directory, or the current folder."""
+    embed_dim: int | None = None
+    """Evaluate with only so many first dimensions of each embedding, of a model trained with `model.matryoshka`; null:
+    with all."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
     """Evaluations by name; empty: those that the run was trained with."""

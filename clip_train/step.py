@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clip_train.distributed.batch_norm import batch_norms, uncounted
 from clip_train.distributed.parallel import average_scalars, gradient_sync, is_sharded, whole
 from clip_train.errors import UserError
 from clip_train.loss.captions import caption_ids
@@ -23,7 +24,7 @@ from clip_train.types import Batch, Features
 
 if TYPE_CHECKING:
     from clip_train.distributed.world import World
-    from clip_train.loss.base import ContrastiveLoss
+    from clip_train.loss.base import Loss
     from clip_train.model.clip import CLIP
     from clip_train.optim.ema import Ema
 
@@ -49,7 +50,7 @@ class TrainStep:
         model: CLIP,
         *,
         wrapped: nn.Module,
-        loss_fn: ContrastiveLoss,
+        loss_fn: Loss,
         optimizer: torch.optim.Optimizer,
         world: World,
         seed: int,
@@ -67,6 +68,7 @@ class TrainStep:
         self._model, self._wrapped, self._loss_fn, self._optimizer = model, wrapped, loss_fn, optimizer
         self._world, self._seed, self._ema = world, seed, ema
         self.dtype, self._max_grad_norm, self._micro_batch_size = _TYPES[precision], max_grad_norm, micro_batch_size
+        self._batch_norms = batch_norms(model)
         # Offloaded weights are updated on the host, by a kernel that would not wait for numbers from the device.
         on_host = any(p.device.type == "cpu" for p in model.parameters())
         self._update_device = torch.device("cpu") if on_host else world.device
@@ -103,27 +105,30 @@ class TrainStep:
         """Leave the averaged gradient of the global batch in the parameters, and return the loss as a share."""
         parts = self._cut(batch)
         last = len(parts) - 1
-        cached: list[Features] = []
-        with torch.no_grad():
-            for j in range(last):
-                cached.append(self._forward(parts[j], step=step, j=j))
-        # Alone, the last micro-batch's text is gathered behind its image tower; otherwise the loss gathers all texts.
+        # Each micro-batch counts once in the running statistics of batch norms: when its graph is made.
+        with torch.no_grad(), uncounted(self._batch_norms):
+            cached = [self._forward(parts[j], step=step, j=j) for j in range(last)]
+        texts: list[Tensor] = []  # of all micro-batches, those of the cached ones as leaves
+        ported: list[Tensor] = []
+
+        def start_gather(text: Tensor) -> Tensor:
+            texts.extend([_leaf(features.text, like=text) for features in cached] + [text])
+            ported.append(self._loss_fn.on_text(torch.cat(texts) if last else text))
+            return text
+
         with gradient_sync(self._wrapped, enabled=last == 0):
-            attached = self._forward(
-                parts[last], step=step, j=last, on_text=self._loss_fn.on_text if last == 0 else None
-            )
-            leaves = [_leaves(features, like=attached) for features in cached]
-            loss = self._loss(_joined([*leaves, attached]), batch)
+            # All texts are known before the last image tower: they are gathered behind it.
+            attached = self._forward(parts[last], step=step, j=last, on_text=start_gather)
+            images = [*(_leaf(features.image, like=attached.image) for features in cached), attached.image]
+            joined = attached._replace(image=torch.cat(images) if last else attached.image, text=ported[0])
+            loss = self._loss(joined, batch)
             (loss * self.loss_scale.value).backward()
-        for j, leaf in enumerate(leaves):
+        for j in range(last):
             with gradient_sync(self._wrapped, enabled=j == last - 1):
                 features = self._forward(parts[j], step=step, j=j)
-                towers = [
-                    (f, g.grad)
-                    for f, g in ((features.image, leaf.image), (features.text, leaf.text))
-                    if f.requires_grad
-                ]
-                torch.autograd.backward([f for f, _ in towers], [g for _, g in towers])
+                towers = [(features.image, images[j].grad), (features.text, texts[j].grad)]
+                trained = [(output, gradient) for output, gradient in towers if output.requires_grad]
+                torch.autograd.backward([output for output, _ in trained], [gradient for _, gradient in trained])
         return loss.detach()
 
     def _forward(
@@ -201,18 +206,9 @@ class LossScale:
         self._good_steps.fill_(state["good_steps"])
 
 
-def _leaves(features: Features, *, like: Features) -> Features:
-    """Return cached features that collect a gradient where those of a graph do."""
-    return features._replace(
-        image=features.image.detach().requires_grad_(like.image.requires_grad),
-        text=features.text.detach().requires_grad_(like.text.requires_grad),
-    )
-
-
-def _joined(parts: list[Features]) -> Features:
-    if len(parts) == 1:
-        return parts[0]  # as it came: the text features belong to the gather that is under way
-    return parts[-1]._replace(image=torch.cat([p.image for p in parts]), text=torch.cat([p.text for p in parts]))
+def _leaf(features: Tensor, *, like: Tensor) -> Tensor:
+    """Return cached features that collect a gradient if those of a graph do."""
+    return features.detach().requires_grad_(like.requires_grad)
 
 
 def _gradient_norm(model: CLIP) -> Tensor:

@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world)
         config = replace(config, micro_batch_size=micro_batch_size)
         train_step = TrainStep(
-            model, wrapped=wrapped, loss_fn=config.loss.build(world=world), optimizer=optimizer, ema=ema, world=world,
+            model, wrapped=wrapped, loss_fn=config.build_loss(world=world), optimizer=optimizer, ema=ema, world=world,
             seed=config.seed, precision=precision, max_grad_norm=config.optim.max_grad_norm,
             micro_batch_size=micro_batch_size,
         )  # fmt: skip

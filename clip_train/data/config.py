@@ -12,9 +12,10 @@ from clip_train.errors import UserError
 
 if TYPE_CHECKING:
     from clip_train.data.cache import ShardCache
-    from clip_train.data.dataset import Tokenizer
+    from clip_train.data.dataset import RowFiller, Tokenizer
     from clip_train.data.loader import TrainStream
     from clip_train.data.source import Source
+    from clip_train.data.stream import BatchStream
     from clip_train.data.transforms import TrainTransform
     from clip_train.distributed.world import World
 
@@ -29,6 +30,11 @@ class Decode(StrEnum):
 class OnBad(StrEnum):
     substitute = "substitute"
     mask = "mask"
+
+
+class Reader(StrEnum):
+    indexed = "indexed"
+    streaming = "streaming"
 
 
 class OnChange(StrEnum):
@@ -81,6 +87,13 @@ class DataConfig:
     `{name: {shards: PATTERN, weight: SHARE}}`; without weights a mixture is proportional to the sizes."""
     val: Any = None
     """Held-out shards, a pattern, a folder or a list. null: none."""
+    reader: Reader = Reader.indexed
+    """`indexed` counts the samples of every shard first: exact order, exact resume. `streaming` reads what cannot be
+    indexed, such as `pipe:` commands, in an order that depends on ranks and workers; a resume begins at a shard."""
+    num_samples: int | None = None
+    """Samples of an epoch, which `streaming` cannot know. null with `indexed`, which counts them."""
+    allow_pipe: bool = False
+    """Run the shell commands that `pipe:` shards name. Only from the command line, never from a recipe."""
     caption: Any = "txt"
     """Where captions are: `txt`, a field of the json member such as `json:caption` or `json:meta.alt` (a list there
     holds several captions, of which each use draws one), or a list of these, of which each use draws one."""
@@ -125,6 +138,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.train is not None:
             _patterns_by_source(self.train)
+        self._check_reader()
         if self.val is not None and not _is_patterns(self.val):
             raise UserError(f"data.val={self.val!r} must be a pattern or a list of patterns")
         self.caption_fields()
@@ -178,6 +192,16 @@ class DataConfig:
                 "or null"
             )
 
+    def _check_reader(self) -> None:
+        if self.reader is Reader.indexed:
+            if self.num_samples is not None:
+                raise UserError(f"data.num_samples={self.num_samples} is for data.reader=streaming; `indexed` counts")
+            return
+        if self.num_samples is None or self.num_samples < 1:
+            raise UserError("data.reader=streaming needs data.num_samples, the samples of an epoch")
+        if self.train is not None and not _is_patterns(self.train):
+            raise UserError(f"data.train={self.train}: data.reader=streaming reads one source, a pattern or a list")
+
     def open_train(self, *, world: World) -> list[Source]:
         """Open the sources of `train`, indexing them where needed. Every rank calls it.
 
@@ -214,7 +238,7 @@ class DataConfig:
 
     def build_train(
         self, *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer, image_size: int
-    ) -> TrainStream:
+    ) -> BatchStream:
         """Open the shards and return this rank's stream of batches. Every rank calls it.
 
         Raises:
@@ -224,6 +248,10 @@ class DataConfig:
         from clip_train.data.loader import check_divisible
 
         check_divisible(global_batch_size, world=world)  # before an index pass that may take minutes
+        if self.reader is Reader.streaming:
+            return self._streaming(
+                world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer, image_size=image_size
+            )
         sources = self.open_train(world=world)
         if self.val is not None:
             _warn_of_shared_shards(sources, self.val_shards())
@@ -241,7 +269,6 @@ class DataConfig:
         Raises:
             UserError: there are fewer samples than a batch holds.
         """
-        from clip_train.data.captions import CaptionChooser
         from clip_train.data.loader import TrainStream
 
         weights = [weight for _, weight in _patterns_by_source(self.train).values() if weight is not None]
@@ -251,9 +278,7 @@ class DataConfig:
             world=world,
             seed=seed,
             global_batch_size=global_batch_size,
-            tokenizer=tokenizer,
-            captions=CaptionChooser(self.caption_fields(), template=self.caption_template),
-            transform=self.transform(image_size=image_size),
+            filler=self._filler(seed=seed, tokenizer=tokenizer, image_size=image_size),
             workers=self.workers,
             lanes=self.lanes,
             window=self.window,
@@ -261,6 +286,39 @@ class DataConfig:
             max_bad_fraction=self.max_bad_fraction,
             drop_last=self.epoch_end == EpochEnd.drop_last,
             new_segment=self.on_change == OnChange.new_segment,
+        )
+
+    def _streaming(
+        self, *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer, image_size: int
+    ) -> BatchStream:
+        from clip_train.data.captions import caption_extensions
+        from clip_train.data.source import find_streams
+        from clip_train.data.streaming_loader import StreamingTrainStream
+
+        if self.train is None:
+            raise UserError("data.train is not set: name the shards, as in data.train='pipe:cat train-{000..009}.tar'")
+        assert self.num_samples is not None
+        return StreamingTrainStream(
+            find_streams(self.train, field="data.train", allow_pipe=self.allow_pipe),
+            num_samples=self.num_samples,
+            captions=caption_extensions(self.caption_fields()),
+            filler=self._filler(seed=seed, tokenizer=tokenizer, image_size=image_size),
+            world=world,
+            seed=seed,
+            global_batch_size=global_batch_size,
+            workers=self.workers,
+            max_bad_fraction=self.max_bad_fraction,
+        )
+
+    def _filler(self, *, seed: int, tokenizer: Tokenizer, image_size: int) -> RowFiller:
+        from clip_train.data.captions import CaptionChooser
+        from clip_train.data.dataset import RowFiller
+
+        return RowFiller(
+            seed=seed,
+            transform=self.transform(image_size=image_size),
+            captions=CaptionChooser(self.caption_fields(), template=self.caption_template),
+            tokenizer=tokenizer,
         )
 
     def transform(self, *, image_size: int) -> TrainTransform:

@@ -81,13 +81,64 @@ class Substitute:
     index: int
 
 
-class _RowArrays(NamedTuple):
-    """Views of the rows of a task, to be filled."""
+class Rows:
+    """The rows of a task while they are filled.
 
-    images: NDArray[np.uint8]  # [B, S, S, 3]
-    tokens: NDArray[np.int64]  # [B, L]
-    lengths: NDArray[np.int64]  # [B]
-    valid: NDArray[np.bool_]  # [B]
+    Args:
+        slots: int64 [B]; each row's numbers come from its slot.
+        image_size: side S of the pictures in pixels.
+        context_length: tokens L.
+    """
+
+    def __init__(self, slots: NDArray[np.int64], *, image_size: int, context_length: int) -> None:
+        n = len(slots)
+        self.batch = Batch(
+            images=_shared_zeros(n, image_size, image_size, 3),
+            tokens=torch.zeros(n, context_length, dtype=torch.int64),
+            lengths=torch.zeros(n, dtype=torch.int64),
+            slots=torch.from_numpy(slots),
+            valid=torch.zeros(n, dtype=torch.bool),
+        )
+        self.images, self.tokens, self.lengths, self.slots, self.valid = (t.numpy() for t in self.batch)
+
+
+class RowFiller:
+    """Turns the files of a sample into a row: pixels by the transform, tokens of one caption.
+
+    Args:
+        seed: seed of the run, for crops, flips and captions.
+        transform: decodes, crops and augments a picture.
+        captions: draws the caption of a sample.
+        tokenizer: turns captions into ids.
+    """
+
+    def __init__(self, *, seed: int, transform: TrainTransform, captions: CaptionChooser, tokenizer: Tokenizer) -> None:
+        self._seed = seed
+        self._transform = transform
+        self._captions = captions
+        self._tokenizer = tokenizer
+
+    def new_rows(self, slots: NDArray[np.int64]) -> Rows:
+        """Return empty rows for slots."""
+        return Rows(slots, image_size=self._transform.image_size, context_length=self._tokenizer.context_length)
+
+    def fill(self, rows: Rows, row: int, image: bytes, members: Sequence[bytes]) -> None:
+        """Fill a row; the numbers that decide crop and caption are those of its slot.
+
+        Args:
+            rows: where to.
+            row: which.
+            image: the encoded picture.
+            members: those that hold captions.
+
+        Raises:
+            BadSampleError: the content cannot be used; the row is not valid.
+        """
+        uniforms = sample_uniforms(self._seed, int(rows.slots[row]))
+        caption = self._captions(members, uniform=uniforms[CAPTION_WORD])
+        self._transform(image, uniforms=uniforms, out=rows.images[row])  # last of what can fail
+        rows.tokens[row], rows.lengths[row], _ = self._tokenizer.encode_padded(caption)
+        rows.valid[row] = True
 
 
 class SampleDataset(Dataset[TaskResult]):
@@ -96,28 +147,22 @@ class SampleDataset(Dataset[TaskResult]):
     Args:
         sources: the indexed shards, in the order's order.
         order: which sample stands at each slot.
-        seed: seed of the run, for crops and flips.
         global_batch_size: decides which samples may substitute for others.
         substitute: replace unusable samples where possible, else mask them.
-        transform: decodes, crops and augments a picture.
-        captions: draws the caption of a sample.
-        tokenizer: turns captions into ids.
+        filler: makes rows of samples.
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, order: SlotOrder, seed: int, global_batch_size: int, substitute: bool,
-        transform: TrainTransform, captions: CaptionChooser, tokenizer: Tokenizer,
+        self, sources: Sequence[Source], *, order: SlotOrder, global_batch_size: int, substitute: bool,
+        filler: RowFiller,
     ) -> None:  # fmt: skip
         self._sources = tuple(sources)
         self._sids = np.array([source.sid for source in order.sources], dtype=np.uint64)
         self._readers = [ShardReader(source) for source in sources]
         self.order = order
-        self._seed = seed
         self._global_batch_size = global_batch_size
         self._substitute = substitute
-        self._transform = transform
-        self._captions = captions
-        self._tokenizer = tokenizer
+        self._filler = filler
 
     def __getitem__(self, task: Task) -> TaskResult:
         """Return the rows of a task. What a worker raises travels as a value: only then is it told from a dead one."""
@@ -136,30 +181,21 @@ class SampleDataset(Dataset[TaskResult]):
             reader.close()
 
     def _rows(self, task: Task) -> TaskRows:
-        n, size = len(task.slots), self._transform.image_size
-        rows = Batch(
-            images=_shared_zeros(n, size, size, 3),
-            tokens=torch.zeros(n, self._tokenizer.context_length, dtype=torch.int64),
-            lengths=torch.zeros(n, dtype=torch.int64),
-            slots=torch.from_numpy(task.slots),
-            valid=torch.zeros(n, dtype=torch.bool),
-        )
-        arrays = _RowArrays(*(t.numpy() for t in (rows.images, rows.tokens, rows.lengths, rows.valid)))
+        rows = self._filler.new_rows(task.slots)
         bad: list[BadSample] = []
         sources, shards, indices = self.order.locate(task.slots)
         for row, slot in enumerate(task.slots.tolist()):
             source, shard, index = int(sources[row]), int(shards[row]), int(indices[row])
-            uniforms = sample_uniforms(self._seed, slot)
             try:
-                self._fill(arrays, row, self._readers[source].read(shard, index), uniforms=uniforms)
+                self._filler.fill(rows, row, *self._readers[source].read(shard, index))
             except BadSampleError as error:
-                found = self._fill_with_substitute(arrays, row, slot, uniforms=uniforms) if self._substitute else None
+                found = self._fill_with_substitute(rows, row, slot) if self._substitute else None
                 bad.append(self._bad_sample(slot, source, shard, index, error.reason, found.k if found else None))
                 if found is not None:
                     shards[row], indices[row] = found.shard, found.index
-        valid = arrays.valid
+        valid = rows.valid
         id_hash = hash_samples(self._sids[sources[valid]], shards[valid], indices[valid])
-        return TaskRows(rows, id_hash, bad)
+        return TaskRows(rows.batch, id_hash, bad)
 
     def _bad_sample(self, slot: int, source: int, shard: int, index: int, reason: str, k: int | None) -> BadSample:
         key = self._readers[source].key(shard, index)
@@ -167,23 +203,12 @@ class SampleDataset(Dataset[TaskResult]):
             slot, self._sources[source].name, self._sources[source].shard_name(shard), index, key, reason, k
         )
 
-    def _fill(
-        self, arrays: _RowArrays, row: int, sample: tuple[bytes, Sequence[bytes]], *, uniforms: Sequence[float]
-    ) -> None:
-        image, members = sample
-        caption = self._captions(members, uniform=uniforms[CAPTION_WORD])
-        self._transform(image, uniforms=uniforms, out=arrays.images[row])  # last of what can fail
-        arrays.tokens[row], arrays.lengths[row], _ = self._tokenizer.encode_padded(caption)
-        arrays.valid[row] = True
-
-    def _fill_with_substitute(
-        self, arrays: _RowArrays, row: int, slot: int, *, uniforms: Sequence[float]
-    ) -> Substitute | None:
+    def _fill_with_substitute(self, rows: Rows, row: int, slot: int) -> Substitute | None:
         """Fill a row with the first usable substitute, which keeps the numbers of its slot; without one, leave it."""
         source, shards, indices = self.order.substitutes(slot, global_batch_size=self._global_batch_size)
         for k, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True), start=1):
             try:
-                self._fill(arrays, row, self._readers[source].read(shard, index), uniforms=uniforms)
+                self._filler.fill(rows, row, *self._readers[source].read(shard, index))
                 return Substitute(k, shard, index)
             except BadSampleError:
                 continue

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from clip_train.data.loader import StepReport, TrainStream
+    from clip_train.data.loader import StepReport
+    from clip_train.data.stream import BatchStream
     from clip_train.distributed.world import World
     from clip_train.types import Batch
 
@@ -46,7 +47,7 @@ class StepExchange:
     """
 
     def __init__(
-        self, stream: TrainStream, *, batches: Iterator[Batch], run_dir: Path, world: World, step: int, consumed: int
+        self, stream: BatchStream, *, batches: Iterator[Batch], run_dir: Path, world: World, step: int, consumed: int
     ) -> None:
         self._stream, self._batches, self._world = stream, batches, world
         self._audit: AuditTrail | None = None

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from clip_train.data.audit import add_hashes
 from clip_train.data.bad import BadSample, BadSamples
-from clip_train.data.dataset import SampleDataset, Task, TaskFailure, TaskResult, TaskRows, Tokenizer
+from clip_train.data.dataset import SampleDataset, Task, TaskFailure, TaskResult, TaskRows
 from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
 from clip_train.data.segments import Segment, SegmentSource, continued, differences
 from clip_train.data.spool import Spool, check_room
@@ -43,9 +43,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from clip_train.data.captions import CaptionChooser
+    from clip_train.data.dataset import RowFiller
     from clip_train.data.source import Source
-    from clip_train.data.transforms import TrainTransform
     from clip_train.distributed.world import World
 
 logger = logging.getLogger(__name__)
@@ -70,9 +69,7 @@ class TrainStream:
         world: which rows are this rank's.
         seed: seed of the order and of every crop.
         global_batch_size: samples of a step over all ranks.
-        tokenizer: turns captions into ids.
-        captions: draws the caption of a sample.
-        transform: decodes, crops and augments a picture.
+        filler: makes rows of samples.
         workers: loader processes of this rank; 0 loads in the trainer's process.
         lanes, window: see data/order.py.
         substitute: replace unusable samples where possible, else mask them.
@@ -85,8 +82,8 @@ class TrainStream:
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer,
-        captions: CaptionChooser, transform: TrainTransform, workers: int, lanes: int, window: int, substitute: bool,
+        self, sources: Sequence[Source], *, world: World, seed: int, global_batch_size: int, filler: RowFiller,
+        workers: int, lanes: int, window: int, substitute: bool,
         max_bad_fraction: float, weights: Sequence[float] | None = None, drop_last: bool = False,
         new_segment: bool = False,
     ) -> None:  # fmt: skip
@@ -116,8 +113,7 @@ class TrainStream:
         self._segments = [self._as_segment(self.order)]
         self._warn_of_duplicates_in_a_batch()
         self._dataset = SampleDataset(
-            sources, order=self.order, seed=seed, global_batch_size=global_batch_size, substitute=substitute,
-            transform=transform, captions=captions, tokenizer=tokenizer,
+            sources, order=self.order, global_batch_size=global_batch_size, substitute=substitute, filler=filler,
         )  # fmt: skip
         self._bad = BadSamples(max_bad_fraction)
         self._reports: deque[StepReport] = deque()
@@ -169,13 +165,9 @@ class TrainStream:
             try:
                 with WorkerTasks(self._loader(sampler)) as tasks:
                     while True:
-                        parts = [_rows(tasks.next(), consumed=consumed) for _ in range(sampler.tasks_per_batch)]
-                        hashes, bad = (
-                            [part.id_hash for part in parts],
-                            [sample for part in parts for sample in part.bad],
-                        )
-                        self._reports.append(StepReport(consumed, add_hashes(*hashes), bad))
-                        yield self._join([part.batch for part in parts])
+                        parts = [rows_of(tasks.next(), consumed=consumed) for _ in range(sampler.tasks_per_batch)]
+                        self._reports.append(report_of(parts, consumed=consumed))
+                        yield join(parts, world=self._world)
                         consumed += self._global_batch_size
                         if self._spool is not None:
                             self._spool.advance(consumed)
@@ -255,13 +247,6 @@ class TrainStream:
             multiprocessing_context=WORKER_START_METHOD, timeout=WORKER_POLL_SECONDS, in_order=True,
         )  # fmt: skip
 
-    def _join(self, parts: list[Batch]) -> Batch:
-        """Put the tasks of a step together, in pinned memory if they go to a GPU."""
-        pin = self._world.device.type == "cuda"
-        if len(parts) == 1 and not pin:
-            return parts[0]
-        return Batch(*(_concatenate(tensors, pin=pin) for tensors in zip(*parts, strict=True)))
-
     def _slot_order(self, segment: Segment, *, number: int) -> SlotOrder:
         return SlotOrder(
             self._source_orders, weights=self._weights, seed=self._seed, start=segment.start,
@@ -330,12 +315,26 @@ class TaskSampler(Sampler[Task]):
             consumed += self._global_batch_size
 
 
-def _rows(result: TaskResult, *, consumed: int) -> TaskRows:
+def rows_of(result: TaskResult, *, consumed: int) -> TaskRows:
     """Return what a worker made of a task of the step that begins at slot `consumed`, or raise why it could not."""
     assert result.consumed == consumed, "the loader lost its place"
     if isinstance(result.outcome, TaskFailure):
         raise result.outcome.error or WorkerFailed(result.outcome.trace)
     return result.outcome
+
+
+def join(parts: Sequence[TaskRows], *, world: World) -> Batch:
+    """Put the tasks of a step together, in pinned memory if they go to a GPU."""
+    pin = world.device.type == "cuda"
+    if len(parts) == 1 and not pin:
+        return parts[0].batch
+    return Batch(*(_concatenate(tensors, pin=pin) for tensors in zip(*(part.batch for part in parts), strict=True)))
+
+
+def report_of(parts: Sequence[TaskRows], *, consumed: int) -> StepReport:
+    """Return what the tasks of a step consist of together."""
+    bad = [sample for part in parts for sample in part.bad]
+    return StepReport(consumed, add_hashes(*(part.id_hash for part in parts)), bad)
 
 
 def _concatenate(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:

@@ -107,6 +107,23 @@ def find_shards(patterns: str | Sequence[str], *, field: str) -> list[str]:
     return _in_order(found, field=field)
 
 
+def find_streams(patterns: str | Sequence[str], *, field: str, allow_pipe: bool) -> list[str]:
+    """Return the shards to read as streams, each once, in order: files, URLs and commands (`pipe:COMMAND`).
+
+    Raises:
+        UserError: nothing matches, a scheme is not known, or a command is named and not allowed.
+    """
+    found: list[str] = []
+    for name in _expanded(patterns):
+        if not name.startswith(PIPE):
+            found += find_shards(name, field=field)
+        elif allow_pipe:
+            found.append(name)
+        else:
+            raise UserError(f"{field}={name} runs a command in a shell: say data.allow_pipe=true if that is meant")
+    return sorted(set(found), key=os.fsencode)
+
+
 def _expanded(patterns: str | Sequence[str]) -> list[str]:
     from webdataset.shardlists import expand_urls
 

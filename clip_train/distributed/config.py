@@ -50,6 +50,9 @@ class DistributedConfig:
     gradient_type: GradientType = GradientType.fp32
     """Type in which ranks exchange gradients: `bf16` halves the traffic and rounds each summand. With `ddp` on nccl
     only."""
+    sync_batch_norm: bool = False
+    """Batch norms of a ResNet take mean and variance over the images of all ranks, not of their own: worth its
+    traffic where a rank, or its micro-batch, has few images."""
     backend: Backend = Backend.auto
     """`auto` takes nccl on CUDA and gloo on CPU."""
     timeout_seconds: float = 300.0
@@ -93,4 +96,5 @@ class DistributedConfig:
             compile_blocks=compile_blocks,
             cpu_offload=self.cpu_offload,
             gradient_type=self.gradient_type.value,
+            sync_batch_norm=self.sync_batch_norm,
         )

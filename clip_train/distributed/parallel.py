@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clip_train.distributed.batch_norm import synchronize_batch_norms
 from clip_train.distributed.collectives import all_reduce, broadcast
 from clip_train.errors import UserError
 
@@ -44,6 +45,7 @@ def parallelize(
     compile_blocks: bool = False,
     cpu_offload: bool = False,
     gradient_type: str = "fp32",
+    sync_batch_norm: bool = False,
 ) -> nn.Module:
     """Return what to call in place of `model`, which is on its device, to train it. Called by every rank.
 
@@ -56,10 +58,13 @@ def parallelize(
     compile_blocks: compile each transformer block by itself; equal blocks share one compilation.
     cpu_offload: `fsdp` keeps what it shards in the host's memory.
     gradient_type: type in which gradients travel and are summed, `fp32` or `bf16`.
+    sync_batch_norm: batch norms take their statistics over all ranks.
 
     Raises:
-        UserError: `ddp` is to send bf16 without nccl.
+        UserError: `ddp` is to send bf16 without nccl, or batch norms cannot be synchronised.
     """
+    if sync_batch_norm:
+        synchronize_batch_norms(model, world=world)
     if compile_blocks:
         compile_each_block(model)
     if world.device.type == "cuda" and strategy == "ddp":  # FSDP2 refuses parameters that are not contiguous

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip_train.distributed.collectives import all_gather, gather_objects
@@ -63,6 +64,39 @@ class DualEncoder(Protocol):
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, D] of tokens [B, L]."""
+
+
+class PrefixEncoder:
+    """A model of which only the first dimensions are used, brought to unit length again.
+
+    Raises:
+        UserError: there are not so many dimensions.
+    """
+
+    def __init__(self, model: DualEncoder, *, embed_dim: int, full: int) -> None:
+        """Cut `model`, whose embeddings have `full` dimensions, to the first `embed_dim`."""
+        if not 0 < embed_dim <= full:
+            raise UserError(f"embed_dim={embed_dim} must lie between 1 and the model's {full}")
+        self._model, self._embed_dim = model, embed_dim
+        self.training = model.training
+
+    def train(self, mode: bool = True) -> PrefixEncoder:
+        """Set training or evaluation mode of the model."""
+        self._model.train(mode)
+        self.training = mode
+        return self
+
+    def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
+        """Return features [B, embed_dim] of raw pixels [B, H, W, 3] uint8."""
+        return self._cut(self._model.encode_image(images, normalize=normalize), normalize)
+
+    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+        """Return features [B, embed_dim] of tokens [B, L]."""
+        return self._cut(self._model.encode_text(tokens, normalize=normalize), normalize)
+
+    def _cut(self, features: Tensor, normalize: bool) -> Tensor:
+        features = features[:, : self._embed_dim]
+        return F.normalize(features, dim=-1) if normalize else features
 
 
 class TokenizedTexts(NamedTuple):

@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from clip_train.errors import UserError
 from clip_train.interop import open_clip, transformers
+from clip_train.interop.tokenizers import read_tokenizer
 from clip_train.interop.weights import read_tensors, read_weights
 from clip_train.model.config import LoraConfig, ModelConfig
 from clip_train.model.finetune import merge_adapters
@@ -54,8 +55,7 @@ def read_folder(folder: Path, *, weights: str) -> Source:
     if (folder / EXPORT_FILE).is_file():
         return _read_export(folder)
     if (folder / open_clip.CONFIG_FILE).is_file():
-        file = open_clip.find_weights(folder)
-        return Source(open_clip.read_config(folder / open_clip.CONFIG_FILE), read_weights(file), file)
+        return _read_open_clip(folder)
     if (folder / TRANSFORMERS_CONFIG_FILE).is_file():
         return _read_transformers(folder)
     if (folder / "checkpoints").is_dir() or (folder / RUN_CONFIG_FILE).is_file() or folder.name.startswith("step-"):
@@ -91,6 +91,14 @@ def _read_export(folder: Path) -> Source:
     return Source(config, read_weights(file), file, tokenizer)
 
 
+def _read_open_clip(folder: Path) -> Source:
+    config = open_clip.read_config(folder / open_clip.CONFIG_FILE)
+    file = open_clip.find_weights(folder)
+    cleaning = open_clip.read_cleaning(folder / open_clip.CONFIG_FILE)
+    tokenizer = read_tokenizer(folder, text=config.text, cleaning=cleaning or "lower", is_clips=cleaning is None)
+    return Source(config, read_weights(file), file, tokenizer)
+
+
 def _read_transformers(folder: Path) -> Source:
     path = folder / TRANSFORMERS_CONFIG_FILE
     values = read_json(path)
@@ -107,7 +115,11 @@ def _read_transformers(folder: Path) -> Source:
     if file is None:
         raise UserError(f"{folder}: has {path.name} but none of {', '.join(TRANSFORMERS_WEIGHT_FILES)}")
     tensors = _read_shards(file) if file.suffix == ".json" else read_tensors(file)
-    return Source(config, transformers.to_native(tensors, config), file)
+    is_siglip = values["model_type"] == "siglip"
+    tokenizer = read_tokenizer(
+        folder, text=config.text, cleaning="canonicalize" if is_siglip else "none", is_clips=not is_siglip
+    )
+    return Source(config, transformers.to_native(tensors, config), file, tokenizer)
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:

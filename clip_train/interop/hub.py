@@ -96,61 +96,75 @@ def fetch(repository: str, *, wanted: str, cache_dir: str | None) -> Path:
     Raises:
         UserError: not there, or not reachable and not in the cache.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants
 
     name, _, revision = repository.partition("@")
-    repo = _Repository(name, revision=revision or None, cache_dir=cache_dir)
+    why = "HF_HUB_OFFLINE is set"
+    cause = None
     try:
-        for config, weight_files in _LAYOUTS.items():
-            if repo.get(config) is None:
-                continue
-            found = next((path for file in weight_files if (path := repo.get(file)) is not None), None)
-            if found is None:
-                break
-            if found.suffix == ".json":
-                for shard in sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())):
-                    repo.get(shard)
-            for file in (PREPROCESSOR_FILE, *TOKENIZER_FILES):
-                repo.get(file)
-            return found.parent
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, KeyError) as error:
-        reason: Exception | None = error
-    else:
-        reason = repo.unreachable
-    why = type(reason).__name__ if reason is not None else "the repository has no such files"
+        cached = _Repository(name, revision=revision or None, cache_dir=cache_dir, cached=True).collect()
+        if cached is not None:
+            return cached
+        if not constants.HF_HUB_OFFLINE:
+            found = _Repository(name, revision=revision or None, cache_dir=cache_dir, cached=False).collect()
+            if found is not None:
+                return found
+            why = "the repository has no such files"
+    except Exception as error:  # of the hub's client, whose HTTP library and errors differ between versions
+        why, cause = type(error).__name__, error
     raise UserError(
         f"{wanted}: config ({', '.join(_LAYOUTS)}) and weights of {repository} are neither in the hub's cache "
         f"({cache_dir or 'its default folder'}) nor downloadable ({why}), and "
         f"{WEIGHTS_VARIABLE}={os.environ.get(WEIGHTS_VARIABLE, '')} has no such folder. Copy a model folder here and "
         f"pass its path, set {WEIGHTS_VARIABLE} to the folder that holds it, or call create_model for random weights"
-    ) from reason
+    ) from cause
 
 
 class _Repository:
-    """One commit of a repository on the hub: the first file decides which."""
+    """One commit of a repository, in the hub's cache or on the hub: the first file decides which."""
 
-    def __init__(self, name: str, *, revision: str | None, cache_dir: str | None) -> None:
+    def __init__(self, name: str, *, revision: str | None, cache_dir: str | None, cached: bool) -> None:
         self.name = name
         self.revision = revision
         self.cache_dir = cache_dir
-        self.unreachable: Exception | None = None
+        self.cached = cached
+
+    def collect(self) -> Path | None:
+        """Return the folder with config and weights, the latter last: what is cached is then whole."""
+        for config, weight_files in _LAYOUTS.items():
+            if self.get(config) is None:
+                continue
+            for file in (PREPROCESSOR_FILE, *TOKENIZER_FILES):
+                self.get(file)
+            found = next((path for file in weight_files if (path := self.get(file)) is not None), None)
+            if found is None:
+                return None
+            if found.suffix == ".json":
+                shards = set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())
+                if None in [self.get(shard) for shard in sorted(shards)]:
+                    return None
+            return found.parent
+        return None
 
     def get(self, file: str) -> Path | None:
-        """Return the local path of a file, None if the repository has none, or none is cached and the hub is off."""
-        from huggingface_hub import constants, hf_hub_download
+        """Return the local path of a file, None if there is none."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
-            path = Path(hf_hub_download(self.name, file, revision=self.revision, cache_dir=self.cache_dir))
-        except LocalEntryNotFoundError as error:
-            if not constants.HF_HUB_OFFLINE:
-                raise
-            self.unreachable = error
-            return None
+            if not self.cached:  # says at once what cannot be reached; a download would try for half a minute
+                get_hf_file_metadata(hf_hub_url(self.name, file, revision=self.revision))
+            path = hf_hub_download(
+                self.name, file, revision=self.revision, cache_dir=self.cache_dir, local_files_only=self.cached
+            )
+        except LocalEntryNotFoundError:
+            if self.cached:
+                return None
+            raise
         except EntryNotFoundError:
             return None
-        self.revision = path.parent.name
-        return path
+        self.revision = Path(path).parent.name
+        return Path(path)
 
 
 def _unknown(name: str) -> str:

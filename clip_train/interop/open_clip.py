@@ -50,8 +50,8 @@ _OPTIONAL = ("init_logit_scale", "init_logit_bias")
 # Fields without one: harmless whatever they say about a model that otherwise fits, or harmless at these values.
 _IRRELEVANT = {
     "attn_pooler_heads", "attn_pooler_queries", "custom_text", "final_ln_after_pool", "hf_model_pretrained",
-    "hf_pooler_type", "hf_proj_type", "nonscalar_logit_scale", "output_tokens", "patch_dropout", "timm_drop",
-    "timm_drop_path", "timm_model_pretrained",
+    "hf_pooler_type", "hf_proj_type", "hf_tokenizer_name", "nonscalar_logit_scale", "output_tokens", "patch_dropout",
+    "timm_drop", "timm_drop_path", "timm_model_pretrained", "tokenizer_kwargs",
 }  # fmt: skip
 _NEUTRAL = {
     "pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",),
@@ -70,6 +70,14 @@ def read_config(path: Path) -> ModelConfig:
         return translate(values["model_cfg"], values.get("preprocess_cfg", {}), name=path.parent.name, origin=str(path))
     except (OSError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise UserError(f"{path}: not a config of open_clip ({type(error).__name__}: {error})") from error
+
+
+def read_cleaning(path: Path) -> str | None:
+    """Return how captions are cleaned for the tokenizer beside this config, None if they go to open_clip's own."""
+    text = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    if not text.get("hf_tokenizer_name"):
+        return None
+    return str((text.get("tokenizer_kwargs") or {}).get("clean", "whitespace"))
 
 
 def translate(model: dict[str, Any], preprocess: dict[str, Any], *, name: str, origin: str) -> ModelConfig:

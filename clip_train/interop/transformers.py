@@ -1,12 +1,14 @@
-"""The CLIP models of transformers: their config and tensor names against the native ones, in both directions."""
+"""The models of transformers: their config and tensor names against the native ones; CLIP's in both directions."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clip_train.errors import UserError
+from clip_train.interop import siglip
 from clip_train.model.config import ModelConfig, TextConfig, VisionConfig
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ _BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-MODEL_TYPES = ("clip",)
+MODEL_TYPES = ("clip", "siglip")
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 # What transformers leaves out of config.json is at these values.
 _TEXT: dict[str, Any] = {
@@ -53,7 +55,7 @@ LEGACY_END_ID = 2  # of configs before 2023: the end token is then the largest i
 
 
 def read_config(values: Mapping[str, Any], *, name: str, origin: str, preprocess: Mapping[str, Any]) -> ModelConfig:
-    """Translate a `config.json` with `model_type: clip`.
+    """Translate a `config.json` with `model_type` clip or siglip.
 
     Args:
         values: the content of the file.
@@ -65,12 +67,27 @@ def read_config(values: Mapping[str, Any], *, name: str, origin: str, preprocess
         UserError: the config asks for something that the towers here do not have.
     """
     # Old files hold each tower twice, the copy with `_dict` in its name being the one that counts.
-    text = _TEXT | _section(values, "text_config") | _section(values, "text_config_dict")
-    vision = _VISION | _section(values, "vision_config") | _section(values, "vision_config_dict")
+    text = _section(values, "text_config") | _section(values, "text_config_dict")
+    vision = _section(values, "vision_config") | _section(values, "vision_config_dict")
+    for key in ("image_size", "patch_size"):
+        if not isinstance(vision.get(key, 1), int):
+            raise UserError(f"{origin}: vision_config.{key}={vision[key]!r} must be one number: images are square")
+    if values.get("model_type") == "siglip":
+        text, vision = siglip.TEXT_DEFAULTS | text, siglip.VISION_DEFAULTS | vision
+        config = siglip.build_config(text, vision, name=name, origin=origin)
+    else:
+        config = _clip_config(values, _TEXT | text, _VISION | vision, name=name, origin=origin)
+    return dataclasses.replace(
+        config,
+        mean=list(preprocess.get("image_mean") or config.mean),
+        std=list(preprocess.get("image_std") or config.std),
+    )
+
+
+def _clip_config(
+    values: Mapping[str, Any], text: Mapping[str, Any], vision: Mapping[str, Any], *, name: str, origin: str
+) -> ModelConfig:
     _check(text, vision, origin=origin)
-    statistics: dict[str, Any] = {
-        f: list(preprocess[f"image_{f}"]) for f in ("mean", "std") if preprocess.get(f"image_{f}")
-    }
     return ModelConfig(
         name=name,
         embed_dim=values.get("projection_dim") or 512,
@@ -90,7 +107,6 @@ def read_config(values: Mapping[str, Any], *, name: str, origin: str, preprocess
             layers=text["num_hidden_layers"],
             heads=text["num_attention_heads"],
         ),
-        **statistics,
     )
 
 
@@ -109,7 +125,7 @@ def config_from_native(config: ModelConfig) -> dict[str, Any]:
         if present:
             raise UserError(f"{config.name}: CLIPModel of transformers has no {part}")
     activation = "quick_gelu" if config.quick_gelu else "gelu"
-    end_id = text.vocab_size - 1
+    end_id = text.vocab_size - 1 if text.end_id is None else text.end_id
     return {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
@@ -146,7 +162,12 @@ def config_from_native(config: ModelConfig) -> dict[str, Any]:
 
 
 def to_native(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Rename and reshape the tensors of transformers' `CLIPModel`; what has no native name keeps its own."""
+    """Rename and reshape the tensors of transformers' `CLIPModel` or `SiglipModel`.
+
+    What has no native name keeps its own.
+    """
+    if config.vision.timm is not None:
+        return siglip.to_native(tensors, config)
     left = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     native = {}
     for ours, theirs in _renamed(config):
@@ -214,6 +235,3 @@ def _check(text: Mapping[str, Any], vision: Mapping[str, Any], *, origin: str) -
         if values[key] not in accepted:
             rule = " or ".join(repr(value) for value in accepted)
             raise UserError(f"{origin}: {section}.{key}={values[key]!r} has no counterpart here, it must be {rule}")
-    for key in ("image_size", "patch_size"):
-        if not isinstance(vision[key], int):
-            raise UserError(f"{origin}: vision_config.{key}={vision[key]!r} must be one number: images are square")

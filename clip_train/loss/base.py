@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,23 @@ if TYPE_CHECKING:
     from clip_train.distributed.world import World
     from clip_train.loss.ring import TextRing
     from clip_train.types import Features
+
+
+class Loss(Protocol):
+    """What a training step calls; `ContrastiveLoss` says how."""
+
+    needs_caption_ids: bool
+
+    def on_text(self, text: Tensor) -> Tensor:
+        """Start gathering the text features [B, D] and return them."""
+
+    def __call__(
+        self, features: Features, *, valid: Tensor | None = None, caption_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return `{"contrastive_loss": []}`."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return `{"in_batch_recall@1": []}` of the last call."""
 
 
 class ContrastiveLoss(ABC):

@@ -66,6 +66,9 @@ class VisionConfig:
     """Hidden channels of a block's MLP over `width`, rounded down."""
     layer_scale: float | None = None
     """Start value of a learned gain per channel on each residual branch; null for none."""
+    unlocked_blocks: int | None = None
+    """Blocks at the tower's end that train, with what follows them; the rest keeps its weights. 0 locks the whole tower
+    (LiT); null trains all of it."""
     timm: str | None = None
     """Name of a model of timm that takes the place of this library's towers, such as `convnext_base`; the sizes above
     other than `image_size` are then its own. null for none."""
@@ -81,9 +84,6 @@ class VisionConfig:
     """Activation of a timm transformer by timm's name for it, such as `gelu_tanh`; null for the model's own."""
     pretrained: bool = False
     """Start a timm model from timm's own weights, from the hub or its cache; the text tower starts fresh."""
-    unlocked_blocks: int | None = None
-    """Blocks at the tower's end that train, with what follows them; the rest keeps its weights. 0 locks the whole tower
-    (LiT); null trains all of it."""
 
     def __post_init__(self) -> None:
         if self.timm is not None:
@@ -143,6 +143,8 @@ class TextConfig:
     """Transformer blocks."""
     heads: int = 8
     """Attention heads; divides `width`."""
+    unlocked_blocks: int | None = None
+    """As `model.vision.unlocked_blocks`."""
     mlp_ratio: float = 4.0
     """Hidden channels of a block's MLP over `width`, rounded down."""
     causal: bool = True
@@ -158,8 +160,6 @@ class TextConfig:
     """Added to the variance in layer norms; 1e-6 in SigLIP."""
     gelu_tanh: bool = False
     """GELU's approximation by tanh in place of GELU, as in SigLIP 2 and in the weights of SigLIP's authors."""
-    unlocked_blocks: int | None = None
-    """As `model.vision.unlocked_blocks`."""
 
     def __post_init__(self) -> None:
         _check_tower(self.width, self.layers, self.heads, tower="text")
@@ -221,6 +221,9 @@ class ModelConfig:
     """Start value of the log inverse temperature."""
     init_logit_bias: float | None = None
     """Start value of the bias on the logits, for sigmoid losses; null for none."""
+    matryoshka: list[int] = field(default_factory=list)
+    """Sizes, ascending and below `embed_dim`, at which the first dimensions of an embedding shall serve by themselves:
+    the loss is the mean over these prefixes and the whole. Empty for none."""
     ragged: Ragged = Ragged.auto
     """How captions shorter than the context are computed, exactly in every case: `packed` lays them end to end (CUDA
     in bf16 or fp16), `buckets` groups them by length, `off` keeps all padding. `auto` is `packed` where that runs, else
@@ -250,6 +253,11 @@ class ModelConfig:
         self._fill_pixel_statistics()
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"model.mean={self.mean} and model.std={self.std} need three values each, std positive")
+        sizes = list(self.matryoshka)
+        if sizes != sorted(set(sizes)) or (sizes and not 0 < sizes[0] <= sizes[-1] < self.embed_dim):
+            raise UserError(
+                f"model.matryoshka={sizes} must ascend and lie between 0 and model.embed_dim={self.embed_dim}"
+            )
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"model.patch_dropout={self.patch_dropout} must lie in [0, 1)")
         if self.patch_dropout > 0 and self.vision.resnet_stages and self.vision.timm is None:

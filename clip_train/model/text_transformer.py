@@ -112,7 +112,7 @@ class TextTransformer(nn.Module):
     def _ends(self, tokens: Tensor) -> Tensor:
         """Return the position at which each caption [n, T] is read, [n]."""
         if self.text.pool is TextPool.last:
-            return tokens.new_full((len(tokens),), tokens.shape[1] - 1)
+            return tokens.new_full(tokens.shape[:1], tokens.shape[1] - 1)
         if self.text.end_id is None:
             return tokens.argmax(dim=1)  # the first of equal maxima
         return (tokens == self.text.end_id).int().argmax(dim=1)

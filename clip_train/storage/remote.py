@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from clip_train.errors import UserError
 from clip_train.storage.retry import TransportError, retry
@@ -127,6 +127,21 @@ def read_file(url: str) -> bytes | None:
             if getattr(error, "status", None) in _FORBIDDEN:
                 return None
             raise
+
+    return _retried(attempt, url=url)
+
+
+def open_remote(url: str) -> IO[bytes]:
+    """Open a file for reading from front to back.
+
+    Raises:
+        UserError: the file is absent or forbidden.
+        IntegrityError: it cannot be reached.
+    """
+
+    def attempt() -> IO[bytes]:
+        fs, path = filesystem(url)
+        return fs.open(path, "rb")
 
     return _retried(attempt, url=url)
 

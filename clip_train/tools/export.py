@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
 
+from clip_train.checkpoint.load import load_train_state
 from clip_train.errors import UserError
 from clip_train.evaluation.classify import score
 from clip_train.evaluation.config import ClassifyConfig, Precision
 from clip_train.interop.export.card import CardScore, Provenance, model_card
 from clip_train.interop.export.inputs import write_labelled
+from clip_train.interop.export.onnx_graphs import missing_packages
 from clip_train.interop.export.publish import CARD_FILE, check_replaceable, staged
 from clip_train.interop.export.push import push as push_to_hub
 from clip_train.interop.export.record import write_record, write_report
 from clip_train.interop.export.refuse import refusals
 from clip_train.interop.export.targets import MAIN_TARGET, TARGETS_OF, Part, Target
 from clip_train.interop.export.verify import INSTALL, Benchmark, Check, Status, table, verify
-from clip_train.interop.export.write import can_write_onnx, write_parts
+from clip_train.interop.export.write import write_parts
 from clip_train.interop.folders import EXPORT_FILE, RUN_CONFIG_FILE, Source, read_json
 from clip_train.interop.load import read_source
 from clip_train.interop.loaded_model import LoadedModel, empty_model
@@ -38,6 +41,7 @@ def export_command(
     weights: str,
     model_name: str | None,
     drop_logit_bias: bool,
+    int8: bool,
     prove: bool,
     pythons: Sequence[Path],
     repository: str | None,
@@ -51,6 +55,7 @@ def export_command(
         weights: of a run, see `clip_train.load`.
         model_name: the architecture, for a weight file that does not tell.
         drop_logit_bias: see `refusals`.
+        int8: also write 8-bit graphs, see `write_onnx`.
         prove: compare with the libraries that are installed.
         pythons: interpreters to look for them in, before this one; any of them implies `prove`.
         repository: `ORG/NAME` on the hub to upload to, None for none.
@@ -60,58 +65,69 @@ def export_command(
     """
     if to not in (ALL, *Part):
         raise UserError(f"--to {to} must be one of {', '.join((ALL, *Part))}")
-    parts = list(Part) if to == ALL else [Part(to)]
     named = None if to == ALL else MAIN_TARGET[Part(to)]
     found = read_source(source, weights=weights, model=model_name)
     out = out or _default_out(source, name=found.config.name)
     check_replaceable(out)
-    reasons = refusals(found.config, found.tensors, tokenizer=found.tokenizer, drop_logit_bias=drop_logit_bias)
-    asked = [target for part in parts for target in TARGETS_OF[part]]
-    refused = {target: reasons[target] for target in asked if target in reasons}
-    if named in refused:
-        raise UserError(f"--to {to}: {named} would compute another model: {refused[named]}")
-    checks = [Check(target=target, status=Status.refused, note=reason) for target, reason in refused.items()]
-    if Part.onnx in parts and not can_write_onnx():
-        if named is Target.onnxruntime:
-            raise UserError(f"--to onnx: the packages onnx and onnxscript are missing: {INSTALL[Target.onnxruntime]}")
-        parts.remove(Part.onnx)
-        note = f"not written, onnx and onnxscript are missing: {INSTALL[Target.onnxruntime]}"
-        checks.append(Check(target=Target.onnxruntime, status=Status.skipped, note=note))
     model = _build(found)
+    reasons = refusals(found.config, found.tensors, tokenizer=found.tokenizer, drop_logit_bias=drop_logit_bias)
+    parts, absent = _plan(list(Part) if to == ALL else [Part(to)], reasons=reasons, named=named, int8=int8)
+    refused = {check.target: reasons[check.target] for check in absent if check.status is Status.refused}
     provenance = describe_origin(found.origin, weights=weights, name=found.config.name)
     with staged(out) as folder:
-        published_as = repository or out.resolve().name
-        served = write_parts(folder, model=model, parts=parts, refused=refused, published_as=published_as)
+        served = write_parts(
+            folder, model=model, parts=parts, refused=refused, published_as=repository or out.resolve().name, int8=int8
+        )
         write_record(folder, model=model, provenance=provenance, served=served)
         proved: list[Check] = []
         if prove or pythons:
-            proved = verify(
-                folder,
-                model=model,
-                targets=served,
-                pythons=pythons,
-                score=lambda path: _score(path, model=model),
-            )
-        order = list(Target)
-        rows = sorted([*proved, *checks], key=lambda check: order.index(check.target))
+            proved = verify(folder, model=model, targets=served, pythons=pythons, score=partial(_score, model=model))
+        rows = sorted([*proved, *absent], key=lambda check: list(Target).index(check.target))
         write_report(folder, checks=rows, served=served, refused=refused)
         card = model_card(
-            provenance,
-            config=found.config,
-            folder=out.resolve().name,
-            served=served,
-            refused=refused,
+            provenance, config=found.config, folder=out.resolve().name, served=served, refused=refused,
             checks=rows if proved else [],
-        )
+        )  # fmt: skip
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
     if rows:
         print(table(rows))
-    print(f"exported to {out}: {', '.join(served) or 'nothing'}")
-    if any(check.status is Status.failed or (check.target is named and not _is_good(check)) for check in proved):
+    print(f"exported to {out}: {', '.join(served)}")
+    # A library that is named must pass; where all are asked for, one that is not installed is no failure.
+    if any(
+        check.status is Status.failed or (check.target, check.status) == (named, Status.skipped) for check in proved
+    ):
         return 1
     if repository is not None:
         print(f"uploaded to {push_to_hub(out, repository=repository)}")
     return 0
+
+
+def _plan(
+    parts: list[Part], *, reasons: Mapping[Target, Sequence[str]], named: Target | None, int8: bool
+) -> tuple[list[Part], list[Check]]:
+    """Return the parts that can be written, and a row of the table for each library that gets nothing.
+
+    Raises:
+        UserError: nothing can be written, or not the part that was named.
+    """
+    absent = [
+        Check(target=target, status=Status.refused, note="; ".join(reasons[target]))
+        for part in parts
+        for target in TARGETS_OF[part]
+        if target in reasons
+    ]
+    if named is not None and named in reasons:
+        raise UserError(f"{named} would compute another model: {'; '.join(reasons[named])}")
+    if Part.onnx in parts and (missing := missing_packages(int8=int8)):
+        note = f"not written without {' and '.join(missing)}: {INSTALL[Target.onnxruntime]}"
+        if named is Target.onnxruntime:
+            raise UserError(f"{named}: {note}")
+        absent.append(Check(target=Target.onnxruntime, status=Status.skipped, note=note))
+        parts = [part for part in parts if part is not Part.onnx]
+    parts = [part for part in parts if MAIN_TARGET[part] not in reasons]
+    if not parts:
+        raise UserError(f"nothing can be written: {'; '.join(f'{row.target}: {row.note}' for row in absent)}")
+    return parts, absent
 
 
 def describe_origin(origin: Path, *, weights: str, name: str) -> Provenance:
@@ -132,7 +148,7 @@ def describe_origin(origin: Path, *, weights: str, name: str) -> Provenance:
     if not (origin.is_dir() and (origin / RUN_CONFIG_FILE).is_file()):
         return Provenance(name=name, origin=origin.name, weights=weights)
     config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(origin / RUN_CONFIG_FILE), resolve=False))
-    run_dir, step = origin.parent.parent, int(origin.name.removeprefix("step-"))
+    run_dir, step = origin.parent.parent, int(load_train_state(origin)["step"])
     averaged = (origin / "ema.safetensors").is_file() and weights != "raw"
     run_name = str(config.get("name") or run_dir.resolve().name)
     return Provenance(
@@ -189,7 +205,3 @@ def _score(folder: Path, *, model: LoadedModel) -> Benchmark:
     predictions = evaluator.evaluate(model).predictions  # also of features that count as collapsed
     result = score(predictions["label"], predictions["top"], num_classes=len(evaluator.images.classnames))
     return Benchmark(folder=folder, metrics=result.metrics)
-
-
-def _is_good(check: Check) -> bool:
-    return check.status is Status.passed

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from clip_train.data.captions import CaptionChooser, caption_extensions
+from clip_train.data.config import DataConfig
+from clip_train.data.decode import BadSampleError
 from clip_train.data.source import expand_shards
 from clip_train.data.tar import read_samples
 from clip_train.errors import IntegrityError, UserError
 from clip_train.tokenizer.cleaning import CLEANERS
 from clip_train.tokenizer.config import Cleaning
 
+GOLDEN = 0.6180339887498949
 START, END = "<|startoftext|>", "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 2  # all bytes, start and end token
 # GPT-2's words, which carry the space before them; letters with the marks that many scripts write on them, single
@@ -18,12 +23,21 @@ SMALLEST_VOCABULARY = 256 + 2  # all bytes, start and end token
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
 
 
-def train_tokenizer(shards: str | Sequence[str], out: Path, *, vocab_size: int, cleaning: Cleaning) -> str:
+def train_tokenizer(
+    shards: str | Sequence[str], out: Path, *, vocab_size: int, cleaning: Cleaning = Cleaning.clip, caption: str = "txt"
+) -> str:
     """Write a `tokenizer.json` with the most frequent merges of the captions, and return how to train with it.
 
     Byte-pair encoding (Sennrich et al. 2016) within words, on UTF-8 bytes, so that every text has ids and decodes to
     itself. Ids: the bytes, the merges, the start token, the end token. The end has the largest id, where every library
     that follows CLIP looks for it.
+
+    Args:
+        shards: pattern, folder or list.
+        out: the file to write.
+        vocab_size: ids in all; fewer if the captions hold no more pairs.
+        cleaning: of the captions; the run that uses the file must be told the same.
+        caption: where captions are, as `data.caption`.
 
     Raises:
         UserError: no shards, a vocabulary too small for the bytes, or `out` exists.
@@ -49,10 +63,10 @@ def train_tokenizer(shards: str | Sequence[str], out: Path, *, vocab_size: int, 
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
     )
-    counted = _Counted(paths, cleaning=cleaning)
+    counted = _Counted(paths, caption=caption, cleaning=cleaning)
     tokenizer.train_from_iterator(counted, trainer)
     if not counted.num_captions:
-        raise IntegrityError(f"{shards}: no sample has a .txt with a caption")
+        raise IntegrityError(f"{shards}: no sample has a caption in {caption}")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
     out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out))
@@ -64,21 +78,26 @@ def train_tokenizer(shards: str | Sequence[str], out: Path, *, vocab_size: int, 
 
 
 class _Counted:
-    """The cleaned captions of shards, counted as they pass."""
+    """The cleaned captions of shards, counted as they pass. Samples without a usable one are passed over."""
 
-    def __init__(self, shards: Sequence[Path], *, cleaning: Cleaning) -> None:
+    def __init__(self, shards: Sequence[Path], *, caption: str, cleaning: Cleaning) -> None:
+        fields = DataConfig(caption=caption).caption_fields()
         self._shards, self._clean = shards, CLEANERS[cleaning.value]
+        self._choose, self._extensions = CaptionChooser(fields), caption_extensions(fields)
         self.num_captions = 0
 
     def __iter__(self) -> Iterator[str]:
         for shard in self._shards:
             with shard.open("rb") as file:
                 for sample in read_samples(shard):
-                    member = sample.members.get("txt")
-                    if member is None:
+                    members = [sample.members[name] for name in self._extensions if name in sample.members]
+                    contents = [os.pread(file.fileno(), member.size, member.offset) for member in members]
+                    if len(contents) < len(self._extensions):
                         continue
-                    file.seek(member.offset)
-                    caption = self._clean(file.read(member.size).decode("utf-8-sig", errors="replace"))
-                    if caption:
-                        self.num_captions += 1
-                        yield caption
+                    try:
+                        # Of several captions each sample gives another one, in golden steps.
+                        caption = self._choose(contents, uniform=self.num_captions * GOLDEN % 1)
+                    except BadSampleError:
+                        continue
+                    self.num_captions += 1
+                    yield self._clean(caption)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clip_train.data.bad import BadLedger, BadSample
 from clip_train.data.index import HAS_CRC, RECORD
 from clip_train.data.reader import ShardReader
 from clip_train.data.shards.filters import parse_condition
@@ -85,10 +86,12 @@ def test_two_filters_that_keep_as_many_samples_have_different_fingerprints(tmp_p
     assert len(prints) == 2
 
 
-def test_the_training_order_holds_every_survivor_once_an_epoch_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("condition", ["similarity>=0.2", "original_width>=900"])  # the second empties a shard
+def test_the_training_order_holds_every_survivor_once_an_epoch_and_nothing_else(tmp_path, condition):
     rows = _scored_shards(tmp_path, [9, 3, 12])
-    index_source(str(tmp_path), conditions=["similarity>=0.2"])
-    survivors = sorted(row["caption"] for row in rows if row["similarity"] >= 0.2)
+    index_source(str(tmp_path), conditions=[condition])
+    name, bound = condition.split(">=")
+    survivors = sorted(row["caption"] for row in rows if float(row[name]) >= float(bound))
     batches = stream(tmp_path, World(), batch=len(survivors)).batches(0)
     for _ in range(2):
         assert sorted(caption_of(tokens) for tokens in next(batches).tokens) == survivors
@@ -129,15 +132,13 @@ def test_shards_filtered_for_one_caption_are_not_indexed_whole_for_another(tmp_p
 
 
 def _ledger(run: Path, rows: list[tuple[str, str, int, str, str]], *, rank: int = 0) -> Path:
-    folder = run / "bad"
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"step": 1, "g": g, "source": source, "shard": shard, "index": index, "key": key, "reason": reason,
-                    "k": 1})
-        for g, (source, shard, index, key, reason) in enumerate(rows)
-    ]  # fmt: skip
-    (folder / f"rank-{rank:03d}.jsonl").write_text("".join(f"{line}\n" for line in lines) + '{"step": 1, "unfin')
-    return folder
+    run.mkdir(exist_ok=True)
+    ledger = BadLedger(run, rank=rank)
+    ledger.write([BadSample(g, *row, k=1) for g, row in enumerate(rows)], step=1)
+    ledger.close()
+    with (run / "bad" / f"rank-{rank:03d}.jsonl").open("a") as file:
+        file.write('{"step": 2, "g')  # a kill leaves the last line unfinished
+    return run / "bad"
 
 
 def test_quarantine_leaves_out_what_a_run_could_not_use(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip_train.data import reader, remote
+from clip_train.data import reader
 from clip_train.data.cache import CacheFull, RemoteShard, ShardCache
 from clip_train.data.config import CacheConfig, DataConfig
 from clip_train.data.index import INDEX_NAME
@@ -25,6 +25,7 @@ from clip_train.data.source import find_shards, open_source
 from clip_train.data.workers import start_worker_server
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
+from clip_train.storage import remote
 from tests.data.made import ByteTokenizer, numbered_shards, stream
 from tests.data.served import Served
 from tests.gloo import run_on_ranks

@@ -27,6 +27,9 @@ def client(monkeypatch):
 
     def use(endpoint, *, offline=False):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
 
     return use
@@ -102,6 +105,15 @@ def test_what_the_hub_does_not_have_is_one_line_with_three_ways_out(repositories
                 read_source(name, cache_dir=str(tmp_path))
             for words in (name, reason, "pass its path", "set CLIP_TRAIN_WEIGHTS", "create_model"):
                 assert words in str(caught.value)
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again_and_again(client, tmp_path, caplog):
+    with serve({}) as (endpoint, _):
+        pass
+    client(endpoint)
+    with pytest.raises(UserError, match=r"me/open are neither in the hub's cache .* nor downloadable \(ConnectError\)"):
+        read_source("hf-hub:me/open", cache_dir=str(tmp_path))
+    assert "Retrying" not in caplog.text
 
 
 def test_weights_with_the_other_activation_than_the_name_promises_are_refused(repositories, client, tmp_path):

@@ -105,3 +105,48 @@ def test_what_would_compute_something_else_is_refused(section, field, message):
     values[section] |= field
     with pytest.raises(UserError, match=message):
         read_config(values, name="x", origin="config.json", preprocess={})
+
+
+def siglip_config(*, text_layers=2, **vision):
+    return transformers.SiglipConfig(
+        text_config={
+            "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2, "num_hidden_layers": text_layers,
+            "projection_size": 768, "vocab_size": 100, "max_position_embeddings": 12, "pad_token_id": 1,
+            "bos_token_id": None, "eos_token_id": 1,
+        },
+        vision_config={"image_size": 96, **vision},
+    )  # fmt: skip
+
+
+def test_a_siglip_model_of_transformers_has_every_tensor_of_the_towers_here():
+    with torch.device("meta"):
+        theirs = transformers.SiglipModel(siglip_config())
+    config = read_config(theirs.config.to_dict(), name="theirs", origin="config.json", preprocess={})
+    with torch.device("meta"):
+        ours = CLIP(config).state_dict()
+    found = {name: list(tensor.shape) for name, tensor in to_native(theirs.state_dict(), config).items()}
+    expected = {name: list(tensor.shape) for name, tensor in ours.items()}
+    assert found | {"logit_scale": [], "logit_bias": []} == expected
+    assert (config.mean, config.std) == ([0.5] * 3, [0.5] * 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
+def test_a_siglip_model_of_transformers_gives_the_same_features_here(activation):
+    torch.manual_seed(0)
+    config = siglip_config(hidden_act=activation)
+    theirs = transformers.SiglipModel(config).eval()
+    ours = native(theirs)
+    images, tokens = random_inputs(image_size=96)
+    with torch.no_grad():
+        image, text = theirs.get_image_features(images), theirs.get_text_features(tokens)
+        image, text = (getattr(f, "pooler_output", f) for f in (image, text))
+        assert (ours.encode_image(images, normalize=False) - image).abs().max() < 1e-5
+        assert (ours.encode_text(tokens, normalize=False) - text).abs().max() < 1e-5
+
+
+def test_a_siglip_tower_that_timm_lacks_is_refused():
+    with pytest.raises(UserError, match="timm has no SigLIP tower with vision_config hidden_size=768"):
+        read_config(siglip_config(patch_size=8).to_dict(), name="x", origin="config.json", preprocess={})
+    with pytest.raises(UserError, match="hidden_act='relu' has no counterpart"):
+        read_config(siglip_config(hidden_act="relu").to_dict(), name="x", origin="config.json", preprocess={})

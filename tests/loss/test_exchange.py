@@ -2,12 +2,15 @@
 
 import time
 
+import pytest
+import torch
 import torch.distributed as dist
 
 from clip_train.distributed import collectives
 from clip_train.distributed.parallel import average_scalars, parallelize
 from clip_train.loss import exchange
 from clip_train.loss.clip import ClipLoss
+from clip_train.step import TrainStep
 from tests.gloo import run_on_ranks
 from tests.standin import StandinCLIP, draw_batch
 
@@ -72,13 +75,42 @@ def logged_step(world):
     features = wrapped(batch.images, batch.tokens, late_on_text)
     loss_fn(features, valid=batch.valid)["contrastive_loss"].backward()
     average_scalars(model, world=world, with_them=[])
-    return log, sent, started["image"] - started["gather"]
+    whole, exchanged, seconds = list(log), list(sent), started["image"] - started["gather"]
+
+    log.clear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+    step = TrainStep(
+        model, wrapped=wrapped, loss_fn=loss_fn, optimizer=optimizer, world=world, seed=0, micro_batch_size=PAIRS // 2
+    )
+    step.backward(batch, step=0)
+    return whole, exchanged, seconds, log
 
 
-def test_the_gather_hides_behind_the_image_tower_and_the_reduce_scatter_behind_its_backward():
-    ranks = run_on_ranks(logged_step)
+@pytest.fixture(scope="module")
+def ranks():
+    return run_on_ranks(logged_step)
+
+
+def test_with_micro_batches_one_exchange_of_all_texts_hides_behind_the_last_image_tower(ranks):
+    for *_, log in ranks:
+        assert log == [
+            "image forward",  # of the first micro-batch, without a graph
+            "start gather",
+            "image forward",
+            "wait gather",
+            "start reduce-scatter",
+            "image backward",
+            "wait reduce-scatter",
+            "text backward",
+            "image forward",  # of the first micro-batch again
+            "image backward",
+            "text backward",
+        ]
+
+
+def test_the_gather_hides_behind_the_image_tower_and_the_reduce_scatter_behind_its_backward(ranks):
     total = 2 * PAIRS
-    for log, sent, seconds in ranks:
+    for log, sent, seconds, _ in ranks:
         assert log == [
             "start gather",
             "image forward",

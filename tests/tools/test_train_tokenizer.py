@@ -1,4 +1,6 @@
+import io
 import json
+import tarfile
 
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_a_model_trains_with_it_and_is_loaded_and_continued_with_it(path, scenes
     train(load("train", [*arguments, "steps=2"]))
     copy.unlink()  # the run has its own
     model, _ = clip_train.load(tmp_path / "run", device="cpu")
-    assert (model.vocab_size, model.context_length, model.end_id) == (330, 24, None)
+    assert (model.vocab_size, model.context_length, model.config.text.end_id) == (330, 24, None)
     tokens = model.tokenize(["a red cross"])
     assert tokens.equal(build(path)(["a red cross"], context_length=24))
     assert torch.equal(model.encode_text(["a red cross"]), model.encode_text(tokens))
@@ -90,10 +92,24 @@ def test_a_model_trains_with_it_and_is_loaded_and_continued_with_it(path, scenes
         train(load("train", [*arguments, "steps=4"]))
 
 
-def test_captions_without_text_are_refused(tmp_path):
-    import tarfile
+def write_json_shard(path, captions):
+    with tarfile.open(path, "w") as tar:
+        for i, caption in enumerate(captions):
+            for name, content in ((f"{i}.png", b"x"), (f"{i}.json", json.dumps({"alt": caption}).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
 
+
+def test_captions_come_from_a_json_field_too_and_samples_without_one_are_passed_over(tmp_path):
+    write_json_shard(tmp_path / "0.tar", ["grün grün", ["grün", "blau"], None, ["rot"]])
+    said = train_tokenizer(str(tmp_path), tmp_path / "t.json", vocab_size=264, caption="json:alt")
+    assert "from 3 captions" in said
+    assert len(build(tmp_path / "t.json").encode("grün")) == 1
+
+
+def test_captions_without_text_are_refused(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w"):
         pass
-    with pytest.raises(IntegrityError, match="no sample has"):
+    with pytest.raises(IntegrityError, match="no sample has a caption in txt"):
         train_tokenizer(str(tmp_path), tmp_path / "t.json", vocab_size=330, cleaning=Cleaning.clip)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from clip_train.data.bad import LEDGER_FOLDER, read_ledger
 from clip_train.data.decode import BadSampleError, open_image
 from clip_train.data.indexing import picture_of
 from clip_train.data.tar import BLOCK, Member, TarSample
@@ -130,30 +131,24 @@ class AllRules:
 
 
 def read_quarantine(folder: Path, *, source: str | None = None) -> QuarantineRule:
-    """Read the ledger of a run's unusable samples, `RUN/bad`.
+    """Read the ledger of a run's unusable samples.
 
     Args:
-        folder: holds `rank-NNN.jsonl`.
+        folder: `RUN/bad`.
         source: of which samples are taken; may be None if the ledger knows one source only.
 
     Raises:
         UserError: there is no ledger, or it is of several sources and none is chosen.
         IntegrityError: a line of it cannot be read.
     """
-    files = sorted(folder.glob("rank-*.jsonl"))
-    if not files:
-        raise UserError(f"{folder} holds no ledger (rank-NNN.jsonl): name the folder `bad` of a run")
+    if folder.name != LEDGER_FOLDER or not any(folder.glob("rank-*.jsonl")):
+        raise UserError(f"{folder} holds no ledger: name the folder `{LEDGER_FOLDER}` of a run that met bad samples")
     by_source: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
-    for path in files:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
-                continue  # a killed run leaves its last line unfinished
-            try:
-                row = json.loads(line)
-                by_source[row["source"]][row["shard"]][row["key"]] = row["reason"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise IntegrityError(f"{path}, line {number} is not a line of a ledger: {error!r}") from error
+    try:
+        for row in read_ledger(folder.parent):
+            by_source[row["source"]][row["shard"]][row["key"]] = row["reason"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{folder} holds a line that is not one of a ledger: {error!r}") from error
     if source is None and len(by_source) > 1:
         raise UserError(f"{folder} is of several sources, {', '.join(sorted(by_source))}: pass --source")
     if source is not None and source not in by_source:

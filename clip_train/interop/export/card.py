@@ -55,7 +55,7 @@ def model_card(
     config: ModelConfig,
     folder: str,
     served: Sequence[Target],
-    refused: Mapping[Target, str],
+    refused: Mapping[Target, Sequence[str]],
     checks: Sequence[Check],
 ) -> str:
     """Return the text of README.md. What nobody measured reads "not measured".
@@ -93,7 +93,7 @@ def model_card(
         served=[target.value for target in served],
         context="" if length == 77 else f", context_length={length}",
         verification=table(checks) if checks else None,
-        refused=list(refused.items()),
+        refused=[(target, "; ".join(reasons)) for target, reasons in refused.items()],
         differences=[(t, text) for t in served for text in KNOWN_DIFFERENCES.get(t, ())],
     )
 

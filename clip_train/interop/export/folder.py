@@ -12,7 +12,6 @@ from clip_train.checkpoint.files import safetensors_chunks, write_file
 from clip_train.interop.export.tokenizer_files import write_clip_files, write_huggingface_files, write_json
 from clip_train.interop.open_clip import CONFIG_FILE, WEIGHT_FILES, second_layout, write_config
 from clip_train.interop.transformers import config_from_native, from_native
-from clip_train.model.config import TextPool
 from clip_train.tokenizer.huggingface import HuggingFaceTokenizer
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def write_open_clip(
     tokenizer: Tokenizer,
     published_as: str,
 ) -> None:
-    """Write `open_clip_config.json` and `open_clip_model.safetensors`, open_clip's names in float32.
+    """Write `open_clip_config.json` and `open_clip_model.safetensors`, open_clip's own names in float32.
 
     Args:
         folder: the export.
@@ -56,14 +55,11 @@ def write_open_clip(
         vocabulary = {
             "hf_tokenizer_name": published_as,
             "tokenizer_kwargs": {"clean": _OPEN_CLIP_CLEANING[tokenizer.cleaning]},
-            "pad_id": tokenizer.pad_id,
         }
-        if config.text.pool is TextPool.end:
-            vocabulary |= {"pool_type": "eos", "eos_id": tokenizer.end_id}
         write_huggingface_files(folder, tokenizer=tokenizer)
     write_config(folder / CONFIG_FILE, config=config, vocabulary=vocabulary)
-    theirs = second_layout(tensors) if config.has_second_layout else tensors
-    write_file(folder / WEIGHT_FILES[0], chunks=safetensors_chunks(theirs))
+    named = second_layout(dict(tensors)) if config.has_second_layout else tensors
+    write_file(folder / WEIGHT_FILES[0], chunks=safetensors_chunks(named))
 
 
 def write_transformers(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from clip_train.errors import UserError
 from clip_train.interop.export.tokenizer_files import write_json
 from clip_train.model.config import Ragged
 
@@ -38,7 +39,13 @@ class _TextTower(nn.Module):
         return self.model.encode_text(input_ids)
 
 
-def write_onnx(folder: Path, *, model: LoadedModel) -> None:
+def missing_packages(*, int8: bool) -> list[str]:
+    """Return what `write_onnx` needs and is not installed."""
+    needed = ("onnx", "onnxscript", "onnxruntime") if int8 else ("onnx", "onnxscript")
+    return [name for name in needed if find_spec(name) is None]
+
+
+def write_onnx(folder: Path, *, model: LoadedModel, int8: bool) -> None:
     """Write `image.onnx`, `text.onnx`, the weights of each in a file beside it, and `meta.json`.
 
     The graphs map `pixel_values` float32 [B, 3, S, S] to `image_embeds` [B, D] and `input_ids` int64 [B, L] to
@@ -47,14 +54,9 @@ def write_onnx(folder: Path, *, model: LoadedModel) -> None:
     Args:
         folder: a new folder.
         model: in eval mode, on the CPU.
-
-    Raises:
-        UserError: the packages onnx and onnxscript are not installed.
+        int8: also write `image.int8.onnx` and `text.int8.onnx`, whose matrices have 8 bits: a quarter of the size, and
+            features that are close rather than equal.
     """
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f'ONNX needs the package {error.name}: pip install "clip-train[onnx]"') from error
     folder.mkdir()
     config = model.config
     pixels = torch.zeros(2, 3, config.vision.image_size, config.vision.image_size)
@@ -66,23 +68,50 @@ def write_onnx(folder: Path, *, model: LoadedModel) -> None:
         _export(_TextTower(model), tokens, folder / TEXT_GRAPH, names=("input_ids", "text_embeds"))
     finally:
         model.ragged = ragged
+    if int8:
+        for name in (IMAGE_GRAPH, TEXT_GRAPH):
+            _quantize(folder / name, out=folder / int8_name(name))
     write_json(folder / META_FILE, _meta(model))
 
 
 def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
+        # Traced here, because the exporter would fall back to a graph of this one batch size where tracing fixes it.
+        program = torch.export.export(
+            tower.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+        )
         torch.onnx.export(
-            tower.eval(),
-            (example,),
+            program,
+            (),
             path,
             dynamo=True,
             verbose=False,
             input_names=names[:1],
             output_names=names[1:],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
             external_data=True,
         )
+
+
+def int8_name(name: str) -> str:
+    """Return the file name of a graph's 8-bit twin."""
+    return name.replace(".onnx", ".int8.onnx")
+
+
+def _quantize(path: Path, *, out: Path) -> None:
+    """Round matrices to 8 bits; activations are rounded as they come (dynamic quantisation)."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = onnx.load(path)
+    graph.graph.ClearField("value_info")  # the exporter's shapes contradict those of the folded weights
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it advises preprocessing that these graphs do not need
+    try:
+        quantize_dynamic(graph, str(out), weight_type=QuantType.QInt8)
+    finally:
+        logger.setLevel(level)
 
 
 def _meta(model: LoadedModel) -> dict[str, object]:

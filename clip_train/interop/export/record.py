@@ -56,7 +56,7 @@ def _tokenizer(tokenizer: Tokenizer) -> dict[str, object]:
 
 
 def write_report(
-    folder: Path, *, checks: Sequence[Check], served: Sequence[Target], refused: Mapping[Target, str]
+    folder: Path, *, checks: Sequence[Check], served: Sequence[Target], refused: Mapping[Target, Sequence[str]]
 ) -> None:
     """Write `export_report.json`: what each library got, why it got nothing, and what the verification found."""
     record = hash_file(folder / RECORD_FILE)

@@ -9,8 +9,7 @@ import torch
 from clip_train.errors import UserError
 from clip_train.interop.export.archive import is_rounded
 from clip_train.interop.export.targets import TARGETS_OF, Part, Target
-from clip_train.model.config import ModelConfig, TextConfig, VisionConfig
-from clip_train.model.timm_encoder import data_config
+from clip_train.model.config import ModelConfig, TextConfig, TextPool, VisionConfig
 from clip_train.tokenizer.config import REFUSED_END_ID
 from clip_train.tokenizer.huggingface import HuggingFaceTokenizer
 
@@ -40,7 +39,7 @@ def refusals(
     *,
     tokenizer: Tokenizer | None = None,
     drop_logit_bias: bool = False,
-) -> dict[Target, str]:
+) -> dict[Target, list[str]]:
     """Return the reasons, by library, why this model cannot be had there. A library that is not named gets its files.
 
     Args:
@@ -65,29 +64,26 @@ def refusals(
     for obstacle in obstacles:
         for target in obstacle.refusing:
             reasons.setdefault(target, []).append(obstacle.reason)
-    return {target: "; ".join(found) for target, found in reasons.items()}
+    return reasons
 
 
 def _of_architecture(config: ModelConfig, *, drop_logit_bias: bool) -> Iterator[_Obstacle]:
     if not config.quick_gelu:
         yield _Obstacle("the activation is GELU, clip.load assumes QuickGELU", _OPENAI)
-    yield from _of_timm(config.vision) if config.vision.timm is not None else _of_image_tower(config.vision)
-    yield from _of_text_tower(config)
+    yield from _of_image_tower(config.vision)
+    yield from _of_text_tower(config.text)
     if config.init_logit_bias is not None and not drop_logit_bias:
         reason = "there is no logit_bias there; --drop-logit-bias leaves it out: same ranking, other probabilities"
         yield _Obstacle(reason, _TRANSFORMERS | _OPENAI)
 
 
-def _of_timm(vision: VisionConfig) -> Iterator[_Obstacle]:
-    yield _Obstacle(f"the image tower is timm's {vision.timm}, which is not there", _TRANSFORMERS | _OPENAI)
-    if vision.timm_act is not None:
-        yield _Obstacle(f"there is no key for the activation {vision.timm_act} of a timm tower", _OPEN_CLIP)
-    usual = data_config(str(vision.timm)).image_size
-    if vision.image_size != usual:
-        yield _Obstacle(f"a timm tower is built for {usual} pixels there, not {vision.image_size}", _OPEN_CLIP)
-
-
 def _of_image_tower(vision: VisionConfig) -> Iterator[_Obstacle]:
+    if vision.timm is not None:
+        yield _Obstacle(f"there is no {vision.timm} of timm there", _TRANSFORMERS | _OPENAI)
+        if vision.timm_act is not None:
+            reason = f"there is no key for another activation of a timm model ({vision.timm_act})"
+            yield _Obstacle(reason, _OPEN_CLIP | _TRANSFORMERS | _OPENAI)
+        return
     if vision.resnet_stages:
         yield _Obstacle("CLIPModel has no ResNet image tower", _TRANSFORMERS)
         if vision.heads * 64 != 32 * vision.width:
@@ -96,19 +92,27 @@ def _of_image_tower(vision: VisionConfig) -> Iterator[_Obstacle]:
     if vision.heads * 64 != vision.width:
         yield _Obstacle(_heads("image", vision.width, vision.heads), _OPENAI)
     if int(vision.width * vision.mlp_ratio) != 4 * vision.width:
-        yield _Obstacle(f"the image MLPs are {vision.mlp_ratio:g} wide, clip.load assumes 4", _OPENAI)
+        yield _Obstacle(_ratio("image", vision.mlp_ratio), _OPENAI)
     if vision.layer_scale is not None:
         yield _Obstacle("there is no LayerScale there", _TRANSFORMERS | _OPENAI)
 
 
-def _of_text_tower(config: ModelConfig) -> Iterator[_Obstacle]:
-    text = config.text
-    if config.has_second_layout or text.norm_eps != TextConfig().norm_eps or text.gelu_tanh:
-        yield _Obstacle("the text tower is not CLIP's: its mask, pooling, norms or projection", _TRANSFORMERS | _OPENAI)
-    if int(text.width * text.mlp_ratio) != 4 * text.width:
-        yield _Obstacle(f"the text MLPs are {text.mlp_ratio:g} wide, clip.load assumes 4", _OPENAI)
+def _of_text_tower(text: TextConfig) -> Iterator[_Obstacle]:
     if text.heads * 64 != text.width:
         yield _Obstacle(_heads("text", text.width, text.heads), _OPENAI)
+    if int(text.width * text.mlp_ratio) != 4 * text.width:
+        yield _Obstacle(_ratio("text", text.mlp_ratio), _OPENAI)
+    for present, reason in (
+        (not text.causal, "captions see the tokens that follow, there only those before"),
+        (text.pool is TextPool.last, "captions are read at the last position, there at the end token"),
+        (text.proj_bias, "the text projection has a bias, there it has none"),
+        (text.norm_eps != 1e-5, f"text norms add {text.norm_eps:g} to the variance, there 1e-05"),
+        (text.gelu_tanh, "the text activation is GELU by tanh"),
+    ):
+        if present:
+            yield _Obstacle(reason, _TRANSFORMERS | _OPENAI)
+    if text.end_id not in (None, text.vocab_size - 1):
+        yield _Obstacle("captions are read at an id that is not the largest, clip.load reads at the largest", _OPENAI)
 
 
 def _of_vocabulary(config: ModelConfig, *, tokenizer: Tokenizer | None) -> Iterator[_Obstacle]:
@@ -128,6 +132,10 @@ def _of_weights(tensors: Mapping[str, Tensor]) -> Iterator[_Obstacle]:
         if largest > _HALF_MAX:
             yield _Obstacle(f"{name} reaches {largest:.3g}, beyond the half precision that clip.load uses", _OPENAI)
             return
+
+
+def _ratio(tower: str, ratio: float) -> str:
+    return f"{tower} MLPs are {ratio:g} times as wide as their input, clip.load assumes 4"
 
 
 def _heads(tower: str, width: int, heads: int) -> str:

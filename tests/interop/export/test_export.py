@@ -28,7 +28,8 @@ PYTHONS = [Path(path) for path in os.environ.get("CLIP_TRAIN_VERIFY_PYTHONS", ""
 
 def export(source, **options):
     defaults = {
-        "to": "folder", "out": None, "weights": "auto", "model_name": None, "drop_logit_bias": False, "prove": False,
+        "to": "folder", "out": None, "weights": "auto", "model_name": None, "drop_logit_bias": False, "int8": False,
+        "prove": False,
         "pythons": [], "repository": None,
     }  # fmt: skip
     return export_command(str(source), **{**defaults, **options})
@@ -186,7 +187,7 @@ def test_another_vocabulary_computes_the_same_in_every_library(foreign, tmp_path
 def test_every_library_that_is_installed_computes_the_same(source, tmp_path, capsys):
     for package in ("open_clip", "transformers", "sentence_transformers", "onnxruntime"):
         pytest.importorskip(package)
-    assert export(source, to="all", out=tmp_path / "out", prove=True, pythons=PYTHONS) == 0
+    assert export(source, to="all", out=tmp_path / "out", int8=True, prove=True, pythons=PYTHONS) == 0
     print(capsys.readouterr().out)
     report = json.loads((tmp_path / "out" / "export_report.json").read_text())
     status = {row["target"]: row["status"] for row in report["verified"]}
@@ -194,6 +195,8 @@ def test_every_library_that_is_installed_computes_the_same(source, tmp_path, cap
     assert {name: status[name] for name in here} == dict.fromkeys(here, "PASS")
     assert set(status) == set(Target)
     assert not {"FAIL", "REFUSED"} & set(status.values())
+    notes = {row["target"]: row["note"] for row in report["verified"]}
+    assert float(notes["onnxruntime"].rpartition(" ")[2]) > 0.99  # cosine of the 8-bit graphs
 
 
 @pytest.mark.slow

@@ -15,4 +15,8 @@ def run(graph: str, name: str, rows: np.ndarray) -> np.ndarray:
 
 
 pixels, tokens = read_tensors()
-write_features(image=run("image.onnx", "pixel_values", pixels), text=run("text.onnx", "input_ids", tokens))
+features = {"image": run("image.onnx", "pixel_values", pixels), "text": run("text.onnx", "input_ids", tokens)}
+if (FOLDER / "onnx" / "image.int8.onnx").is_file():
+    features["int8_image"] = run("image.int8.onnx", "pixel_values", pixels)
+    features["int8_text"] = run("text.int8.onnx", "input_ids", tokens)
+write_features(**features)

@@ -1,0 +1,198 @@
+"""The stream of training batches over shards that are read as streams (data/streaming.py).
+
+It has the interface of `TrainStream`. Its state is a place in the sequence of shards, the first at which any worker of
+any rank has samples left; a resume, at any number of ranks, begins there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+
+from clip_train.data.bad import BadSample, BadSamples
+from clip_train.data.loader import MAX_TASK_ROWS, StepReport, join, report_of, rows_of
+from clip_train.data.streaming import SHUFFLE_BUFFER, Place, StreamedTask, StreamingDataset, Team
+from clip_train.data.workers import (
+    WORKER_POLL_SECONDS,
+    WORKER_START_METHOD,
+    WorkerFailed,
+    WorkerFailures,
+    WorkerTasks,
+    as_is,
+    start_worker,
+    start_worker_server,
+)
+from clip_train.distributed.collectives import gather_objects
+from clip_train.errors import IntegrityError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+    from clip_train.data.dataset import RowFiller
+    from clip_train.distributed.world import World
+    from clip_train.types import Batch
+
+READER = "streaming"
+
+
+class StreamingTrainStream:
+    """The endless stream of training batches of one rank, in an order that depends on ranks and workers.
+
+    Args:
+        urls: the shards.
+        num_samples: what the user says an epoch holds.
+        captions: extensions of the members that hold captions.
+        filler: makes rows of samples.
+        world: which rows are this rank's.
+        seed: seed of the shuffles and of every crop.
+        global_batch_size: samples of a step over all ranks.
+        workers: loader processes of this rank; 0 loads in the trainer's process.
+        max_bad_fraction: of the last 10,000 samples of all ranks; more stops the run.
+
+    Raises:
+        UserError: there are fewer shards than workers of all ranks, or fewer samples than a batch holds.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], *, num_samples: int, captions: tuple[str, ...], filler: RowFiller, world: World,
+        seed: int, global_batch_size: int, workers: int, max_bad_fraction: float,
+    ) -> None:  # fmt: skip
+        assert global_batch_size % world.size == 0
+        readers = world.size * max(1, workers)
+        if len(urls) < readers:
+            raise UserError(
+                f"data.reader=streaming needs a shard for every worker: {len(urls)} shards for {world.size} ranks with "
+                f"data.workers={workers}"
+            )
+        if num_samples < global_batch_size:
+            raise UserError(f"global_batch_size={global_batch_size} must not exceed data.num_samples={num_samples}")
+        self.num_samples = num_samples
+        self._urls = tuple(urls)
+        self._captions = captions
+        self._filler = filler
+        self._world = world
+        self._seed = seed
+        self._global_batch_size = global_batch_size
+        self._workers = workers
+        self._bad = BadSamples(max_bad_fraction)
+        self._reports: deque[StepReport] = deque()
+        self._place = Place(0, 0)  # of what has been trained on
+        self._delivered: deque[tuple[int, Place]] = deque()  # slot after each batch, and this rank's place there
+        self._batches: Generator[Batch, None, None] | None = None
+        if world.is_main:
+            print(
+                f"data.reader=streaming: {len(urls):,} shards. The order of samples depends on the number of ranks "
+                f"and workers, shuffling reaches {SHUFFLE_BUFFER:,} samples, and continuing begins with the first "
+                "shard that is not finished: what was read of the shards under way is seen again",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        if workers:
+            start_worker_server()
+
+    def batches(self, consumed: int) -> Iterator[Batch]:
+        """Yield this rank's rows of the global batches from slot `consumed` on, without end.
+
+        Raises:
+            IntegrityError: a shard cannot be read, or too many samples or all of them cannot be used.
+            UserError: a shard is absent or forbidden.
+        """
+        self.close()
+        self._reports.clear()
+        self._delivered.clear()
+        self._batches = self._generate(consumed)
+        return self._batches
+
+    def take_report(self) -> StepReport:
+        """Return what the oldest batch that was yielded and not yet asked about consists of."""
+        return self._reports.popleft()
+
+    def count(self, bad: Sequence[BadSample]) -> None:
+        """Count the bad samples of all ranks in one step. Every rank calls it with the same.
+
+        Raises:
+            IntegrityError: there are too many of them.
+        """
+        self._bad.add(bad, num_samples=self._global_batch_size)
+
+    def state_dict(self, consumed: int) -> dict[str, Any]:
+        """Return where a resume begins, alike on all ranks, which must all call it."""
+        while self._delivered and self._delivered[0][0] <= consumed:
+            self._place = self._delivered.popleft()[1]
+        place = min(gather_objects(self._place, world=self._world, group=self._world.host_group))
+        return {
+            **self._identity(),
+            "consumed": consumed,
+            "epoch": place.epoch,
+            "floor": place.floor,
+            "bad": self.counters(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at the place of a saved state. Before the first batch.
+
+        Raises:
+            IntegrityError: the shards or their order differ.
+        """
+        for field, value in self._identity().items():
+            if state.get(field) != value:
+                raise IntegrityError(f"the checkpoint's data has {field}={state.get(field)}, this run {value}")
+        self._place = Place(state["epoch"], state["floor"])
+        self._bad.restore(state["bad"])
+
+    def counters(self) -> dict[str, int]:
+        """Return how many samples of all ranks could not be used, by reason, restarts included."""
+        return dict(sorted(self._bad.by_reason.items()))
+
+    def close(self) -> None:
+        """Stop the workers and close the shards."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _identity(self) -> dict[str, Any]:
+        shards = hashlib.sha256("\n".join(self._urls).encode()).hexdigest()
+        return {"reader": READER, "seed": self._seed, "shards": shards}
+
+    def _generate(self, consumed: int) -> Generator[Batch, None, None]:
+        rows = self._global_batch_size // self._world.size
+        task_rows = [min(MAX_TASK_ROWS, rows - start) for start in range(0, rows, MAX_TASK_ROWS)]
+        failures = WorkerFailures()
+        place = self._place
+        while True:  # once, and again after each failure of a worker
+            unfinished = [place] * max(1, self._workers)
+            loader = self._loader(task_rows, start=place, consumed=consumed)
+            number = 0
+            try:
+                with WorkerTasks(loader) as tasks:
+                    while True:
+                        parts = []
+                        for _ in task_rows:
+                            task: StreamedTask = tasks.next()
+                            parts.append(rows_of(task.result, consumed=consumed))
+                            unfinished[number % len(unfinished)] = task.unfinished
+                            number += 1
+                        place = min(unfinished)
+                        self._reports.append(report_of(parts, consumed=consumed))
+                        consumed += self._global_batch_size
+                        self._delivered.append((consumed, place))
+                        yield join(parts, world=self._world)
+            except WorkerFailed as failure:
+                failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
+
+    def _loader(self, task_rows: Sequence[int], *, start: Place, consumed: int) -> DataLoader:
+        dataset = StreamingDataset(
+            self._urls, captions=self._captions, filler=self._filler, team=Team(self._world.rank, self._world.size),
+            seed=self._seed, start=start, consumed=consumed, global_batch_size=self._global_batch_size,
+            task_rows=task_rows,
+        )  # fmt: skip
+        if not self._workers:
+            return DataLoader(dataset, batch_size=None, collate_fn=as_is)
+        return DataLoader(
+            dataset, batch_size=None, collate_fn=as_is, num_workers=self._workers, worker_init_fn=start_worker,
+            prefetch_factor=max(2, -(-2 * len(task_rows) // self._workers)),
+            multiprocessing_context=WORKER_START_METHOD, timeout=WORKER_POLL_SECONDS, in_order=True,
+        )  # fmt: skip

@@ -1,0 +1,113 @@
+"""Batch norms over the images of all ranks, and over no image twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clip_train.distributed.collectives import all_gather, all_reduce, new_group
+from clip_train.errors import UserError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from clip_train.distributed.world import World
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Normalise by the mean and variance of all ranks' images, which must be equally many on each.
+
+    What torch.nn.SyncBatchNorm computes; that one runs on CUDA only, this one on any device. The parameters and
+    running statistics are those of the norm that it replaces, under the same names.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, *, world: World, group: dist.ProcessGroup | None) -> None:
+        super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum, device="meta")
+        self._parameters, self._buffers = norm._parameters, norm._buffers
+        self._world, self._group = world, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [B, C, H, W] per channel. In training every rank calls it, with as many images."""
+        if not self.training:
+            return super().forward(x)
+        exact = x if x.dtype == torch.float64 else x.float()
+        variance, mean = torch.var_mean(exact, dim=(0, 2, 3), correction=0)
+        gathered: Tensor = _Gather.apply(torch.stack([mean, variance]), self._world, self._group)  # [ranks, 2, C]
+        means, variances = gathered.unbind(1)
+        mean = means.mean(0)
+        variance = (variances + (means - mean).square()).mean(0)
+        if self.track_running_stats:
+            self._count(mean.detach(), variance.detach(), number=self._world.size * x.numel() // x.shape[1])
+        gain = self.weight * (variance + self.eps).rsqrt()
+        return ((exact - mean[:, None, None]) * gain[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    def _count(self, mean: Tensor, variance: Tensor, *, number: int) -> None:
+        """Follow a batch of `number` values per channel in the running statistics, whose variance is unbiased."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_((variance * number / (number - 1)).to(self.running_var.dtype), self.momentum)
+
+
+class _Gather(torch.autograd.Function):
+    """Statistics of every rank; each receives the gradients that all ranks have for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, world: World, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.world, ctx.group = world, group
+        return all_gather(own[None], world=world, group=group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        summed = all_reduce(gradient.contiguous(), world=ctx.world, group=ctx.group)
+        return summed[ctx.world.rank], None, None
+
+
+def synchronize_batch_norms(model: nn.Module, *, world: World) -> None:
+    """Replace every batch norm of `model` by one over all ranks, in place. Called by every rank.
+
+    Raises:
+        UserError: there is none, or one of a kind that cannot be replaced.
+    """
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, _BatchNorm)
+    ]
+    if not found:
+        raise UserError("distributed.sync_batch_norm=true: the model has no batch norms; leave it out")
+    group = new_group(world=world)
+    for parent, name, child in found:
+        if type(child) is not nn.BatchNorm2d or not child.affine or child.momentum is None:
+            raise UserError(
+                f"distributed.sync_batch_norm=true: the model's {type(child).__name__} cannot be synchronised, "
+                "torch's own BatchNorm2d can"
+            )
+        setattr(parent, name, SyncBatchNorm2d(child, world=world, group=group))
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms of `model` that keep running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
+@contextmanager
+def uncounted(norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Leave running statistics as they are within; batches are still normalised by their own."""
+    norms = list(norms)
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch import nn
+
+from clip_train.distributed.batch_norm import synchronize_batch_norms
+from clip_train.distributed.parallel import parallelize
+from clip_train.distributed.world import World
+from clip_train.errors import UserError
+from clip_train.loss.clip import ClipLoss
+from clip_train.model.zoo import create_model
+from clip_train.optim.adamw import build_adamw
+from clip_train.step import TrainStep
+from clip_train.types import Batch
+from tests.gloo import run_on_ranks
+from tests.loss.reference import clip_loss
+from tests.model.reference import random_captions
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def small_resnet():
+    model = create_model("tiny-rn", seed=1, text={"vocab_size": 200, "layers": 1}).double()
+    for name, parameter in model.named_parameters():  # the last norm of a block starts at zero, and would hide it
+        if name.endswith("bn3.weight"):
+            nn.init.constant_(parameter, 0.7)
+    return model
+
+
+def draw_batch(n):
+    generator = torch.Generator().manual_seed(0)
+    # Images differ in brightness along the batch, so that statistics of one half are not those of the whole.
+    images = torch.rand(n, 64, 64, 3, generator=generator) * torch.linspace(60, 255, n)[:, None, None, None]
+    lengths = [3 + i % 9 for i in range(n)]
+    return Batch(
+        images=images.to(torch.uint8),
+        tokens=random_captions(lengths, vocab_size=200),
+        lengths=torch.tensor(lengths),
+        slots=torch.arange(n),
+        valid=torch.ones(n, dtype=torch.bool),
+    )
+
+
+def step_of(model, wrapped, world, **options):
+    optimizer = build_adamw(model, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98), eps=1e-6)
+    return TrainStep(
+        model, wrapped=wrapped, loss_fn=ClipLoss(world=world), optimizer=optimizer, world=world, seed=0, **options
+    )
+
+
+def statistics(model):
+    return {name: value.clone().numpy() for name, value in model.named_buffers() if name.endswith(STATISTICS)}
+
+
+def on_rank(world, strategy):
+    model = small_resnet()
+    wrapped = parallelize(model, world=world, strategy=strategy, sync_batch_norm=True)
+    batch = draw_batch(8)
+    own = Batch(*(t[4 * world.rank : 4 * world.rank + 4] for t in batch))
+    wrapped.train()
+    step_of(model, wrapped, world).backward(own, step=0)
+    # The scalars are averaged by the update, which is not made here.
+    gradients = {n: p.grad for n, p in model.named_parameters() if not n.startswith("logit")}
+    whole = {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).numpy() for n, g in gradients.items()}
+    return whole, statistics(model), sorted(model.state_dict())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_gradients_and_statistics_over_two_ranks_equal_those_of_torchs_norms_on_the_whole_batch(strategy):
+    model, batch = small_resnet().train(), draw_batch(8)
+    clip_loss(model(batch.images, batch.tokens)).backward()
+    want = {n: p.grad.numpy() for n, p in model.named_parameters() if not n.startswith("logit")}
+    for got, counted, names in run_on_ranks(on_rank, strategy):
+        assert names == sorted(model.state_dict())
+        for name, gradient in want.items():
+            assert abs(got[name] - gradient).max() <= 1e-9 * max(1e-3, abs(gradient).max()), name
+        for name, value in statistics(model).items():
+            assert abs(counted[name] - value).max() < 1e-10, name
+
+
+def test_gradient_caching_counts_each_micro_batch_once():
+    batch = draw_batch(8)
+    cached, by_hand = small_resnet(), small_resnet().train()
+    train_step = step_of(cached, cached, World(), micro_batch_size=2)
+    cached.train()
+    train_step.backward(batch, step=0)
+    with torch.no_grad():
+        for first in (6, 0, 2, 4):  # the last one's graph is made first
+            by_hand.encode_image(batch.images[first : first + 2])
+    got, want = statistics(cached), statistics(by_hand)
+    for name in want:
+        assert abs(got[name] - want[name]).max() < 1e-12, name
+    assert got["visual.bn1.num_batches_tracked"] == 4
+    assert all(norm.track_running_stats for norm in cached.modules() if isinstance(norm, nn.BatchNorm2d))
+
+
+def test_models_without_batch_norms_and_norms_of_another_kind_are_refused():
+    with pytest.raises(UserError, match="has no batch norms"):
+        synchronize_batch_norms(nn.Sequential(nn.LayerNorm(3)), world=World())
+    with pytest.raises(UserError, match="BatchNorm1d cannot be synchronised"):
+        synchronize_batch_norms(nn.Sequential(nn.BatchNorm1d(3)), world=World())
