@@ -97,7 +97,7 @@ def test_crashed_workers_are_replaced(shards, expected, number):
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_killed_and_replaced(shards, expected, monkeypatch):
-    monkeypatch.setattr(workers_module, "WORKER_TIMEOUT_SECONDS", 3.0)
+    monkeypatch.setattr(workers_module, "WORKER_TIMEOUT_SECONDS", 15.0)
     stopped = _disturbed(stream(shards, World(), workers=2), lambda pids: os.kill(pids[1], signal.SIGSTOP), at=(2,))
     _assert_equal(stopped, expected)
     assert not multiprocessing.active_children()
