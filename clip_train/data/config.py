@@ -184,6 +184,11 @@ class DataConfig:
             return
         if self.num_samples is None or self.num_samples < 1:
             raise UserError("data.reader=streaming needs data.num_samples, the samples of an epoch")
+        for key, value, only in (
+            ("epoch_end", self.epoch_end, EpochEnd.roll), ("on_change", self.on_change, OnChange.stop)
+        ):  # fmt: skip
+            if value != only:
+                raise UserError(f"data.{key}={value} needs data.reader=indexed")
         if self.train is not None and not _is_patterns(self.train):
             raise UserError(f"data.train={self.train}: data.reader=streaming reads one source, a pattern or a list")
 
