@@ -63,3 +63,14 @@ def test_memory_does_not_grow_over_a_few_thousand_samples():
     run = _run("check_memory.py", "--samples", "4000", "--warmup", "4000", "--workers", "1")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "within the limit" in run.stdout
+
+
+@pytest.mark.slow
+def test_the_index_benchmark_gives_rates_and_the_seconds_of_a_cold_start(tmp_path):
+    record = tmp_path / "index.json"
+    small = ["--samples", "300", "--shards", "300", "--rounds", "1", "--json", str(record)]
+    run = _run("bench_index.py", *small)
+    assert run.returncode == 0, run.stderr
+    rows = {row["what"]: row for row in json.loads(record.read_text())["rows"]}
+    assert rows["walk"]["per_core_second"] > 1000 and rows["webdataset"]["ratio"]["median"] == 1
+    assert rows["cold start"]["samples"] == 3_000_000 and min(rows["cold start"]["seconds"]) > 0
