@@ -93,9 +93,8 @@ def export_command(
         print(table(rows))
     print(f"exported to {out}: {', '.join(served)}")
     # A library that is named must pass; where all are asked for, one that is not installed is no failure.
-    if any(
-        check.status is Status.failed or (check.target, check.status) == (named, Status.skipped) for check in proved
-    ):
+    bad = {check.status for check in proved if check.target is named or check.status is Status.failed}
+    if bad - {Status.passed}:
         return 1
     if repository is not None:
         print(f"uploaded to {push_to_hub(out, repository=repository)}")
@@ -139,7 +138,7 @@ def describe_origin(origin: Path, *, weights: str, name: str) -> Provenance:
     if (origin.parent / EXPORT_FILE).is_file():
         record = read_json(origin.parent / EXPORT_FILE)
         return Provenance(
-            name=name,
+            name=str(record.get("name", name)),
             origin=str(record.get("origin", origin.parent.name)),
             weights=str(record.get("weights", weights)),
             run_config=record.get("run"),
@@ -201,6 +200,7 @@ def _score(folder: Path, *, model: LoadedModel) -> Benchmark:
         world=World(device=torch.device("cpu")),
         tokenizer=model.tokenize,
         image_size=model.config.vision.image_size,
+        squash=model.config.squash,
     )
     predictions = evaluator.evaluate(model).predictions  # also of features that count as collapsed
     result = score(predictions["label"], predictions["top"], num_classes=len(evaluator.images.classnames))

@@ -12,6 +12,7 @@ from clip_train.checkpoint.files import safetensors_chunks, write_file
 from clip_train.interop.export.tokenizer_files import write_clip_files, write_huggingface_files, write_json
 from clip_train.interop.open_clip import CONFIG_FILE, WEIGHT_FILES, second_layout, write_config
 from clip_train.interop.transformers import config_from_native, from_native
+from clip_train.model.config import TextPool
 from clip_train.tokenizer.huggingface import HuggingFaceTokenizer
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def write_open_clip(
     tokenizer: Tokenizer,
     published_as: str,
 ) -> None:
-    """Write `open_clip_config.json` and `open_clip_model.safetensors`, open_clip's own names in float32.
+    """Write `open_clip_config.json` and `open_clip_model.safetensors`, open_clip's names in float32.
 
     Args:
         folder: the export.
@@ -55,11 +56,14 @@ def write_open_clip(
         vocabulary = {
             "hf_tokenizer_name": published_as,
             "tokenizer_kwargs": {"clean": _OPEN_CLIP_CLEANING[tokenizer.cleaning]},
+            "pad_id": tokenizer.pad_id,
         }
+        if config.text.pool is TextPool.end:
+            vocabulary |= {"pool_type": "eos", "eos_id": tokenizer.end_id}
         write_huggingface_files(folder, tokenizer=tokenizer)
     write_config(folder / CONFIG_FILE, config=config, vocabulary=vocabulary)
-    named = second_layout(dict(tensors)) if config.has_second_layout else tensors
-    write_file(folder / WEIGHT_FILES[0], chunks=safetensors_chunks(named))
+    theirs = second_layout(tensors) if config.has_second_layout else tensors
+    write_file(folder / WEIGHT_FILES[0], chunks=safetensors_chunks(theirs))
 
 
 def write_transformers(
@@ -84,9 +88,9 @@ def _image_processor(config: ModelConfig) -> dict[str, Any]:
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size},
+        "size": {"height": size, "width": size} if config.squash else {"shortest_edge": size},
         "resample": _BICUBIC,
-        "do_center_crop": True,
+        "do_center_crop": not config.squash,
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -27,6 +27,7 @@ def write_record(folder: Path, *, model: LoadedModel, provenance: Provenance, se
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     record = {
         "clip_train": __version__,
+        "name": provenance.name,
         "model": asdict(model.config),
         "tokenizer": _tokenizer(model.tokenize),
         "origin": provenance.origin,

@@ -10,6 +10,7 @@ from clip_train.errors import UserError
 from clip_train.interop.export.archive import is_rounded
 from clip_train.interop.export.targets import TARGETS_OF, Part, Target
 from clip_train.model.config import ModelConfig, TextConfig, TextPool, VisionConfig
+from clip_train.model.timm_encoder import data_config
 from clip_train.tokenizer.config import REFUSED_END_ID
 from clip_train.tokenizer.huggingface import HuggingFaceTokenizer
 
@@ -70,20 +71,23 @@ def refusals(
 def _of_architecture(config: ModelConfig, *, drop_logit_bias: bool) -> Iterator[_Obstacle]:
     if not config.quick_gelu:
         yield _Obstacle("the activation is GELU, clip.load assumes QuickGELU", _OPENAI)
-    yield from _of_image_tower(config.vision)
+    yield from _of_timm(config.vision) if config.vision.timm is not None else _of_image_tower(config.vision)
     yield from _of_text_tower(config.text)
     if config.init_logit_bias is not None and not drop_logit_bias:
         reason = "there is no logit_bias there; --drop-logit-bias leaves it out: same ranking, other probabilities"
         yield _Obstacle(reason, _TRANSFORMERS | _OPENAI)
 
 
+def _of_timm(vision: VisionConfig) -> Iterator[_Obstacle]:
+    yield _Obstacle(f"the image tower is timm's {vision.timm}, which is not there", _TRANSFORMERS | _OPENAI)
+    if vision.timm_act is not None:
+        yield _Obstacle(f"there is no key for the activation {vision.timm_act} of a timm tower", _OPEN_CLIP)
+    usual = data_config(str(vision.timm)).image_size
+    if vision.image_size != usual:
+        yield _Obstacle(f"a timm tower is built for {usual} pixels there, not {vision.image_size}", _OPEN_CLIP)
+
+
 def _of_image_tower(vision: VisionConfig) -> Iterator[_Obstacle]:
-    if vision.timm is not None:
-        yield _Obstacle(f"there is no {vision.timm} of timm there", _TRANSFORMERS | _OPENAI)
-        if vision.timm_act is not None:
-            reason = f"there is no key for another activation of a timm model ({vision.timm_act})"
-            yield _Obstacle(reason, _OPEN_CLIP | _TRANSFORMERS | _OPENAI)
-        return
     if vision.resnet_stages:
         yield _Obstacle("CLIPModel has no ResNet image tower", _TRANSFORMERS)
         if vision.heads * 64 != 32 * vision.width:

@@ -15,11 +15,14 @@ from safetensors.torch import save_file
 
 import clip_train
 from clip_train.errors import UserError
+from clip_train.evaluation.classify import score
+from clip_train.evaluation.result import write_result
 from clip_train.interop.export.targets import Target
 from clip_train.interop.export.verify import Status, compare, find_libraries, verify
 from clip_train.tools.export import export_command
 from tests.interop import files
 from tests.interop.export.test_refuse import EVERYWHERE
+from tests.interop.test_load import write_run
 from tests.tokenizer.made import write_bpe
 
 # Pythons that have the libraries which do not fit into this environment (clip-benchmark, openai-clip).
@@ -29,8 +32,7 @@ PYTHONS = [Path(path) for path in os.environ.get("CLIP_TRAIN_VERIFY_PYTHONS", ""
 def export(source, **options):
     defaults = {
         "to": "folder", "out": None, "weights": "auto", "model_name": None, "drop_logit_bias": False, "int8": False,
-        "prove": False,
-        "pythons": [], "repository": None,
+        "prove": False, "pythons": [], "repository": None,
     }  # fmt: skip
     return export_command(str(source), **{**defaults, **options})
 
@@ -84,6 +86,24 @@ def test_what_was_not_measured_reads_so(exported):
         assert section.strip().startswith("not measured"), heading
     assert 'getattr(f, "pooler_output", f)' in card
     assert "clip_benchmark eval --model_type open_clip --model local-dir:mine" in card
+
+
+def test_the_card_has_the_recipe_and_the_scores_of_exactly_these_weights(model, tmp_path):
+    run = tmp_path / "run"
+    write_run(run, model, ema=files.small_model(seed=9, **EVERYWHERE))
+    for step, top in ((4, 1), (5, 0)):
+        result = score(np.zeros(8, dtype=np.int64), np.full((8, 1), top), num_classes=2)
+        write_result(result, run / "evaluation" / f"step-0000000{step}" / "shapes.json", dataset="shapes", model="m")
+    assert export(run, weights="raw") == 0
+    card = (run / "export" / "README.md").read_text()
+    assert "from run, step 5, weights `raw`" in card
+    assert "| `steps` | 5 |" in card
+    assert "| shapes | acc1 | 100.00 % | 67.56 % – 100.00 % | 50.00 % | 8 |" in card
+    assert export(run / "export", out=tmp_path / "again") == 0
+    assert (tmp_path / "again" / "README.md").read_text().split("## Use")[0] == card.split("## Use")[0]
+    assert export(run, weights="ema") == 0
+    averaged = (run / "export" / "README.md").read_text()
+    assert "## Metrics\n\nnot measured" in averaged  # training evaluates the live weights
 
 
 def test_an_export_is_replaced_and_nothing_else_is(source, exported, tmp_path):
