@@ -56,4 +56,4 @@ def test_a_resume_at_two_thousand_million_samples_opens_only_the_shards_of_its_f
     resumed.close()
     assert sorted(batch.slots.tolist()) == slots.tolist() and batch.valid.all()
     assert {caption_of(tokens) for tokens in batch.tokens} == {"n 0"}
-    assert seconds < 2  # 1 on a machine without other work; scripts/bench_index.py measures it
+    assert seconds < 2  # 1 on a machine without other work; scripts/bench_cold_start.py measures it
