@@ -81,7 +81,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             )
         missing = require_some(evaluations, suite=config.suite) if config.suite else {}
         evaluators = {
-            name: one.build(world=world, tokenizer=model.tokenize, image_size=model.config.vision.image_size)
+            name: one.build(
+                world=world,
+                tokenizer=model.tokenize,
+                image_size=model.config.vision.image_size,
+                squash=model.config.squash,
+            )
             for name, one in evaluations.items()
             if name not in missing
         }

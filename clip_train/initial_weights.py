@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from clip_train.model.clip import CLIP
     from clip_train.model.config import ModelConfig
     from clip_train.schema import TrainConfig
+    from clip_train.tokenizer.base import Tokenizer
 
 NUM_KEYS_SHOWN = 10
 # What may differ between the weights' model and the run's: how it trains and is computed, what shapes tell anyhow, and
 # the tokenizer's facts. Anything else would change what the weights compute without a word.
 _MAY_DIFFER = (
-    "name", "embed_dim", "init", "init_strict", "init_logit_scale", "init_logit_bias", "lora", "ragged",
+    "name", "embed_dim", "init", "init_strict", "init_logit_scale", "init_logit_bias", "lora", "matryoshka", "ragged",
     "patch_dropout", "checkpointing", "compile", "vision.image_size", "vision.patch_size", "vision.width",
     "vision.layers", "vision.resnet_stages", "vision.mlp_ratio", "vision.layer_scale", "vision.unlocked_blocks",
     "vision.pretrained", "text.context_length", "text.vocab_size", "text.end_id", "text.pad_id", "text.width",
@@ -36,25 +37,30 @@ _MAY_DIFFER = (
 )  # fmt: skip
 
 
-def build_model(config: TrainConfig, *, world: World) -> CLIP:
+def build_model(config: TrainConfig, *, world: World, tokenizer: Tokenizer) -> CLIP:
     """Return the run's model on its device, ready to be wrapped. Every rank calls this; rank 0 reads weights.
 
     The others get rank 0's weights when the model is spread over the ranks. A run that has a checkpoint will load it,
     so nothing is read for it: its source may be gone.
 
     Raises:
-        UserError: `model.init` does not fit the run's model, or locks and adapters do not fit it.
+        UserError: `model.init` does not fit the run's model, timm's weights cannot be had, or locks and adapters do
+            not fit the model.
     """
     model = config.model.build(seed=config.seed)
-    if config.model.init is not None and not on_main(lambda: _will_resume(config), world=world):
-        say_lines = on_main(lambda: initialise(model, init=str(config.model.init)), world=world)
+    starts = config.model.init is not None or config.model.vision.pretrained
+    will_resume = starts and on_main(lambda: _will_resume(config), world=world)
+    if config.model.vision.pretrained and not will_resume:
+        on_main(model.load_timm_weights, world=world)
+    if config.model.init is not None and not will_resume:
+        lines = on_main(lambda: initialise(model, init=str(config.model.init), tokenizer=tokenizer), world=world)
         if world.is_main:
-            say("\n".join(say_lines))
+            say("\n".join(lines))
     prepare(model, seed=config.seed)
     return model.to(world.device)
 
 
-def initialise(model: CLIP, *, init: str) -> list[str]:
+def initialise(model: CLIP, *, init: str, tokenizer: Tokenizer) -> list[str]:
     """Give the model the weights of `init` where they fit, and return what became of them, a line each.
 
     Position tables are interpolated to the model's image size and context.
@@ -67,6 +73,8 @@ def initialise(model: CLIP, *, init: str) -> list[str]:
     config = model.config
     source = read_source(init, model=config.name)
     different = differences(source.config, config)
+    if source.tokenizer is not None and source.tokenizer.files() != tokenizer.files():
+        different.append("tokenizer: another vocabulary, in which the same ids are other words")
     if different and config.init_strict:
         raise UserError(
             f"model.init={init}: the weights belong to a model that computes differently: {'; '.join(different)}. "

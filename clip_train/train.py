@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         )
         stack.callback(stream.close)
         total_steps = config.total_steps(stream.num_samples)
-        model = build_model(config, world=world)
+        model = build_model(config, world=world, tokenizer=tokenizer)
         precision = config.precision.value
         wrapped = config.distributed.parallelize(
             model, world=world, precision=precision, compile_blocks=config.model.compile
@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         captions = model.layout(world.device, dtype=train_step.dtype)
         evaluators = {
-            name: evaluation.build(world=world, tokenizer=tokenizer, image_size=image_size)
+            name: evaluation.build(world=world, tokenizer=tokenizer, image_size=image_size, squash=config.model.squash)
             for name, evaluation in config.evaluation.items()
         }
         progress = Progress(stream, global_batch_size=config.global_batch_size)

@@ -54,8 +54,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes:
             shards = write_shards(Path(folder) / str(size), size=size, photos=options.photos)
-            rows += measure(options, shards, size=size, with_peer=with_peer)
-    bench.print_table([shown(row) for row in rows])
+            measured = measure(options, shards, size=size, with_peer=with_peer)
+            bench.print_table([shown(row) for row in measured])
+            rows += measured
     bench.finish(options, started=started, rows=rows)
 
 

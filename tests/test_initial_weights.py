@@ -1,5 +1,6 @@
 """Runs that start from given weights, train a part of the model, and are continued."""
 
+import json
 import shutil
 
 import numpy as np
@@ -19,10 +20,13 @@ from clip_train.model.finetune import prepare
 from clip_train.model.zoo import create_model
 from clip_train.optim.adamw import build_adamw
 from clip_train.step import TrainStep
+from clip_train.tokenizer.bpe import ClipTokenizer
+from clip_train.tokenizer.config import HuggingFaceTokenizerConfig
 from clip_train.train import train
 from clip_train.types import Batch
 from tests.gloo import run_on_ranks
 from tests.interop.files import small_model, write_open_clip_folder
+from tests.tokenizer.made import write_bpe
 
 SMALL = ["model.vision.image_size=32", "model.text.width=64", "model.text.heads=1", "model.text.layers=1"]
 
@@ -58,7 +62,7 @@ def last_weights(run_dir):
 
 def test_all_weights_are_taken_and_counted(source):
     model = tiny(seed=1)
-    lines = initialise(model, init=str(source))
+    lines = initialise(model, init=str(source), tokenizer=ClipTokenizer())
     want = small_model(seed=7).state_dict()
     assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
     values = sum(tensor.numel() for tensor in want.values())
@@ -68,7 +72,7 @@ def test_all_weights_are_taken_and_counted(source):
 def test_another_image_size_and_context_interpolate_the_position_tables(source):
     text = {"width": 64, "heads": 1, "layers": 1, "context_length": 20}
     model = tiny(seed=1, vision={"image_size": 64}, text=text)
-    lines = initialise(model, init=str(source))
+    lines = initialise(model, init=str(source), tokenizer=ClipTokenizer())
     shown = [line.split(maxsplit=1)[1] for line in lines if "interpolated" in line]
     assert shown == [
         "visual.positional_embedding: 2x2 -> 4x4 positions, bicubic",
@@ -79,22 +83,40 @@ def test_another_image_size_and_context_interpolate_the_position_tables(source):
 
 def test_weights_that_would_compute_something_else_are_refused(source):
     with pytest.raises(UserError, match=r"model\.quick_gelu=false there, true here"):
-        initialise(tiny(quick_gelu=True), init=str(source))
+        initialise(tiny(quick_gelu=True), init=str(source), tokenizer=ClipTokenizer())
     with pytest.raises(UserError, match=r"model\.mean=\[0\.5, 0\.5, 0\.5\] there, \[0\.48"):
-        initialise(small_model(), init=str(source))
-    lines = initialise(tiny(quick_gelu=True, init_strict=False), init=str(source))
+        initialise(small_model(), init=str(source), tokenizer=ClipTokenizer())
+    lines = initialise(tiny(quick_gelu=True, init_strict=False), init=str(source), tokenizer=ClipTokenizer())
     assert any(line.split() == ["differs", "model.quick_gelu=false", "there,", "true", "here"] for line in lines)
 
 
 def test_weights_that_do_not_fit_are_listed_and_left_as_drawn_only_if_asked(source):
     other = {"init_logit_bias": -10.0, "text": {"width": 64, "heads": 1, "layers": 1, "vocab_size": 100}}
     with pytest.raises(UserError, match=r"1 missing: logit_bias; 1 of another shape: token_embedding\.weight \[49408"):
-        initialise(tiny(**other), init=str(source))
+        initialise(tiny(**other), init=str(source), tokenizer=ClipTokenizer())
     model, drawn = tiny(**other, init_strict=False, seed=3), tiny(**other, seed=3)
-    lines = initialise(model, init=str(source))
+    lines = initialise(model, init=str(source), tokenizer=ClipTokenizer())
     assert any(line.startswith("  missing") and "1, as drawn: logit_bias" in line for line in lines)
     assert torch.equal(model.token_embedding.weight, drawn.token_embedding.weight)
     assert torch.equal(model.visual.proj, small_model(seed=7).visual.proj)
+
+
+def test_a_vocabulary_of_the_same_size_but_other_words_is_refused(scenes, tmp_path):
+    own = write_bpe(tmp_path / "own.json")
+    other = tmp_path / "other.json"
+    content = json.loads(own.read_text())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    other.write_text(json.dumps(content))
+    special = {"bos": "<s>", "eos": "</s>"}
+    chosen = ["tokenizer=huggingface", f"tokenizer.path={own}", "tokenizer.bos='<s>'", "tokenizer.eos='</s>'"]
+    train(load("train", overrides(scenes, tmp_path / "run", *chosen, "steps=1")))
+    model, _ = clip_train.load(tmp_path / "run", device="cpu")
+    same = HuggingFaceTokenizerConfig(path=str(own), **special).build(context_length=77)
+    assert len(initialise(model, init=str(tmp_path / "run"), tokenizer=same)) == 2
+    unlike = HuggingFaceTokenizerConfig(path=str(other), **special).build(context_length=77)
+    with pytest.raises(UserError, match="tokenizer: another vocabulary"):
+        initialise(model, init=str(tmp_path / "run"), tokenizer=unlike)
 
 
 FINETUNED = [

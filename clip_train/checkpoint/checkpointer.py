@@ -12,18 +12,17 @@ import torch
 
 from clip_train.checkpoint.agree import on_main
 from clip_train.checkpoint.best import Score, read_best, write_best
+from clip_train.checkpoint.choose import choose
 from clip_train.checkpoint.copies import RemoteCopies
 from clip_train.checkpoint.load import (
     TRAIN_STATE_NAME,
-    find_checkpoint,
     load_part,
     load_train_state,
-    newest_verified,
 )
 from clip_train.checkpoint.lock import RunLock
 from clip_train.checkpoint.manifest import Manifest, git_commit, verify
 from clip_train.checkpoint.publish import clear_leftovers, explain, publish, require_space
-from clip_train.checkpoint.retention import checkpoint_path, list_checkpoints, prune, set_aside
+from clip_train.checkpoint.retention import checkpoint_path, prune
 from clip_train.checkpoint.snapshot import take_snapshot
 from clip_train.errors import ClipTrainError, IntegrityError, UserError
 
@@ -210,58 +209,14 @@ class Checkpointer:
             raise UserError(f"run_dir={self.run_dir} cannot be written: {error}") from error
 
     def _choose(self, mode: str) -> Path | None:
-        """Return the verified checkpoint to load, on rank 0."""
-        if mode == "never":
-            self._set_aside(newer_than=-1)
+        """Choose and verify what to load, on rank 0."""
+        start = choose(self.run_dir, mode=mode, copies=self._copies, leftovers=self._leftovers, say=self._say)
+        if start is None:
             return None
-        if mode != "auto":
-            return self._choose_path(Path(mode))
-        if not list_checkpoints(self.run_dir) and self._copies is not None:
-            copy = self._copies.fetch_newest()
-            if copy is not None:
-                self._say(f"{self.run_dir}: no checkpoint here; fetched {copy.name} from {self._copies.folder}")
-        if not list_checkpoints(self.run_dir):
-            unfinished = f", only unfinished saves ({', '.join(self._leftovers)})" if self._leftovers else ""
-            self._say(f"{self.run_dir}: no checkpoint{unfinished}; starting from scratch")
-            return None
-        try:
-            chosen = newest_verified(self.run_dir, say=self._say)
-        except IntegrityError as error:
-            raise IntegrityError(f"{error}; resume=never starts from scratch") from error
-        return self._accept(chosen, origin=Manifest.read(chosen).origin)
-
-    def _choose_path(self, path: Path) -> Path:
-        """Return the checkpoint that `resume=PATH` means: a requeued command goes on from its own newest."""
-        asked = find_checkpoint(path, say=self._say)
-        origin = str(asked.resolve())
-        own = self._newest_from(origin)
-        if own is not None:
-            self._say(f"resume={path}: continuing from {own}, which came from there")
-            return self._accept(own, origin=origin)
-        step = Manifest.read(asked).step
-        is_own = asked.resolve().parent == (self.run_dir / "checkpoints").resolve()
-        self._set_aside(newer_than=step if is_own else -1)
-        return self._accept(checkpoint_path(self.run_dir, step=step) if is_own else asked, origin=origin)
-
-    def _newest_from(self, origin: str) -> Path | None:
-        if not list_checkpoints(self.run_dir):
-            return None
-        try:
-            own = newest_verified(self.run_dir, say=self._say)
-        except IntegrityError:
-            return None
-        return own if Manifest.read(own).origin == origin else None
-
-    def _accept(self, chosen: Path, *, origin: str | None) -> Path:
-        self._origin = origin
-        self._verified.add(chosen)
-        self._resumed = {chosen}
-        return chosen
-
-    def _set_aside(self, *, newer_than: int) -> None:
-        folder = set_aside(self.run_dir, newer_than=newer_than)
-        if folder is not None:
-            self._say(f"moved {len(list(folder.iterdir()))} checkpoints of a line that was left to {folder}")
+        self._origin = start.origin
+        self._verified.add(start.path)
+        self._resumed = {start.path}
+        return start.path
 
     def _load(self, chosen: Path) -> None:
         train_state = load_train_state(chosen)

@@ -13,7 +13,7 @@ from clip_train.data.index import CAPTION_EXTENSIONS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from clip_train.data.config import CaptionField
+    from clip_train.data.caption_fields import CaptionField
 
 _MAX_BYTES = {"txt": 1 << 16, "json": 1 << 20}
 PLACE = "{}"  # where a template takes the caption

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from clip_train.data.caption_fields import CaptionField, parse_caption_fields
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,14 +71,6 @@ class CacheConfig:
         return ShardCache(folder=Path(self.dir).expanduser().absolute(), max_bytes=self.max_bytes)
 
 
-class CaptionField(NamedTuple):
-    """A place that holds captions."""
-
-    extension: str  # of the member, txt or json
-    path: tuple[str, ...]  # names of the nested fields, empty for txt
-    weight: float  # share of the samples that take their caption here, relative to the other fields
-
-
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
     """Which shards are read, and how their samples become batches."""
@@ -108,8 +101,8 @@ class DataConfig:
     decode: Decode = Decode.exact
     """`exact` decodes every pixel. `fast` decodes large JPEGs at 1/2, 1/4 or 1/8, which blurs them a little."""
     decode_floor: float = 1.0
-    """With `fast`, pixels that a crop keeps at least, as a multiple of the model's picture on each side. 2 stays above
-    48 dB of `exact`, 1 above 37 dB."""
+    """With `fast`, pixels that a crop keeps at least, as a multiple of the model's picture on each side. On photographs
+    2 stays above 48 dB of Pillow, 1 above 37 dB."""
     crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
     """Smallest and largest share of a picture's area that a training crop keeps. [1, 1] only changes the shape."""
     flip: bool = False
@@ -168,15 +161,7 @@ class DataConfig:
         Raises:
             UserError: a field is not understood, or fields and weights do not match.
         """
-        names = self.caption if isinstance(self.caption, list) else [self.caption]
-        weights = self.caption_weights or [1.0] * len(names)
-        if not names or len(set(map(str, names))) < len(names):
-            raise UserError(f"data.caption={self.caption!r} must name at least one field, and none twice")
-        if len(weights) != len(names) or not all(0 < weight < float("inf") for weight in weights):
-            raise UserError(
-                f"data.caption_weights={self.caption_weights} must be a positive number for each of {names}"
-            )
-        return [_caption_field(name, weight) for name, weight in zip(names, weights, strict=True)]
+        return parse_caption_fields(self.caption, self.caption_weights)
 
     def _check_augmentations(self) -> None:
         jitter, randaugment = self.color_jitter, self.randaugment
@@ -199,6 +184,11 @@ class DataConfig:
             return
         if self.num_samples is None or self.num_samples < 1:
             raise UserError("data.reader=streaming needs data.num_samples, the samples of an epoch")
+        for key, value, only in (
+            ("epoch_end", self.epoch_end, EpochEnd.roll), ("on_change", self.on_change, OnChange.stop)
+        ):  # fmt: skip
+            if value != only:
+                raise UserError(f"data.{key}={value} needs data.reader=indexed")
         if self.train is not None and not _is_patterns(self.train):
             raise UserError(f"data.train={self.train}: data.reader=streaming reads one source, a pattern or a list")
 
@@ -341,15 +331,6 @@ class DataConfig:
             decode_floor=self.decode_floor if self.decode == Decode.fast else None,
             augmentations=tuple(augmentations),
         )
-
-
-def _caption_field(name: object, weight: float) -> CaptionField:
-    if name == "txt":
-        return CaptionField("txt", (), weight)
-    extension, _, path = str(name).partition(":")
-    if extension != "json" or not all(path.split(".")):
-        raise UserError(f"data.caption: {name!r} must be txt or json:FIELD, as in json:caption or json:meta.alt")
-    return CaptionField("json", tuple(path.split(".")), weight)
 
 
 def _patterns_by_source(train: object) -> dict[str, tuple[Any, float | None]]:

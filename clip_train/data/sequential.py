@@ -133,7 +133,7 @@ class FolderImages:
 
 
 def evaluation_batches(
-    source: ImageSource, *, world: World, image_size: int, batch_size: int, workers: int = 0
+    source: ImageSource, *, world: World, image_size: int, squash: bool = False, batch_size: int, workers: int = 0
 ) -> Iterator[EvaluationBatch]:
     """Yield this rank's contiguous piece of a source, resized and centre-cropped.
 
@@ -144,6 +144,7 @@ def evaluation_batches(
         source: the pictures.
         world: which piece is this rank's.
         image_size: side S of the result in pixels.
+        squash: resize both sides instead of cropping, as the model's config says.
         batch_size: rows B of every batch.
         workers: loader processes of this rank; 0 reads in this process.
 
@@ -155,7 +156,7 @@ def evaluation_batches(
     first, last = world.rank * piece, min((world.rank + 1) * piece, len(source))
     batches = [(start, min(start + batch_size, last)) for start in range(first, first + piece, batch_size)]
     assert len(batches) == num_batches
-    dataset = _EvaluationDataset(source, batches, image_size=image_size, batch_size=batch_size)
+    dataset = _EvaluationDataset(source, batches, image_size=image_size, squash=squash, batch_size=batch_size)
     if workers:
         start_worker_server()
         loader = DataLoader(
@@ -174,11 +175,12 @@ class _EvaluationDataset(Dataset[EvaluationBatch | ClipTrainError]):
     """Decodes one batch per item. Errors travel as values, since workers would wrap them in a traceback."""
 
     def __init__(
-        self, source: ImageSource, batches: list[tuple[int, int]], *, image_size: int, batch_size: int
+        self, source: ImageSource, batches: list[tuple[int, int]], *, image_size: int, squash: bool, batch_size: int
     ) -> None:
         self._source = source
         self._batches = batches
         self._image_size = image_size
+        self._squash = squash
         self._batch_size = batch_size
 
     def __len__(self) -> int:
@@ -201,7 +203,8 @@ class _EvaluationDataset(Dataset[EvaluationBatch | ClipTrainError]):
 
     def _pixels(self, index: int) -> np.ndarray:
         try:
-            return preprocess_pixels(open_image(self._source.read(index)), image_size=self._image_size)
+            picture = open_image(self._source.read(index))
+            return preprocess_pixels(picture, image_size=self._image_size, squash=self._squash)
         except (BadSampleError, OSError, ValueError, SyntaxError, EOFError) as error:
             raise IntegrityError(f"{self._source.key(index)} cannot be decoded for evaluation: {error}") from error
 

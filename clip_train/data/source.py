@@ -215,6 +215,10 @@ def _open(
     entries, missing = load_index(shards, captions=captions, index_dir=index_dir)
     if missing:
         logger.info("%s: indexing %d of %d shards", field, len(missing), len(shards))
+        if any(entry.filter_sha256 for entry in entries):
+            logger.warning(
+                "%s: %d new shards are not filtered as the others are: run `shards index`", field, len(missing)
+            )
         summary = index_shards(missing, captions=captions, index_dir=index_dir)
         for parts, count in summary.skipped.items():
             logger.warning("%s: %d samples have only %s and are left out", field, count, parts)

@@ -159,16 +159,23 @@ def resize_into(image: np.ndarray, *, out: np.ndarray) -> None:
     torch.ops.aten._upsample_bicubic2d_aa.out(pixels, target.shape[2:], False, None, None, out=target)
 
 
-def preprocess_pixels(image: Image.Image, *, image_size: int) -> np.ndarray:
+def preprocess_pixels(image: Image.Image, *, image_size: int, squash: bool = False) -> np.ndarray:
     """Resize the short side and crop the centre, as published CLIP models expect. EXIF orientation is not applied.
 
     Pillow's bicubic filter on RGB, pixel-equal to torchvision's `Resize` and `CenterCrop` on the same picture.
+
+    Args:
+        image_size: S.
+        squash: resize both sides instead, as SigLIP expects.
 
     Returns:
         uint8 [S, S, 3], transparency over white.
     """
     image = to_rgb(image)
     width, height = image.size
+    if squash and image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        width, height = image.size
     if min(width, height) != image_size:
         if width <= height:
             width, height = image_size, int(image_size * height / width)

@@ -48,7 +48,9 @@ class EvaluationConfig:
         """Return where the evaluation set was looked for and is not; None if it is there."""
         raise NotImplementedError
 
-    def build(self, *, world: World, tokenizer: Tokenizer, image_size: int) -> Classify | Retrieve:
+    def build(
+        self, *, world: World, tokenizer: Tokenizer, image_size: int, squash: bool = False
+    ) -> Classify | Retrieve:
         """Open the evaluation set and make the evaluator. Every rank calls this."""
         raise NotImplementedError
 
@@ -74,7 +76,7 @@ class ClassifyConfig(EvaluationConfig):
         """Return `root` if it is not a folder."""
         return None if Path(self.root).is_dir() else self.root
 
-    def build(self, *, world: World, tokenizer: Tokenizer, image_size: int) -> Classify:
+    def build(self, *, world: World, tokenizer: Tokenizer, image_size: int, squash: bool = False) -> Classify:
         """Open the images and make the evaluator. Every rank reads the same list of images."""
         from clip_train.data.sequential import evaluation_batches
         from clip_train.evaluation.classify import Classify
@@ -92,6 +94,7 @@ class ClassifyConfig(EvaluationConfig):
                 images.source,
                 world=world,
                 image_size=image_size,
+                squash=squash,
                 batch_size=self.batch_size,
                 workers=self.workers,
             ),
@@ -127,7 +130,7 @@ class RetrieveConfig(EvaluationConfig):
             return str(error)
         return None
 
-    def build(self, *, world: World, tokenizer: Tokenizer, image_size: int) -> Retrieve:
+    def build(self, *, world: World, tokenizer: Tokenizer, image_size: int, squash: bool = False) -> Retrieve:
         """Open the pairs and make the evaluator. Every rank reads the same list of pairs."""
         from clip_train.data.sequential import evaluation_batches
         from clip_train.evaluation.captioned_images import open_captioned_images
@@ -144,6 +147,7 @@ class RetrieveConfig(EvaluationConfig):
                 images.source,
                 world=world,
                 image_size=image_size,
+                squash=squash,
                 batch_size=self.batch_size,
                 workers=self.workers,
             ),

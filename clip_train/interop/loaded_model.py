@@ -186,17 +186,19 @@ class _WithoutInit(TorchFunctionMode):
 
 
 class Preprocess:
-    """Turn a picture into what the model expects: resize the short side, crop the centre, scale, normalise.
+    """Turn a picture into what the model expects: resize, crop the centre unless squashed, scale, normalise.
 
     Pixel-equal to the transform of OpenAI CLIP. Transparency goes over white; EXIF orientation is not applied.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self.image_size = config.vision.image_size
+        self.squash = config.squash
         self.mean = torch.tensor(config.mean).view(3, 1, 1)
         self.std = torch.tensor(config.std).view(3, 1, 1)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float32 [3, S, S]."""
-        pixels = torch.from_numpy(preprocess_pixels(image, image_size=self.image_size).copy())  # uint8 [S, S, 3]
+        square = preprocess_pixels(image, image_size=self.image_size, squash=self.squash)  # uint8 [S, S, 3]
+        pixels = torch.from_numpy(square.copy())
         return pixels.permute(2, 0, 1).float().div(255).sub_(self.mean).div_(self.std).contiguous()

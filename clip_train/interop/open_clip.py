@@ -95,7 +95,12 @@ def translate(model: dict[str, Any], preprocess: dict[str, Any], *, name: str, o
             understood = key in known or key in _IRRELEVANT or value in _NEUTRAL.get(key, ())
             if not understood and value not in (None, False):
                 raise UserError(f"{origin}: no counterpart for model_cfg.{section}{key}={value!r}")
+    for key, accepted in (("resize_mode", ("shortest", "squash")), ("interpolation", ("bicubic",))):
+        if preprocess.get(key, accepted[0]) not in accepted:
+            rule = " or ".join(accepted)
+            raise UserError(f"{origin}: no counterpart for preprocess_cfg.{key}={preprocess[key]!r}, it must be {rule}")
     optional: dict[str, Any] = {
+        "squash": preprocess.get("resize_mode") == "squash",
         "mean": list(preprocess.get("mean", CLIP_MEAN)), "std": list(preprocess.get("std", CLIP_STD)),
     }  # fmt: skip
     optional |= {key: float(model[key]) for key in _OPTIONAL if model.get(key) is not None}
@@ -191,7 +196,8 @@ def write_config(path: Path, *, config: ModelConfig, vocabulary: Mapping[str, An
     if config.init_logit_bias is not None:
         model |= {key: getattr(config, key) for key in _OPTIONAL}
     preprocess = {
-        "mean": list(config.mean), "std": list(config.std), "interpolation": "bicubic", "resize_mode": "shortest",
+        "mean": list(config.mean), "std": list(config.std), "interpolation": "bicubic",
+        "resize_mode": "squash" if config.squash else "shortest",
     }  # fmt: skip
     values = {"model_cfg": model, "preprocess_cfg": preprocess}
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -106,6 +106,7 @@ def build_config(text: Mapping[str, Any], vision: Mapping[str, Any], *, name: st
         ),
         mean=[0.5] * 3,
         std=[0.5] * 3,
+        squash=True,
         init_logit_bias=-10.0,
     )
 

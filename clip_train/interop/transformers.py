@@ -81,7 +81,14 @@ def read_config(values: Mapping[str, Any], *, name: str, origin: str, preprocess
         config,
         mean=list(preprocess.get("image_mean") or config.mean),
         std=list(preprocess.get("image_std") or config.std),
+        squash=_is_squashed(preprocess, usual=config.squash),
     )
+
+
+def _is_squashed(preprocess: Mapping[str, Any], *, usual: bool) -> bool:
+    """Say whether both sides are resized; old files give one number as `size`."""
+    size = preprocess.get("size")
+    return {"height", "width"} <= set(size) if isinstance(size, dict) else usual
 
 
 def _clip_config(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -91,12 +91,11 @@ class VisionConfig:
             return
         if self.pretrained:
             raise UserError("model.vision.pretrained=true needs model.vision.timm=NAME: the weights are timm's")
-        self.image_size = self.image_size or 224
         if self.resnet_stages:
             self._check_resnet()
             return
         _check_tower(self.width, self.layers, self.heads, tower="vision")
-        if self.patch_size < 1 or self.image_size % self.patch_size:
+        if self.patch_size < 1 or self.image_size < 0 or self.image_size % self.patch_size:
             raise UserError(
                 f"model.vision.image_size={self.image_size} must be a multiple of "
                 f"model.vision.patch_size={self.patch_size}"
@@ -105,11 +104,7 @@ class VisionConfig:
             raise UserError(f"model.vision.mlp_ratio={self.mlp_ratio} must be positive")
 
     def _check_timm(self) -> None:
-        if not self.image_size:
-            from clip_train.model.timm_encoder import data_config
-
-            self.image_size = data_config(str(self.timm)).image_size
-        if self.image_size < 1:
+        if self.image_size < 0:
             raise UserError(f"model.vision.image_size={self.image_size} must be positive")
         if self.timm_proj is TimmProjection.none and self.timm_proj_bias:
             raise UserError("model.vision.timm_proj_bias=true needs a projection: model.vision.timm_proj=linear or mlp")
@@ -117,7 +112,7 @@ class VisionConfig:
     def _check_resnet(self) -> None:
         if len(self.resnet_stages) != 4 or min(self.resnet_stages) < 1:
             raise UserError(f"model.vision.resnet_stages={self.resnet_stages} must be four positive numbers of blocks")
-        if self.image_size < 32 or self.image_size % 32:
+        if self.image_size < 0 or self.image_size % 32:
             raise UserError(f"model.vision.image_size={self.image_size} of a ResNet must be a multiple of 32")
         if self.width < 2 or self.width % 2 or self.heads < 1 or 32 * self.width % self.heads:
             raise UserError(
@@ -217,6 +212,9 @@ class ModelConfig:
     `vision.timm` OpenAI CLIP's."""
     std: list[float] = field(default_factory=list)
     """Divides the pixels after `mean`, per channel (RGB); empty as for `mean`."""
+    squash: bool = False
+    """How pictures become square where they are not cropped at random: true resizes both sides, as for SigLIP, false
+    the short side and crops the centre."""
     init_logit_scale: float = math.log(1 / 0.07)
     """Start value of the log inverse temperature."""
     init_logit_bias: float | None = None
@@ -250,7 +248,7 @@ class ModelConfig:
             raise UserError("model.vision.unlocked_blocks=0 and model.text.unlocked_blocks=0 leave nothing to train")
         if self.embed_dim < 1:
             raise UserError(f"model.embed_dim={self.embed_dim} must be positive")
-        self._fill_pixel_statistics()
+        self._fill_what_the_tower_decides()
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"model.mean={self.mean} and model.std={self.std} need three values each, std positive")
         sizes = list(self.matryoshka)
@@ -281,22 +279,25 @@ class ModelConfig:
         """Whether open_clip keeps the text tower of such a model under `text.` (its `CustomTextCLIP`)."""
         return self.text.sees_padding or self.text.proj_bias
 
-    def _fill_pixel_statistics(self) -> None:
-        if self.mean and self.std:
+    def _fill_what_the_tower_decides(self) -> None:
+        if self.mean and self.std and self.vision.image_size:
             return
+        image_size = 224
         mean: tuple[float, ...] = CLIP_MEAN
         std: tuple[float, ...] = CLIP_STD
         if self.vision.timm is not None:
             from clip_train.model.timm_encoder import data_config
 
-            _, mean, std = data_config(self.vision.timm)
+            image_size, mean, std = data_config(self.vision.timm)
         self.mean, self.std = self.mean or list(mean), self.std or list(std)
+        if not self.vision.image_size:
+            self.vision = replace(self.vision, image_size=image_size)  # checks it, too
 
     def build(self, *, seed: int) -> CLIP:
-        """Make the model on the CPU with random weights that depend on `seed` alone.
+        """Make the model on the CPU with random weights that depend on `seed` alone, for a timm tower too.
 
         Raises:
-            UserError: a timm model is unknown, does not go with an option, or its weights cannot be had.
+            UserError: a timm model is unknown or does not go with an option.
         """
         import torch
 
@@ -304,10 +305,7 @@ class ModelConfig:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = CLIP(self)
-        if self.vision.pretrained:
-            model.load_timm_weights()
-        return model
+            return CLIP(self)
 
 
 def _check_tower(width: int, layers: int, heads: int, *, tower: str) -> None:

@@ -57,8 +57,18 @@ def model_config(name: str, **overrides: object) -> ModelConfig:
 
 
 def create_model(name: str, *, seed: int = 0, **overrides: object) -> CLIP:
-    """Make the architecture `name` with random weights; `overrides` replace fields of its row, see `model_config`."""
-    return model_config(name, **overrides).build(seed=seed)
+    """Make the architecture `name` with random weights; `overrides` replace fields of its row, see `model_config`.
+
+    A timm tower has timm's own weights if `vision.pretrained` is set.
+
+    Raises:
+        UserError: as `model_config`; or timm's weights cannot be had.
+    """
+    config = model_config(name, **overrides)
+    model = config.build(seed=seed)
+    if config.vision.pretrained:
+        model.load_timm_weights()
+    return model
 
 
 def _read_row(name: str) -> DictConfig:

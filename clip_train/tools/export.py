@@ -200,6 +200,7 @@ def _score(folder: Path, *, model: LoadedModel) -> Benchmark:
         world=World(device=torch.device("cpu")),
         tokenizer=model.tokenize,
         image_size=model.config.vision.image_size,
+        squash=model.config.squash,
     )
     predictions = evaluator.evaluate(model).predictions  # also of features that count as collapsed
     result = score(predictions["label"], predictions["top"], num_classes=len(evaluator.images.classnames))

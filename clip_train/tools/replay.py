@@ -13,7 +13,7 @@ from clip_train.checkpoint.retention import list_checkpoints
 from clip_train.config import from_yaml
 from clip_train.data.audit import AUDIT_NAME, read_audit
 from clip_train.data.captions import CaptionChooser
-from clip_train.data.config import OnChange
+from clip_train.data.config import OnChange, Reader
 from clip_train.data.reader import ShardReader
 from clip_train.data.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.distributed.world import World
@@ -47,10 +47,12 @@ def replay(run: Path, *, step: int, images: Path | None = None) -> str:
         images: folder that gets the pictures as the model saw them.
 
     Raises:
-        UserError: the run has not taken the step, or took it with data that its config no longer names.
+        UserError: the run has not taken the step, took it with data that its config no longer names, or streamed them.
         IntegrityError: the shards differ from those of the run, or the samples from those that training noted.
     """
     config: TrainConfig = from_yaml(run / "config.yaml")
+    if config.data.reader is Reader.streaming:
+        raise UserError(f"{run} was trained with data.reader=streaming, whose batches cannot be read again")
     audit = read_audit(run)
     if not 1 <= step <= len(audit):
         raise UserError(f"--step {step}: {run / AUDIT_NAME} has the steps 1 to {len(audit)}")

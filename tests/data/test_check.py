@@ -41,8 +41,8 @@ def _flipped(content: bytes) -> bytes:
 
 
 def _text_bomb() -> bytes:
-    """A PNG with a compressed text of 200 MB in 200 KB before its pixels."""
-    text = b"k\0\0" + zlib.compress(bytes(200_000_000), 9)
+    """A PNG with a compressed text of 20 MB in 20 KB before its pixels."""
+    text = b"k\0\0" + zlib.compress(bytes(20_000_000), 9)
     chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
     return PNG[:33] + chunk + PNG[33:]
 
@@ -114,7 +114,7 @@ def test_every_unusable_sample_is_found_with_its_reason_and_no_usable_one(tmp_pa
     assert report.would_stop
 
 
-def test_a_compressed_text_bomb_is_unusable_or_read_without_its_text(tmp_path):
+def test_a_compressed_text_bomb_is_unusable(tmp_path):
     write_shard(tmp_path / "a.tar", [{"__key__": "zip", "png": _text_bomb(), "txt": b"x"}])
     (severity, _, key, reason), *more = _found(_check(tmp_path))
     assert (severity, key, reason, more) == ("unusable", "zip", "unknown_format", [])
@@ -176,6 +176,9 @@ DAMAGED_SHARDS = {
     "hard_link": (_tar_bytes(extra=lambda t: _add(t, "l.png", b"", type=tarfile.LNKTYPE)), "0002", "hard link"),
     "device": (_tar_bytes(extra=lambda t: _add(t, "l.png", b"", type=tarfile.CHRTYPE)), "0002", "device"),
     "sparse": (_sparse(TAR), None, "sparse"),
+    "huge_header": (
+        _tar_bytes(extra=lambda t: _add(t, "x", bytes(2 << 20), type=tarfile.XHDTYPE)), "0002", "an extended header",
+    ),
 }  # fmt: skip
 
 
@@ -190,6 +193,14 @@ def test_every_damaged_shard_is_found_and_the_others_are_checked_all_the_same(tm
     details = {Path(d.shard).stem: d.detail for d in report.defects}
     assert all(message in details[name] for name, (*_, message) in DAMAGED_SHARDS.items())
     assert report.would_stop
+
+
+def test_a_folder_named_like_a_shard_and_numbers_out_of_range_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match="--batch-size=0"):
+        _check(tmp_path, batch_size=0)
+    (tmp_path / "x.tar").mkdir()
+    with pytest.raises(UserError, match=r"x\.tar"):
+        _check(tmp_path)
 
 
 def test_odd_names_are_no_damage(tmp_path):

@@ -131,6 +131,14 @@ def test_shards_filtered_for_one_caption_are_not_indexed_whole_for_another(tmp_p
     assert _open(tmp_path, captions=("json",)).num_samples == _open(tmp_path).num_samples
 
 
+def test_new_shards_in_a_filtered_folder_are_taken_whole_and_said(tmp_path, caplog):
+    _scored_shards(tmp_path, [9])
+    index_source(str(tmp_path), conditions=["similarity>=0.3"])
+    numbered_shards(tmp_path, [2])
+    assert _open(tmp_path).counts == [4, 2]
+    assert "1 new shards are not filtered" in caplog.text
+
+
 def _ledger(run: Path, rows: list[tuple[str, str, int, str, str]], *, rank: int = 0) -> Path:
     run.mkdir(exist_ok=True)
     ledger = BadLedger(run, rank=rank)

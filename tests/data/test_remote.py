@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
@@ -20,11 +22,13 @@ from clip_train.data.config import CacheConfig, DataConfig
 from clip_train.data.index import INDEX_NAME
 from clip_train.data.order import SlotOrder, SourceOrder
 from clip_train.data.reader import ShardReader
+from clip_train.data.scenes.write import write_scenes
 from clip_train.data.schedule import Rows, Schedule
 from clip_train.data.source import find_shards, open_source
 from clip_train.data.workers import start_worker_server
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
+from clip_train.metrics.sinks import read_metrics
 from clip_train.storage import remote
 from tests.data.made import ByteTokenizer, numbered_shards, stream
 from tests.data.served import Served
@@ -418,3 +422,29 @@ def test_any_other_scheme_of_fsspec_works_alike(tmp_path):
     for pattern in ("memory://train/s-{000..004}.tar", "memory://train/"):
         assert equal(batches_of(stream(pattern, World(), **cached(tmp_path)), 0, 4), expected)
     memory.rm("/train", recursive=True)
+
+
+@pytest.mark.slow
+def test_the_command_trains_from_an_http_server_on_two_processes_as_it_does_from_the_disk(tmp_path):
+    write_scenes(tmp_path / "scenes", num_train=400, num_val=30, seed=0)
+    with Served(tmp_path / "scenes" / "train") as server:
+        pattern = f"{server.url}/000000.tar"
+        server.faults["/000000.tar"] = ["drop", 503]
+        for name, train in {"disk": str(tmp_path / "scenes" / "train"), "http": pattern}.items():
+            arguments = [
+                f"data.train={train}", f"run_dir={tmp_path / name}", f"data.cache.dir={tmp_path / 'cache'}",
+                "model=tiny", "data.workers=1", "device=cpu", "precision=fp32", "steps=12", "global_batch_size=12",
+                "optim.warmup=5", "logging.every=1",
+            ]  # fmt: skip
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            done = subprocess.run(
+                [sys.executable, *launcher, "-m", "clip_train", "train", *arguments], capture_output=True, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+        assert "remote shards: " in done.stderr and server.requests["/000000.tar"] == 3
+    losses = {
+        name: [row["train/loss"] for row in read_metrics(tmp_path / name) if "train/loss" in row]
+        for name in ("disk", "http")
+    }
+    assert losses["http"] == losses["disk"] and len(losses["http"]) == 12

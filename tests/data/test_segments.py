@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from clip_train.data.config import DataConfig
+from clip_train.data.config import DataConfig, Reader
 from clip_train.data.order import SlotOrder, SourceOrder, dealt_before
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
@@ -109,5 +109,7 @@ def test_an_epoch_that_drops_its_rest_ends_with_a_whole_batch_and_drops_others_e
     stream(tmp_path, World(), epoch_end="drop_last").load_state_dict(state)
     with pytest.raises(IntegrityError, match=r"no whole batches of global_batch_size=7, which may not change"):
         stream(tmp_path, World(), epoch_end="drop_last", batch=7).load_state_dict(state)
+    with pytest.raises(UserError, match=r"data\.epoch_end=drop_last needs data\.reader=indexed"):
+        DataConfig(train=str(tmp_path), reader=Reader.streaming, num_samples=29, epoch_end="drop_last")
     with pytest.raises(UserError, match="drop_last needs one source"):
         _mixture(tmp_path / "m", weights={"cats": 1.0, "dogs": 1.0}, epoch_end="drop_last")

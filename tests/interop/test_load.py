@@ -1,5 +1,6 @@
 import json
 import pickle
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clip_train
+from clip_train.checkpoint.best import Score, write_best
 from clip_train.checkpoint.checkpointer import Checkpointer
 from clip_train.checkpoint.config import CheckpointConfig
 from clip_train.checkpoint.state import ModelState
@@ -144,6 +146,21 @@ def test_an_open_clip_folder_loads_with_its_own_normalisation(tmp_path, weights)
     assert torch.equal(white, torch.full((3, 32, 32), 2.0))
 
 
+def test_how_an_open_clip_folder_resizes_pictures_is_kept_or_refused(tmp_path):
+    folder = files.write_open_clip_folder(files.small_model(), tmp_path / "export")
+    config = folder / "open_clip_config.json"
+    values = json.loads(config.read_text())
+    for mode, expected in (("shortest", False), ("squash", True)):
+        values["preprocess_cfg"] |= {"resize_mode": mode, "interpolation": "bicubic"}
+        config.write_text(json.dumps(values))
+        model, preprocess = clip_train.load(folder, device="cpu")
+        assert model.config.squash is preprocess.squash is expected
+    for key, value in (("resize_mode", "longest"), ("interpolation", "bilinear")):
+        config.write_text(json.dumps({**values, "preprocess_cfg": {key: value}}))
+        with pytest.raises(UserError, match=f"preprocess_cfg.{key}='{value}'"):
+            clip_train.load(folder)
+
+
 @pytest.mark.parametrize(
     ("field", "message"),
     [
@@ -189,6 +206,27 @@ def test_a_run_without_average_loads_its_weights(tmp_path):
         clip_train.load(tmp_path / "run", weights="best")
     with pytest.raises(UserError, match="weights='last' must be one of auto, ema, raw, best"):
         clip_train.load(tmp_path / "run", weights="last")
+
+
+def test_the_best_checkpoint_is_loaded_rather_than_the_newest(tmp_path):
+    models = {step: files.small_model(seed=step) for step in (5, 10)}
+    config = OmegaConf.to_yaml(OmegaConf.create({"model": OmegaConf.structured(models[5].config)}))
+    for step, model in models.items():
+        tensors = {"model": ModelState(model)}
+        with Checkpointer(tmp_path, world=World(), config=CheckpointConfig(), tensors=tensors, state={}) as writer:
+            writer.save(step=step, consumed=8 * step, config_yaml=config)
+    write_best(tmp_path, Score(step=5, metric="val/acc1", value=0.5))
+    assert same_weights(clip_train.load(tmp_path, device="cpu", weights="best")[0], models[5])
+    assert same_weights(clip_train.load(tmp_path, device="cpu")[0], models[10])
+
+
+def test_an_export_loads_with_the_architecture_that_its_record_tells(tmp_path):
+    model = files.small_model(text={"width": 128, "heads": 4, "layers": 1}, quick_gelu=True)
+    folder = files.write_open_clip_folder(model, tmp_path / "export")
+    (folder / "open_clip_config.json").unlink()
+    (folder / "clip_train.json").write_text(json.dumps({"model": asdict(model.config), "calibration": None}))
+    loaded, _ = clip_train.load(folder, device="cpu")
+    assert same_weights(loaded, model) and loaded.config == model.config
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):

@@ -236,3 +236,47 @@ def test_an_index_cannot_reach_out_of_its_folder(tmp_path):
     ):
         index.write_text(json.dumps({"weight_map": {"logit_scale": name}}))
         refused(folder, word)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["zip.pt", "legacy.pt", "script.pt", "x.safetensors", "config.json", "open_clip_config.json"]
+)
+def test_a_file_with_any_bytes_changed_loads_or_is_refused(tmp_path, kind):
+    from clip_train.interop.transformers import config_from_native, from_native
+
+    small = {"vision": {"image_size": 32, "width": 64, "heads": 1, "layers": 1}}
+    model = clip_train.create_model("tiny", **small, text={"vocab_size": 100, "width": 64, "heads": 1, "layers": 1})
+    folder = tmp_path
+    if kind.endswith("json"):
+        folder = files.write_open_clip_folder(model, tmp_path / "folder")
+        if kind == "config.json":
+            (folder / "open_clip_config.json").unlink()
+            (folder / kind).write_text(json.dumps(config_from_native(model.config)))
+            save_file(from_native(model.state_dict(), model.config), folder / "model.safetensors")
+    path = folder / kind
+    state = {**model.state_dict(), **files.openai_integers(model)}
+    if kind == "zip.pt":
+        torch.save(state, path)
+    elif kind == "legacy.pt":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    elif kind == "script.pt":
+        files.write_torchscript(model, path)
+    elif kind == "x.safetensors":
+        save_file(state, path)
+    content = path.read_bytes()
+    # Most bytes are weights; the interesting ones are names, sizes and instructions, at both ends.
+    rng = np.random.default_rng(0)
+    refusals = 0
+    for i in range(300):
+        changed = bytearray(content)
+        for _ in range(1 + i % 3):
+            near = int(rng.integers(0, min(len(content), 6000)))
+            changed[near if i % 2 else len(content) - 1 - near] = int(rng.integers(0, 256))
+        path.write_bytes(changed)
+        try:
+            clip_train.load(path if folder == tmp_path else folder, device="cpu", model="tiny")
+        except ClipTrainError as error:
+            refusals += 1
+            assert str(folder) in str(error)
+    assert refusals > 10

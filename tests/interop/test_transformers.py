@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import clip_train
 from clip_train.errors import UserError
 from clip_train.interop.transformers import config_from_native, from_native, read_config, to_native
 from clip_train.interop.weights import assign_weights
@@ -79,6 +80,26 @@ def test_a_model_from_here_gives_the_same_features_in_transformers(quick_gelu):
     theirs = transformers.CLIPModel(transformers.CLIPConfig(**config_from_native(ours.config))).eval()
     theirs.load_state_dict(from_native(ours.state_dict(), ours.config))
     assert max(differences(theirs, ours)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["one file", "shards", "pickle"])
+def test_a_folder_saved_by_transformers_loads(tmp_path, kind):
+    torch.manual_seed(0)
+    theirs = transformers.CLIPModel(clip_config(eos_token_id=99)).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB" if kind == "shards" else "1GB")
+    if kind == "pickle":
+        (tmp_path / "model.safetensors").unlink()
+        old = {"text_model.embeddings.position_ids": torch.arange(12)[None]}  # as files before 2023 have it
+        torch.save({**theirs.state_dict(), **old}, tmp_path / "pytorch_model.bin")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (kind == "shards")
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.1, 0.2, 0.3], "size": {"height": 32, "width": 32}}'
+    )
+    ours, preprocess = clip_train.load(tmp_path, device="cpu")
+    assert max(differences(theirs, ours)) < 1e-5
+    assert ours.config.mean == [0.1, 0.2, 0.3] and preprocess.squash
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        ours.encode_text("a cat")
 
 
 def test_both_directions_are_inverse():

@@ -63,3 +63,14 @@ def test_memory_does_not_grow_over_a_few_thousand_samples():
     run = _run("check_memory.py", "--samples", "4000", "--warmup", "4000", "--workers", "1")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "within the limit" in run.stdout
+
+
+@pytest.mark.slow
+def test_the_index_benchmark_compares_all_sides_on_the_same_shards(tmp_path):
+    record = tmp_path / "index.json"
+    run = _run("bench_index.py", "--samples", "300", "--shards", "300", "--rounds", "1", "--json", str(record))
+    assert run.returncode == 0, run.stderr
+    rows = {row["what"]: row for row in json.loads(record.read_text())["rows"]}
+    assert set(rows) == {"walk", "walk, crc", "webdataset", "cold start"}
+    assert all(row["per_core_second"] > 0 for name, row in rows.items() if name != "cold start")
+    assert max(rows["cold start"]["seconds"]) > 0

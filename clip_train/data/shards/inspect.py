@@ -15,7 +15,7 @@ from clip_train.data.decode import BadSampleError, decode_image, open_image
 from clip_train.data.index import HAS_CRC, ShardEntry, check_sizes
 from clip_train.data.indexing import picture_of, stated_pictures
 from clip_train.data.tar import BLOCK, Member, TarSample, read_samples
-from clip_train.errors import IntegrityError
+from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,6 +132,8 @@ class Inspection:
                 )  # fmt: skip
         except IntegrityError as error:
             findings.add(Severity.damage, last, "damaged_shard", str(error))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         else:
             if entry is not None and records is not None and findings.pairs != entry.n:
                 findings.add(
