@@ -135,7 +135,7 @@ def find_libraries(pythons: Sequence[Path]) -> dict[Target, tuple[Path, str]]:
         try:
             done = subprocess.run(
                 [python, PEERS / "versions.py"],
-                capture_output=True, text=True, check=True, timeout=120, env=_environment(),
+                capture_output=True, text=True, check=True, timeout=TIMEOUT_SECONDS, env=_environment(),
             )  # fmt: skip
         except (OSError, subprocess.SubprocessError) as error:
             raise UserError(f"--verify-python {python}: it does not run as a Python ({error})") from error
