@@ -110,6 +110,7 @@ def test_a_row_is_what_open_clip_calls_by_its_name(name):
     assert translated.quick_gelu == row.quick_gelu and translated.init_logit_bias == row.init_logit_bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHALLOW)
 def test_keys_and_shapes_of_the_largest_rows_agree_at_full_depth(name):
     with torch.device("meta"):
@@ -118,6 +119,7 @@ def test_keys_and_shapes_of_the_largest_rows_agree_at_full_depth(name):
     assert {key: tensor.shape for key, tensor in ours.state_dict().items()} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vision", "quick_gelu"),
     [

@@ -116,7 +116,9 @@ def test_positions_for_another_image_size_are_those_that_timm_interpolates():
     larger.load_state_dict(weights, strict=True)
 
 
-@pytest.mark.parametrize("vision", [VIT, {"timm": "test_convnext", "image_size": 64}])
+@pytest.mark.parametrize(
+    "vision", [VIT, pytest.param({"timm": "test_convnext", "image_size": 64}, marks=pytest.mark.slow)]
+)
 def test_checkpointing_and_compiling_change_no_gradient(vision):
     batch, found = draw_batch(4), []
     for options in ({}, {"checkpointing": 1}, {"compile": True}):
@@ -166,6 +168,7 @@ def on_rank(world, cases):
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_with_ddp_or_fsdp_and_micro_batches_give_the_gradient_of_the_whole_batch():
     convnext = {"timm": "test_convnext", "image_size": 64}
     cases = [("ddp", None, VIT), ("fsdp", 2, VIT), ("fsdp", None, convnext)]
