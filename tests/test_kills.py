@@ -87,26 +87,30 @@ def _train_through(kills: list[str], shards: Path, run_dir: Path, *, steps: int,
     """Kill a rank or a worker every few steps, starting the run again after each killed rank."""
     arguments, log, left = _arguments(shards, run_dir, steps=steps), run_dir.with_suffix(".log"), list(kills)
     ranks = _start(arguments, log)
-    while left:
-        begin = _steps_done(run_dir)
-        _wait(lambda: _steps_done(run_dir) < begin or _steps_done(run_dir) >= begin + 1, ranks, log)  # noqa: B023
-        target = _steps_done(run_dir) + rng.randrange(7)
-        _wait(lambda: _steps_done(run_dir) >= target or _steps_done(run_dir) == steps, ranks, log)  # noqa: B023
-        time.sleep(rng.random() * 0.05)
-        victim, what = rng.choice(ranks), left.pop()
-        workers = _workers(victim)
-        if what == "worker" and workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(workers), signal.SIGKILL)
-            continue
-        victim.kill()
-        for process in ranks:  # the other one must notice, and not wait for ever
-            process.join(90)
-            assert process.exitcode is not None, "a rank hangs after the death of another"
-        ranks = _start(arguments, log)
-    for process in ranks:
-        process.join(300)
-        assert process.exitcode == 0, log.read_text()[-3000:]
+    try:
+        while left:
+            begin = _steps_done(run_dir)
+            _wait(lambda: _steps_done(run_dir) != begin, ranks, log)  # noqa: B023
+            target = _steps_done(run_dir) + rng.randrange(7)
+            _wait(lambda: _steps_done(run_dir) >= target or _steps_done(run_dir) == steps, ranks, log)  # noqa: B023
+            time.sleep(rng.random() * 0.05)
+            victim, what = rng.choice(ranks), left.pop()
+            workers = _workers(victim)
+            if what == "worker" and workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(workers), signal.SIGKILL)
+                continue
+            victim.kill()
+            for process in ranks:  # the other one must notice, and not wait for ever
+                process.join(90)
+                assert process.exitcode is not None, "a rank hangs after the death of another"
+            ranks = _start(arguments, log)
+        for process in ranks:
+            process.join(300)
+            assert process.exitcode == 0, log.read_text()[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 def _weights(run_dir: Path, *, steps: int) -> str:
