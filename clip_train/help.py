@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
 import itertools
 import textwrap
@@ -61,6 +62,7 @@ def explain(key: str) -> str:
     raise UserError(f"unknown key '{key}'" + (f": did you mean {' or '.join(near)}?" if near else ""))
 
 
+@functools.cache
 def _docstrings(schema: type) -> dict[str, str]:
     """A string literal below a field is its docstring: Python drops it, the source keeps it."""
     found: dict[str, str] = {}

@@ -36,8 +36,10 @@ def model_config(name: str) -> ModelConfig:
 
 
 def model_shape(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields that describe the architecture, from which both sides build."""
-    return {key: value for key, value in asdict(config).items() if key not in ("ragged", "compile")}
+    """Return what both sides build the architecture from: our fields, and open_clip's keyword arguments."""
+    from clip_train.interop.open_clip import model_cfg
+
+    return asdict(config) | {"open_clip": model_cfg(config)}
 
 
 def captions(number: int, *, seed: int, lengths: str = "web") -> list[str]:

@@ -17,13 +17,13 @@ Step = Callable[[int], Tensor]  # trains on the batch of this number, returns th
 
 def our_model(settings: dict[str, Any]) -> nn.Module:
     """Make this package's model on its device, with random weights that depend on `settings["seed"]`."""
-    from clip_train.model.config import ModelConfig, Ragged, TextConfig, VisionConfig
+    from omegaconf import OmegaConf
 
-    shape = dict(settings["model"])
-    config = ModelConfig(
-        **shape | {"vision": VisionConfig(**shape["vision"]), "text": TextConfig(**shape["text"])},
-        ragged=Ragged(settings.get("ragged", "auto")),
-    )
+    from clip_train.model.config import ModelConfig
+
+    fields = {key: value for key, value in settings["model"].items() if key != "open_clip"}
+    fields["ragged"] = settings.get("ragged", "auto")
+    config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), fields))
     return config.build(seed=settings["seed"]).to(settings["device"])
 
 
@@ -31,19 +31,10 @@ def open_clip_model(settings: dict[str, Any]) -> nn.Module:
     """Make the same model with open_clip on its device."""
     import open_clip
 
-    shape = settings["model"]
-    vision, text = dict(shape["vision"]), dict(shape["text"])
-    vision["head_width"] = vision["width"] // vision.pop("heads")
-    vision["ls_init_value"] = vision.pop("layer_scale")
-    vision.pop("resnet_stages")
-    block = None if settings["peer_block"] == "default" else settings["peer_block"]
-    model = open_clip.model.CLIP(
-        embed_dim=shape["embed_dim"],
-        vision_cfg=vision | {"block_type": block},
-        text_cfg=text | {"block_type": block},
-        quick_gelu=shape["quick_gelu"],
-        output_dict=True,
-    )
+    arguments = settings["model"]["open_clip"]
+    block = {} if settings["peer_block"] == "default" else {"block_type": settings["peer_block"]}
+    towers = {key: arguments[key] | block for key in ("vision_cfg", "text_cfg")}
+    model = open_clip.model.CLIP(**arguments | towers, output_dict=True)
     return model.to(settings["device"])
 
 

@@ -185,22 +185,29 @@ def write_config(path: Path, *, config: ModelConfig, vocabulary: Mapping[str, An
         config: the architecture.
         vocabulary: further keys of `text_cfg` for a tokenizer other than CLIP's, of which open_clip has a copy.
     """
-    model: dict[str, Any] = {
-        "embed_dim": config.embed_dim,
-        "quick_gelu": config.quick_gelu,
-        "vision_cfg": _vision_cfg(config.vision),
-        "text_cfg": _text_cfg(config.text) | dict(vocabulary),
-    }
-    if config.has_second_layout:
-        model["custom_text"] = True
-    if config.init_logit_bias is not None:
-        model |= {key: getattr(config, key) for key in _OPTIONAL}
+    model = model_cfg(config)
+    model["text_cfg"] |= vocabulary
     preprocess = {
         "mean": list(config.mean), "std": list(config.std), "interpolation": "bicubic",
         "resize_mode": "squash" if config.squash else "shortest",
     }  # fmt: skip
     values = {"model_cfg": model, "preprocess_cfg": preprocess}
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def model_cfg(config: ModelConfig) -> dict[str, Any]:
+    """Return the keyword arguments with which open_clip builds the same architecture, those of its tokenizer apart."""
+    model: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": config.quick_gelu,
+        "vision_cfg": _vision_cfg(config.vision),
+        "text_cfg": _text_cfg(config.text),
+    }
+    if config.has_second_layout:
+        model["custom_text"] = True
+    if config.init_logit_bias is not None:
+        model |= {key: getattr(config, key) for key in _OPTIONAL}
+    return model
 
 
 def _vision_cfg(vision: VisionConfig) -> dict[str, Any]:
