@@ -14,6 +14,11 @@ from tests.checkpoint.parts import open_fixed, save_steps
 URL = "memory://bucket/runs/x"
 
 
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch):
+    monkeypatch.setattr("clip_train.storage.remote.FIRST_WAIT_SECONDS", 0.001)
+
+
 @pytest.fixture
 def elsewhere():
     """The memory file system, empty before and after."""
@@ -84,8 +89,7 @@ def test_a_step_saved_anew_after_a_rewind_replaces_its_copy(tmp_path, elsewhere)
     assert resumed_value(tmp_path / "new") == (7, 5.0)
 
 
-def test_a_place_that_fails_is_told_and_does_not_stop_the_run(tmp_path, elsewhere, monkeypatch):
-    monkeypatch.setattr("clip_train.storage.remote.FIRST_WAIT_SECONDS", 0.001)
+def test_a_place_that_fails_is_told_and_does_not_stop_the_run(tmp_path):
     lines = []
     checkpointer, part = open_fixed(tmp_path, remote="http://127.0.0.1:9/x", lines=lines)
     with checkpointer:

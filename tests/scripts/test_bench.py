@@ -75,6 +75,7 @@ def test_both_sides_train_alike(settings):
         assert ours(i).item() == pytest.approx(theirs(i).item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_step_is_measured_and_written_without_open_clip(tmp_path, monkeypatch):
     import bench_step
 

@@ -158,6 +158,7 @@ def test_a_python_that_does_not_start_is_an_error(tmp_path):
         find_libraries([tmp_path / "nowhere"])
 
 
+@pytest.mark.slow
 def test_open_clip_computes_the_same_in_a_process_of_its_own(exported):
     pytest.importorskip("open_clip")
     model, _ = clip_train.load(exported, device="cpu")
