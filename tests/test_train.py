@@ -218,6 +218,7 @@ def test_metrics_are_json_lines_with_steps_and_samples(undisturbed):
         "train/learning_rate",
         "perf/samples_per_second",
         "perf/data_wait",
+        "perf/exposed_communication",
         "perf/memory_gib",
     }
     assert expected <= logged[-1].keys()

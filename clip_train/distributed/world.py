@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from clip_train.distributed.stalls import Stalls
 from clip_train.errors import UserError
 
 
@@ -22,6 +23,8 @@ class World:
     device: torch.device = torch.device("cpu")
     host_group: dist.ProcessGroup | None = None
     """Group for small messages between the hosts' processors, so that agreeing on something never waits for a GPU."""
+    stalls: Stalls = field(default_factory=Stalls, compare=False, repr=False)
+    """Time that this process waits for features and their gradient."""
 
     @property
     def is_main(self) -> bool:

@@ -34,7 +34,8 @@ class TextExchange:
     def __init__(self, text: Tensor, *, world: World, group: dist.ProcessGroup | None) -> None:
         """Start gathering `text` [B, D] of every rank. Called by every rank."""
         self._world, self._group = world, group
-        self._gathered, self._gather = all_gather_async(text.detach().to(wire_dtype(text)), world=world, group=group)
+        self._gathered, gather = all_gather_async(text.detach().to(wire_dtype(text)), world=world, group=group)
+        self._gather = world.stalls.watch(gather, device=text.device)
         self._gradient: Tensor | None = None
         self._scale: Tensor | None = None
         self._scatter: Work | None = None
@@ -48,7 +49,8 @@ class TextExchange:
     def start_scatter(self, gradient: Tensor) -> None:
         """Start summing `gradient` [G, D] over the ranks, each receiving its own rows. Called by every rank."""
         self._sent = gradient  # kept alive until it has been sent
-        self._gradient, self._scatter = reduce_scatter_async(gradient, world=self._world, group=self._group)
+        self._gradient, scatter = reduce_scatter_async(gradient, world=self._world, group=self._group)
+        self._scatter = self._world.stalls.watch(scatter, device=gradient.device)
 
     def set_scale(self, scale: Tensor) -> None:
         """Multiply the gradient by `scale` [] when it is handed out: cheaper on own rows than on all."""

@@ -37,7 +37,7 @@ class TextRing:
             if hop == self._world.size - 1:
                 yield owner, rows
                 return
-            arriving, work = ring_shift_async(rows, world=self._world, group=self._group)
+            arriving, work = self._shift(rows)
             yield owner, rows
             work.wait()
             rows = arriving
@@ -48,8 +48,12 @@ class TextRing:
             arrived, _, work = self._following
             work.wait()
             gradient = gradient.add_(arrived)
-        arriving, work = ring_shift_async(gradient, world=self._world, group=self._group)
+        arriving, work = self._shift(gradient)
         self._following = arriving, gradient, work  # what is being sent has to stay alive
+
+    def _shift(self, values: Tensor) -> tuple[Tensor, Work]:
+        arriving, work = ring_shift_async(values, world=self._world, group=self._group)
+        return arriving, self._world.stalls.watch(work, device=values.device)
 
     def gradient(self) -> Tensor:
         """Return the summed gradient [B, D] of this rank's text features, home after the last visit."""

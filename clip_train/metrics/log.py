@@ -74,10 +74,11 @@ class Metrics:
         """Average what was added since the last call over steps and ranks, write it and show it. Every rank calls."""
         names = sorted(self.sums)
         device = self.world.device
-        on_host = torch.tensor([self.seconds_waiting, self.flops, peak_memory_gib(device)], device=device)
+        stalled = self.world.stalls.take()
+        on_host = torch.tensor([self.seconds_waiting, stalled, self.flops, peak_memory_gib(device)], device=device)
         packed = torch.cat([torch.stack([self.sums[n] for n in names]), on_host])
         ranks = all_gather(packed[None], world=self.world).cpu()  # [ranks, values]
-        *means, waiting, flops, _ = ranks.mean(0).tolist()
+        *means, waiting, stalled, flops, _ = ranks.mean(0).tolist()
         seconds = time.monotonic() - self.window_start
         row = {f"train/{n}": value / self.num_added for n, value in zip(names, means, strict=True)}
         row |= {
@@ -85,6 +86,7 @@ class Metrics:
             "perf/samples_per_second": self.num_added * self.global_batch_size / seconds,
             "perf/step_seconds": seconds / self.num_added,
             "perf/data_wait": waiting / seconds,
+            "perf/exposed_communication": stalled / seconds,
             "perf/memory_gib": ranks[:, -1].max().item(),
             **({} if self.peak_flops is None else {"perf/mfu": flops / seconds / self.peak_flops}),
             **extra,

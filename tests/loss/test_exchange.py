@@ -75,6 +75,7 @@ def logged_step(world):
     features = wrapped(batch.images, batch.tokens, late_on_text)
     loss_fn(features, valid=batch.valid)["contrastive_loss"].backward()
     average_scalars(model, world=world, with_them=[])
+    stalled = world.stalls.take()
     whole, exchanged, seconds = list(log), list(sent), started["image"] - started["gather"]
 
     log.clear()
@@ -83,7 +84,7 @@ def logged_step(world):
         model, wrapped=wrapped, loss_fn=loss_fn, optimizer=optimizer, world=world, seed=0, micro_batch_size=PAIRS // 2
     )
     step.backward(batch, step=0)
-    return whole, exchanged, seconds, log
+    return whole, exchanged, seconds, log, stalled
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,13 @@ def ranks():
     return run_on_ranks(logged_step)
 
 
+def test_the_time_that_a_rank_waits_for_a_late_one_is_counted(ranks):
+    prompt, late = (stalled for *_, stalled in ranks)
+    assert prompt > 0.3 > late  # of the half second by which rank 1 is late
+
+
 def test_with_micro_batches_one_exchange_of_all_texts_hides_behind_the_last_image_tower(ranks):
-    for *_, log in ranks:
+    for *_, log, _ in ranks:
         assert log == [
             "image forward",  # of the first micro-batch, without a graph
             "start gather",
@@ -110,7 +116,7 @@ def test_with_micro_batches_one_exchange_of_all_texts_hides_behind_the_last_imag
 
 def test_the_gather_hides_behind_the_image_tower_and_the_reduce_scatter_behind_its_backward(ranks):
     total = 2 * PAIRS
-    for log, sent, seconds, _ in ranks:
+    for log, sent, seconds, *_ in ranks:
         assert log == [
             "start gather",
             "image forward",
