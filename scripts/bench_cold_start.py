@@ -20,7 +20,7 @@ import bench
 import numpy as np
 
 from clip_train.data.config import DataConfig
-from clip_train.data.index import ShardEntry
+from clip_train.data.index.files import ShardEntry
 from clip_train.data.source import Source
 from clip_train.distributed.world import World
 

@@ -164,8 +164,8 @@ def decibels(shards: Path, *, data: dict[str, Any]) -> tuple[float, float]:
     from photographs import pillow_row, psnr
 
     from clip_train.data.config import DataConfig
-    from clip_train.data.tar import read_samples
-    from clip_train.data.transforms import sample_uniforms
+    from clip_train.data.images.transforms import sample_uniforms
+    from clip_train.data.index.tar import read_samples
 
     config = DataConfig(**data)
     transform = config.transform(image_size=IMAGE_SIZE)

@@ -21,7 +21,7 @@ from pathlib import Path
 import bench
 import webdataset
 
-from clip_train.data.indexing import IndexOptions, index_shard
+from clip_train.data.index.walk import IndexOptions, index_shard
 from clip_train.data.shards.filters import MetadataRule, parse_condition
 from clip_train.data.shards.writer import ShardWriter
 

@@ -83,9 +83,9 @@ def drawn_pairs(number: int, *, image_size: int, seed: int) -> tuple[Tensor, lis
 
 def shard_pairs(folder: Path, number: int, *, image_size: int, seed: int) -> tuple[Tensor, list[str]]:
     """Return pictures, uint8 [n, S, S, 3], and captions of pairs drawn from the shards in `folder`."""
-    from clip_train.data.decode import open_image
+    from clip_train.data.images.decode import open_image
+    from clip_train.data.images.transforms import preprocess_pixels
     from clip_train.data.sequential import ShardImages
-    from clip_train.data.transforms import preprocess_pixels
 
     source = ShardImages(sorted(folder.glob("*.tar")))
     draw = random.Random(seed)

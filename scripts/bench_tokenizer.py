@@ -48,7 +48,7 @@ def captions(options: argparse.Namespace) -> dict[str, list[str]]:
     """Return the captions of each kind."""
     from bench_inputs import captions as drawn
 
-    from clip_train.data.tar import read_samples
+    from clip_train.data.index.tar import read_samples
 
     web = drawn(options.captions, seed=1)
     kinds = {

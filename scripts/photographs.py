@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from clip_train.data.transforms import TrainTransform, random_crop, scaled_crop
+from clip_train.data.images.transforms import TrainTransform, random_crop, scaled_crop
 
 
 def photograph(width: int, height: int, *, seed: int = 0) -> Image.Image:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from clip_train.cli_shards import shards
 from clip_train.data.bad import BadLedger, BadSample
-from clip_train.data.index import HAS_CRC, RECORD, read_listing
+from clip_train.data.index.files import HAS_CRC, RECORD, read_listing
 from clip_train.errors import IntegrityError, UserError
 from tests.data.made import encoded, numbered_shards, picture
 

@@ -7,8 +7,8 @@ from bisect import bisect_right
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from clip_train.data.decode import BadSampleError
-from clip_train.data.index import CAPTION_EXTENSIONS
+from clip_train.data.images.decode import BadSampleError
+from clip_train.data.index.files import CAPTION_EXTENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

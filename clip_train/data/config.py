@@ -12,12 +12,12 @@ from clip_train.data.caption_fields import CaptionField, parse_caption_fields
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
-    from clip_train.data.cache import ShardCache
     from clip_train.data.dataset import RowFiller, Tokenizer
+    from clip_train.data.images.transforms import TrainTransform
     from clip_train.data.loader import TrainStream
+    from clip_train.data.remote.cache import ShardCache
     from clip_train.data.source import Source
     from clip_train.data.stream import BatchStream
-    from clip_train.data.transforms import TrainTransform
     from clip_train.distributed.world import World
 
 TRAIN_SOURCE = "train"
@@ -66,7 +66,7 @@ class CacheConfig:
 
     def build(self) -> ShardCache:
         """Return the cache, which is made at its first use."""
-        from clip_train.data.cache import ShardCache
+        from clip_train.data.remote.cache import ShardCache
 
         return ShardCache(folder=Path(self.dir).expanduser().absolute(), max_bytes=self.max_bytes)
 
@@ -283,7 +283,7 @@ class DataConfig:
     ) -> BatchStream:
         from clip_train.data.captions import caption_extensions
         from clip_train.data.source import find_streams
-        from clip_train.data.streaming_loader import StreamingTrainStream
+        from clip_train.data.streaming.loader import StreamingTrainStream
 
         if self.train is None:
             raise UserError("data.train is not set: name the shards, as in data.train='pipe:cat train-{000..009}.tar'")
@@ -313,8 +313,8 @@ class DataConfig:
 
     def transform(self, *, image_size: int) -> TrainTransform:
         """Return what turns a file into the pixels of a training row."""
-        from clip_train.data.augment import ColorJitter, RandAugment
-        from clip_train.data.transforms import Augmentation, TrainTransform
+        from clip_train.data.images.augment import ColorJitter, RandAugment
+        from clip_train.data.images.transforms import Augmentation, TrainTransform
 
         augmentations: list[Augmentation] = []
         if self.randaugment is not None:

@@ -17,9 +17,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from clip_train.data.audit import hash_samples
 from clip_train.data.bad import BadSample
-from clip_train.data.decode import BadSampleError
+from clip_train.data.images.decode import BadSampleError
+from clip_train.data.images.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.data.reader import ShardReader
-from clip_train.data.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.errors import ClipTrainError
 from clip_train.types import Batch
 

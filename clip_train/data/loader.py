@@ -23,8 +23,8 @@ from clip_train.data.audit import add_hashes
 from clip_train.data.bad import BadSample, BadSamples
 from clip_train.data.dataset import SampleDataset, Task, TaskFailure, TaskResult, TaskRows
 from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
+from clip_train.data.remote.spool import Spool, check_room
 from clip_train.data.segments import Segment, SegmentSource, continued, differences
-from clip_train.data.spool import Spool, check_room
 from clip_train.data.workers import (
     WORKER_POLL_SECONDS,
     WORKER_START_METHOD,

@@ -10,9 +10,9 @@ import zlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
-from clip_train.data.cache import RemoteShard
-from clip_train.data.index import HAS_CRC, ShardEntry
-from clip_train.data.tar import BLOCK
+from clip_train.data.index.files import HAS_CRC, ShardEntry
+from clip_train.data.index.tar import BLOCK
+from clip_train.data.remote.cache import RemoteShard
 from clip_train.errors import IntegrityError
 from clip_train.storage.retry import TransportError, retry
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clip_train.data.decode import BadSampleError, open_image
-from clip_train.data.index import IMAGE_EXTENSIONS
-from clip_train.data.tar import Member, read_samples
-from clip_train.data.transforms import preprocess_pixels
+from clip_train.data.images.decode import BadSampleError, open_image
+from clip_train.data.images.transforms import preprocess_pixels
+from clip_train.data.index.files import IMAGE_EXTENSIONS
+from clip_train.data.index.tar import Member, read_samples
 from clip_train.data.workers import WORKER_START_METHOD, as_is, start_worker, start_worker_server
 from clip_train.errors import ClipTrainError, IntegrityError, UserError
 

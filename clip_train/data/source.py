@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from clip_train.data.index import DEFAULT_CAPTIONS, ShardEntry, fingerprint, load_index
-from clip_train.data.indexing import index_shards
-from clip_train.data.remote_index import load_remote_index
+from clip_train.data.index.files import DEFAULT_CAPTIONS, ShardEntry, fingerprint, load_index
+from clip_train.data.index.walk import index_shards
+from clip_train.data.remote.index import load_remote_index
 from clip_train.distributed.collectives import broadcast_object
 from clip_train.errors import ClipTrainError, UserError
 from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
@@ -19,7 +19,7 @@ from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remo
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from clip_train.data.cache import ShardCache
+    from clip_train.data.remote.cache import ShardCache
     from clip_train.distributed.world import World
 
 logger = logging.getLogger(__name__)

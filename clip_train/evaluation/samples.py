@@ -142,7 +142,7 @@ def _collect_captions(evaluator: Retrieve, result: EvaluationResult, *, size: in
 
 
 def _read_pictures(source: ImageSource, places: np.ndarray, *, size: int) -> np.ndarray:
-    from clip_train.data.decode import open_image
-    from clip_train.data.transforms import preprocess_pixels
+    from clip_train.data.images.decode import open_image
+    from clip_train.data.images.transforms import preprocess_pixels
 
     return np.stack([preprocess_pixels(open_image(source.read(int(i))), image_size=size) for i in places])

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from clip_train.data.decode import BadSampleError, open_image
-from clip_train.data.transforms import preprocess_pixels
+from clip_train.data.images.decode import BadSampleError, open_image
+from clip_train.data.images.transforms import preprocess_pixels
 from clip_train.errors import UserError
 from clip_train.model.clip import CLIP
 from clip_train.tokenizer.config import ClipTokenizerConfig

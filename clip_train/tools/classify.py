@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from clip_train.data.decode import BadSampleError, open_image
-from clip_train.data.index import IMAGE_EXTENSIONS
+from clip_train.data.images.decode import BadSampleError, open_image
+from clip_train.data.index.files import IMAGE_EXTENSIONS
 from clip_train.errors import IntegrityError, UserError
 from clip_train.evaluation.features import similarity
 from clip_train.evaluation.prompt_files import fill, load_templates

@@ -14,8 +14,8 @@ from clip_train.config import from_yaml
 from clip_train.data.audit import AUDIT_NAME, read_audit
 from clip_train.data.captions import CaptionChooser
 from clip_train.data.config import OnChange, Reader
+from clip_train.data.images.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.data.reader import ShardReader
-from clip_train.data.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
 

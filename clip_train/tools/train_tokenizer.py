@@ -8,9 +8,9 @@ from pathlib import Path
 
 from clip_train.data.captions import CaptionChooser, caption_extensions
 from clip_train.data.config import DataConfig
-from clip_train.data.decode import BadSampleError
+from clip_train.data.images.decode import BadSampleError
+from clip_train.data.index.tar import read_samples
 from clip_train.data.source import expand_shards
-from clip_train.data.tar import read_samples
 from clip_train.errors import IntegrityError, UserError
 from clip_train.tokenizer.cleaning import CLEANERS
 from clip_train.tokenizer.config import Cleaning

@@ -10,9 +10,9 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from clip_train.data.augment import RANDAUGMENT_OPERATIONS, ColorJitter, RandAugment, apply_operation
 from clip_train.data.config import DataConfig
-from clip_train.data.transforms import NUM_WORDS, TrainTransform, random_crop, resize_into, sample_uniforms
+from clip_train.data.images.augment import RANDAUGMENT_OPERATIONS, ColorJitter, RandAugment, apply_operation
+from clip_train.data.images.transforms import NUM_WORDS, TrainTransform, random_crop, resize_into, sample_uniforms
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from tests.data.made import encoded, numbered_shards, picture, stream
@@ -121,7 +121,7 @@ def test_augmented_rows_are_the_same_at_any_number_of_workers(tmp_path):
 
 
 def test_no_two_uses_share_a_word():
-    from clip_train.data import transforms
+    from clip_train.data.images import transforms
 
     uses = [
         [transforms.CAPTION_WORD], transforms.CROP_WORDS, [transforms.FLIP_WORD], [transforms.SUBSTITUTION_WORD],

@@ -11,10 +11,10 @@ import torch
 
 from clip_train.data.captions import CaptionChooser, caption_extensions
 from clip_train.data.config import DataConfig
-from clip_train.data.decode import BadSampleError
-from clip_train.data.index import RECORD_WITH_JSON
-from clip_train.data.indexing import index_shards
-from clip_train.data.transforms import sample_uniforms
+from clip_train.data.images.decode import BadSampleError
+from clip_train.data.images.transforms import sample_uniforms
+from clip_train.data.index.files import RECORD_WITH_JSON
+from clip_train.data.index.walk import index_shards
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from tests.data.made import caption_of, encoded, picture, steps, stream, write_shard

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from clip_train.data.config import DataConfig
-from clip_train.data.index import ShardEntry
-from clip_train.data.indexing import index_shards
+from clip_train.data.index.files import ShardEntry
+from clip_train.data.index.walk import index_shards
 from clip_train.data.order import SlotOrder, SourceOrder
 from clip_train.data.source import Source
 from clip_train.distributed.world import World

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from clip_train.data import decode
-from clip_train.data.decode import BadSampleError, decode_image, jpeg_header
-from clip_train.data.transforms import TrainTransform
+from clip_train.data.images import decode
+from clip_train.data.images.decode import BadSampleError, decode_image, jpeg_header
+from clip_train.data.images.transforms import TrainTransform
 from tests.data.made import encoded
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clip_train.data.bad import BadLedger, BadSample
-from clip_train.data.index import HAS_CRC, RECORD
+from clip_train.data.index.files import HAS_CRC, RECORD
 from clip_train.data.reader import ShardReader
 from clip_train.data.shards.filters import parse_condition
 from clip_train.data.shards.index import index_source

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_train.data.decode import BadSampleError, decode_image
-from clip_train.data.indexing import index_shards
+from clip_train.data.images.decode import BadSampleError, decode_image
+from clip_train.data.index.tar import read_samples
+from clip_train.data.index.walk import index_shards
 from clip_train.data.reader import ShardReader
 from clip_train.data.source import Source
-from clip_train.data.tar import read_samples
 from clip_train.errors import IntegrityError
 from tests.data import fuzz
 

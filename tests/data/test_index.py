@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from clip_train.data.index import RECORD, load_index
-from clip_train.data.indexing import index_shards
+from clip_train.data.index.files import RECORD, load_index
+from clip_train.data.index.walk import index_shards
 from clip_train.data.reader import ShardReader
 from clip_train.data.shards.index import index_source
 from clip_train.data.source import expand_shards, open_source

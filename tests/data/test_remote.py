@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from clip_train.data import reader
-from clip_train.data.cache import CacheFull, RemoteShard, ShardCache
 from clip_train.data.config import CacheConfig, DataConfig
-from clip_train.data.index import INDEX_NAME
+from clip_train.data.index.files import INDEX_NAME
 from clip_train.data.order import SlotOrder, SourceOrder
 from clip_train.data.reader import ShardReader
+from clip_train.data.remote.cache import CacheFull, RemoteShard, ShardCache
+from clip_train.data.remote.schedule import Rows, Schedule
 from clip_train.data.scenes.write import write_scenes
-from clip_train.data.schedule import Rows, Schedule
 from clip_train.data.source import find_shards, open_source
 from clip_train.data.workers import start_worker_server
 from clip_train.distributed.world import World

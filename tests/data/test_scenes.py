@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_train.data.index import INDEX_NAME
+from clip_train.data.index.files import INDEX_NAME
 from clip_train.data.scenes.compose import Detail, Draw, compose, describe
 from clip_train.data.scenes.draw import Item, Scene, draw_scene
 from clip_train.data.scenes.pictures import held_out_pair, labelled_scene, training_pair

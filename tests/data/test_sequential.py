@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from clip_train.data.images.transforms import preprocess_pixels
 from clip_train.data.sequential import FolderImages, ShardImages, evaluation_batches
 from clip_train.data.source import expand_shards
-from clip_train.data.transforms import preprocess_pixels
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
 from tests.data.made import encoded, picture, write_shard

@@ -133,7 +133,7 @@ def test_a_bad_sample_is_counted_and_the_next_one_takes_its_row(tmp_path):
 
 
 def test_a_resume_begins_with_the_first_shard_that_is_not_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr("clip_train.data.streaming.SHUFFLE_BUFFER", 4)
+    monkeypatch.setattr("clip_train.data.streaming.pipeline.SHUFFLE_BUFFER", 4)
     numbered_shards(tmp_path, COUNTS)
     for epoch, steps in ((0, 5), (1, 12)):
         stream = streaming(str(tmp_path))

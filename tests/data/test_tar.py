@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from clip_train.data.tar import read_samples, split_name, walk_tar
+from clip_train.data.index.tar import read_samples, split_name, walk_tar
 from clip_train.errors import IntegrityError, UserError
 
 

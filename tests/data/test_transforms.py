@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomResizedCrop, Resize
 
-from clip_train.data import decode
-from clip_train.data.transforms import (
+from clip_train.data.images import decode
+from clip_train.data.images.transforms import (
     TrainTransform,
     preprocess_pixels,
     random_crop,

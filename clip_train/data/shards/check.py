@@ -12,9 +12,10 @@ import numpy as np
 
 from clip_train.data.captions import CaptionChooser, caption_extensions
 from clip_train.data.config import DataConfig
-from clip_train.data.decode import BadSampleError
-from clip_train.data.index import ShardEntry, read_listing
-from clip_train.data.jobs import run_jobs
+from clip_train.data.images.decode import BadSampleError
+from clip_train.data.index.files import ShardEntry, read_listing
+from clip_train.data.index.jobs import run_jobs
+from clip_train.data.index.tar import read_samples
 from clip_train.data.shards.inspect import (
     CaptionTokenizer,
     Defect,
@@ -24,7 +25,6 @@ from clip_train.data.shards.inspect import (
     caption_hash,
 )
 from clip_train.data.source import expand_shards
-from clip_train.data.tar import read_samples
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from clip_train.data.bad import LEDGER_FOLDER, read_ledger
-from clip_train.data.decode import BadSampleError, open_image
-from clip_train.data.indexing import picture_of
-from clip_train.data.tar import BLOCK, Member, TarSample
+from clip_train.data.images.decode import BadSampleError, open_image
+from clip_train.data.index.tar import BLOCK, Member, TarSample
+from clip_train.data.index.walk import picture_of
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:

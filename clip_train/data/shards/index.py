@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clip_train.data.index import DEFAULT_CAPTIONS
-from clip_train.data.indexing import IndexSummary, index_shards
+from clip_train.data.index.files import DEFAULT_CAPTIONS
+from clip_train.data.index.walk import IndexSummary, index_shards
 from clip_train.data.shards.filters import AllRules, MetadataRule, QuarantineRule, parse_condition, read_quarantine
 from clip_train.data.source import expand_shards
 from clip_train.errors import UserError

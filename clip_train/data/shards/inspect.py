@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from clip_train.data.decode import BadSampleError, decode_image, open_image
-from clip_train.data.index import HAS_CRC, ShardEntry, check_sizes
-from clip_train.data.indexing import picture_of, stated_pictures
-from clip_train.data.tar import BLOCK, Member, TarSample, read_samples
+from clip_train.data.images.decode import BadSampleError, decode_image, open_image
+from clip_train.data.index.files import HAS_CRC, ShardEntry, check_sizes
+from clip_train.data.index.tar import BLOCK, Member, TarSample, read_samples
+from clip_train.data.index.walk import picture_of, stated_pictures
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clip_train.data.decode import BadSampleError
+from clip_train.data.images.decode import BadSampleError
 from clip_train.data.shards.inputs.detect import read_input
 from clip_train.data.shards.make import MakeOptions, sample_key, shuffled
 from clip_train.data.shards.sample import examine, read_captions

@@ -9,7 +9,7 @@ import json
 from PIL import Image
 
 from clip_train.data.captions import decode_caption
-from clip_train.data.decode import BadSampleError, decode_image, open_image
+from clip_train.data.images.decode import BadSampleError, decode_image, open_image
 from clip_train.data.shards.inputs.pair import Content, Pair
 
 _EXTENSION_BY_FORMAT = {"JPEG": "jpg", "TIFF": "tif"}

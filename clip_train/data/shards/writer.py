@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Self
 
 import webdataset
 
-from clip_train.data.index import INDEX_NAME
-from clip_train.data.indexing import IndexSummary, index_shards
+from clip_train.data.index.files import INDEX_NAME
+from clip_train.data.index.walk import IndexSummary, index_shards
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:

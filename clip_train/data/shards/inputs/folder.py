@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clip_train.data.index import IMAGE_EXTENSIONS
+from clip_train.data.index.files import IMAGE_EXTENSIONS
 from clip_train.data.shards.inputs.pair import Content, Input, InputOptions, Pair
 from clip_train.errors import UserError
 

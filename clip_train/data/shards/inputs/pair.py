@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from clip_train.data.decode import BadSampleError
+from clip_train.data.images.decode import BadSampleError
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clip_train.data.index import IMAGE_EXTENSIONS
+from clip_train.data.index.files import IMAGE_EXTENSIONS
+from clip_train.data.index.tar import Member, read_samples
 from clip_train.data.shards.inputs.pair import Content, Input, InputOptions, Pair
 from clip_train.data.source import expand_shards
-from clip_train.data.tar import Member, read_samples
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from clip_train.data.transforms import JITTER_ORDER_WORD, JITTER_WORDS, RANDAUGMENT_WORDS
+from clip_train.data.images.transforms import JITTER_ORDER_WORD, JITTER_WORDS, RANDAUGMENT_WORDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

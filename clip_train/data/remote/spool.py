@@ -2,7 +2,7 @@
 
 1. `Schedule` walks the coming batches of this machine's ranks and notes when each shard is needed first and last.
 2. A process of its own, one per machine, downloads in the order of first need, as far ahead as the cache has room, and
-   publishes the plan (data/cache.py), by which every process chooses what to evict.
+   publishes the plan (data/remote/cache.py), by which every process chooses what to evict.
 3. The ranks wait together until the shards of the first batch are here, so that none times out while others download.
    Later a worker that finds a shard absent downloads it itself.
 """
@@ -17,8 +17,8 @@ from math import ceil, inf
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import TYPE_CHECKING, Any
 
-from clip_train.data.cache import CacheFull, RemoteShard, ShardCache
-from clip_train.data.schedule import Rows, Schedule, ShardId
+from clip_train.data.remote.cache import CacheFull, RemoteShard, ShardCache
+from clip_train.data.remote.schedule import Rows, Schedule, ShardId
 from clip_train.data.workers import start_worker
 from clip_train.distributed.collectives import gather_objects
 from clip_train.errors import ClipTrainError, UserError

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip_train.data.decode import SCALE_FACTORS, decode_image, open_plain_jpeg, to_rgb
+from clip_train.data.images.decode import SCALE_FACTORS, decode_image, open_plain_jpeg, to_rgb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

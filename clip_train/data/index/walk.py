@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from clip_train.data.index import (
+from clip_train.data.index.files import (
     CAPTION_CHOICES,
     DEFAULT_CAPTIONS,
     HAS_CRC,
@@ -25,8 +25,8 @@ from clip_train.data.index import (
     write_listing,
     write_synced,
 )
-from clip_train.data.jobs import run_jobs
-from clip_train.data.tar import BLOCK, TarSample, read_samples
+from clip_train.data.index.jobs import run_jobs
+from clip_train.data.index.tar import BLOCK, TarSample, read_samples
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:

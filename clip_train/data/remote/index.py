@@ -18,14 +18,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_train.data.cache import RemoteShard, ShardCache
-from clip_train.data.index import (
+from clip_train.data.index.files import (
     INDEX_FORMAT,
     INDEX_VERSION,
     listing_path,
     parse_listing,
     write_atomically,
 )
+from clip_train.data.remote.cache import RemoteShard, ShardCache
 from clip_train.errors import IntegrityError, UserError
 from clip_train.storage.remote import read_file, size_of
 

@@ -2,7 +2,8 @@
 
 Any number of processes share it. A shard is downloaded whole, by one process at a time, under a temporary name, checked
 and renamed; so a file under its own name is complete. Space is taken before the download begins. Where there is none,
-shards that no run has planned go first, then those that are needed last; plans are published by data/spool.py. A shard
+shards that no run has planned go first, then those that are needed last; plans are published by
+data/remote/spool.py. A shard
 that is being opened or downloaded is never evicted, and one that is open stays readable.
 
     FOLDER/<sha256 of the URL>.tar, .idx      a shard and its records
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from clip_train.data.index import ShardEntry, idx_path, write_atomically
-from clip_train.data.indexing import IndexOptions, idx_part, index_shard
+from clip_train.data.index.files import ShardEntry, idx_path, write_atomically
+from clip_train.data.index.walk import IndexOptions, idx_part, index_shard
 from clip_train.errors import IntegrityError, UserError
 from clip_train.storage.remote import download, read_file, size_of
 

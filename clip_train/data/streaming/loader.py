@@ -1,4 +1,4 @@
-"""The stream of training batches over shards that are read as streams (data/streaming.py).
+"""The stream of training batches over shards that are read as streams (data/streaming/pipeline.py).
 
 It has the interface of `TrainStream`. Its state is a place in the sequence of shards, the first at which any worker of
 any rank has samples left; a resume, at any number of ranks, begins there.
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from clip_train.data.bad import BadSample, BadSamples
 from clip_train.data.loader import MAX_TASK_ROWS, StepReport, join, report_of, rows_of
-from clip_train.data.streaming import SHUFFLE_BUFFER, Place, StreamedTask, StreamingDataset, Team
+from clip_train.data.streaming.pipeline import SHUFFLE_BUFFER, Place, StreamedTask, StreamingDataset, Team
 from clip_train.data.workers import (
     WORKER_POLL_SECONDS,
     WORKER_START_METHOD,

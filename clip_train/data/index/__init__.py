@@ -1,0 +1,1 @@
+"""What lies where in a shard, found once by its headers."""

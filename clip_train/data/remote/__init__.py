@@ -1,0 +1,1 @@
+"""Remote shards as local files: counted, planned, fetched, kept within a bound."""

@@ -1,0 +1,1 @@
+"""The streaming reader, for what cannot be indexed."""
