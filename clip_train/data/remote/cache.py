@@ -3,8 +3,7 @@
 Any number of processes share it. A shard is downloaded whole, by one process at a time, under a temporary name, checked
 and renamed; so a file under its own name is complete. Space is taken before the download begins. Where there is none,
 shards that no run has planned go first, then those that are needed last; plans are published by
-data/remote/spool.py. A shard
-that is being opened or downloaded is never evicted, and one that is open stays readable.
+data/remote/spool.py. A shard that is being opened or downloaded is never evicted, and one that is open stays readable.
 
     FOLDER/<sha256 of the URL>.tar, .idx      a shard and its records
     FOLDER/<sha256 of the URL>.<bytes>.part   a download under way, with the room it takes
