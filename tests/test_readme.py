@@ -10,6 +10,7 @@ from PIL import Image
 from clip_train.cli import app
 from clip_train.config import load
 from clip_train.data.scenes.write import write_scenes
+from clip_train.tools.grid import expand
 from clip_train.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -38,23 +39,31 @@ def run_dir(tmp_path_factory):
 
 
 def test_the_snippet_every_tutorial_shows_runs_against_a_run(run_dir, tmp_path, capsys):
-    (snippet,) = blocks("python")
-    Image.new("RGB", (80, 60), "red").save(tmp_path / "photo.png")
-    snippet = snippet.replace("runs/demo", str(run_dir)).replace("photo.png", str(tmp_path / "photo.png"))
+    for name in ("photo.png", "a.png", "b.png"):
+        Image.new("RGB", (80, 60), "red").save(tmp_path / name)
     values = {}
-    exec(snippet, values)
+    for snippet in blocks("python"):  # the second one goes on where the first one ends
+        exec(
+            re.sub(r"\w+\.png", lambda name: str(tmp_path / name[0]), snippet.replace("runs/demo", str(run_dir))),
+            values,
+        )
     assert capsys.readouterr().out.startswith("Label probs: [[")
     assert values["image_features"].norm(dim=-1).allclose(values["image_features"].new_ones(1))
     cosines = values["image_features"] @ values["text_features"].T
     assert values["logits_per_image"].allclose(values["model"].logit_scale.exp() * cosines)
+    assert len(values["steps"]) == len(values["losses"]) > 0
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_is_one_that_exists(words):
     start = words.index("clip-train" if "clip-train" in words else "clip_train")
     name, *arguments = words[start + 1 :]
-    assert name in {command.name or command.callback.__name__ for command in app.registered_commands} | {"shards"}
-    if name in {"train", "evaluate"} and "..." not in arguments and not {"--help", "--cfg"} & set(arguments):
+    assert name in {command.name or command.callback.__name__ for command in app.registered_commands} | {
+        group.name for group in app.registered_groups
+    }
+    if "-m" in arguments:
+        assert expand([one for one in arguments if one != "-m"])
+    elif name in {"train", "evaluate"} and "..." not in arguments and not {"--help", "--cfg"} & set(arguments):
         load(name, arguments)
 
 

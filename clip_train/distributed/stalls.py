@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from clip_train.distributed.collectives import Work
+
+Result = TypeVar("Result")
 
 
 class Stalls:
@@ -22,6 +26,20 @@ class Stalls:
         """Return `work` with a `wait` that counts."""
         return _Watched(work, self, device)
 
+    def count(self, exchange: Callable[[], Result], *, device: torch.device) -> Result:
+        """Run an exchange that waits by itself, count it and return what it returns."""
+        if device.type == "cuda":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            result = exchange()
+            after.record()
+            self._events.append((before, after))
+            return result
+        started = time.monotonic()
+        result = exchange()
+        self._seconds += time.monotonic() - started
+        return result
+
     def take(self) -> float:
         """Return the seconds since the last call. It waits for the device, so call it where that happens anyway."""
         seconds, self._seconds = self._seconds, 0.0
@@ -31,19 +49,6 @@ class Stalls:
             seconds += before.elapsed_time(after) / 1000
         return seconds
 
-    def _wait(self, work: Work, device: torch.device) -> Any:
-        if device.type == "cuda":
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            result = work.wait()
-            after.record()
-            self._events.append((before, after))
-            return result
-        started = time.monotonic()
-        result = work.wait()
-        self._seconds += time.monotonic() - started
-        return result
-
 
 class _Watched:
     def __init__(self, work: Work, stalls: Stalls, device: torch.device) -> None:
@@ -51,4 +56,4 @@ class _Watched:
 
     def wait(self) -> Any:
         """Wait, and count it."""
-        return self._stalls._wait(self._work, self._device)
+        return self._stalls.count(self._work.wait, device=self._device)

@@ -109,13 +109,17 @@ def gather_pairs(
 
     features: [B, D], for number and device. The result's `num_valid` has the type in which the loss accumulates.
     """
+
+    def gathered(rows: Tensor) -> Tensor:
+        return world.stalls.count(lambda: all_gather(rows, world=world, group=group), device=rows.device)
+
     accumulated = torch.promote_types(features.dtype, torch.float32)
     all_valid = all_ids = None
     if valid is None:
         num_valid = torch.full((), world.size * len(features), dtype=accumulated, device=features.device)
     else:
-        all_valid = all_gather(valid.to(torch.uint8), world=world, group=group).bool()
+        all_valid = gathered(valid.to(torch.uint8)).bool()
         num_valid = all_valid.sum().clamp(min=1).to(accumulated)
     if caption_ids is not None:
-        all_ids = all_gather(caption_ids, world=world, group=group)
+        all_ids = gathered(caption_ids)
     return Pairs(valid, all_valid, caption_ids, all_ids, num_valid)
