@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_train.data.caption_fields import CaptionField, parse_caption_fields
+from clip_train.data.source_patterns import TRAIN_SOURCE, is_patterns, patterns_by_source
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from clip_train.data.source import Source
     from clip_train.data.stream import BatchStream
     from clip_train.distributed.world import World
-
-TRAIN_SOURCE = "train"
 
 
 class Decode(StrEnum):
@@ -130,9 +129,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.train is not None:
-            _patterns_by_source(self.train)
+            patterns_by_source(self.train)
         self._check_reader()
-        if self.val is not None and not _is_patterns(self.val):
+        if self.val is not None and not is_patterns(self.val):
             raise UserError(f"data.val={self.val!r} must be a pattern or a list of patterns")
         self.caption_fields()
         if self.caption_template.count("{}") != 1:
@@ -147,7 +146,7 @@ class DataConfig:
         self._check_augmentations()
         if self.workers < 0:
             raise UserError(f"data.workers={self.workers} must not be negative")
-        if self.epoch_end == EpochEnd.drop_last and self.train is not None and len(_patterns_by_source(self.train)) > 1:
+        if self.epoch_end == EpochEnd.drop_last and self.train is not None and len(patterns_by_source(self.train)) > 1:
             raise UserError("data.epoch_end=drop_last needs one source; a mixture has no common end of an epoch")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"data.max_bad_fraction={self.max_bad_fraction} must lie in [0, 1]")
@@ -189,7 +188,7 @@ class DataConfig:
         ):  # fmt: skip
             if value != only:
                 raise UserError(f"data.{key}={value} needs data.reader=indexed")
-        if self.train is not None and not _is_patterns(self.train):
+        if self.train is not None and not is_patterns(self.train):
             raise UserError(f"data.train={self.train}: data.reader=streaming reads one source, a pattern or a list")
 
     def open_train(self, *, world: World) -> list[Source]:
@@ -206,7 +205,7 @@ class DataConfig:
         index_dir = None if self.index_dir is None else Path(self.index_dir).expanduser()
         if self.train is None:
             raise UserError("data.train is not set: name the shards, as in data.train='shards/train-{000..009}.tar'")
-        by_source = _patterns_by_source(self.train)
+        by_source = patterns_by_source(self.train)
         fields = {name: "data.train" if name == TRAIN_SOURCE else f"data.train.{name}.shards" for name in by_source}
         open_one = partial(
             open_source, world=world, captions=captions, index_dir=index_dir, cache=self.cache.build(),
@@ -261,7 +260,7 @@ class DataConfig:
         """
         from clip_train.data.loader import TrainStream
 
-        weights = [weight for _, weight in _patterns_by_source(self.train).values() if weight is not None]
+        weights = [weight for _, weight in patterns_by_source(self.train).values() if weight is not None]
         return TrainStream(
             sources,
             weights=weights or None,
@@ -331,32 +330,6 @@ class DataConfig:
             decode_floor=self.decode_floor if self.decode == Decode.fast else None,
             augmentations=tuple(augmentations),
         )
-
-
-def _patterns_by_source(train: object) -> dict[str, tuple[Any, float | None]]:
-    """Return patterns and weight of each source. A bare pattern is the source `train`, which fixes its order."""
-    if _is_patterns(train):
-        return {TRAIN_SOURCE: (train, None)}
-    if not isinstance(train, dict) or not train:
-        raise UserError(f"data.train={train!r} must be a pattern, a list of patterns or {{name: {{shards, weight}}}}")
-    sources: dict[str, tuple[Any, float | None]] = {}
-    for name, row in train.items():
-        if not isinstance(row, dict) or not _is_patterns(row.get("shards")) or row.keys() - {"shards", "weight"}:
-            raise UserError(f"data.train.{name}={row!r} must have `shards` and may have `weight`, nothing else")
-        weight = row.get("weight")
-        if weight is not None and not (isinstance(weight, int | float) and 0 < weight < float("inf")):
-            raise UserError(f"data.train.{name}.weight={weight!r} must be a positive number")
-        sources[str(name)] = (row["shards"], weight)
-    given = [name for name, (_, weight) in sources.items() if weight is not None]
-    if given and len(given) < len(sources):
-        raise UserError(f"data.train: give every source a weight or none; only {', '.join(given)} have one")
-    return sources
-
-
-def _is_patterns(value: object) -> bool:
-    if isinstance(value, str):
-        return bool(value)
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item for item in value)
 
 
 def _warn_of_shared_shards(sources: list[Source], val: list[Path]) -> None:

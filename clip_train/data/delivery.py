@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from clip_train.data.loader import StepReport
-    from clip_train.data.stream import BatchStream
+    from clip_train.data.stream import BatchStream, StepReport
     from clip_train.distributed.world import World
     from clip_train.types import Batch
 

@@ -13,28 +13,18 @@ The position of the stream is one integer, `consumed`. Nothing else must be save
 from __future__ import annotations
 
 import logging
-from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from clip_train.data.audit import add_hashes
-from clip_train.data.bad import BadSample, BadSamples
 from clip_train.data.dataset import SampleDataset, Task, TaskFailure, TaskResult, TaskRows
 from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
 from clip_train.data.remote.spool import Spool, check_room
 from clip_train.data.segments import Segment, SegmentSource, continued, differences
-from clip_train.data.workers import (
-    WORKER_POLL_SECONDS,
-    WORKER_START_METHOD,
-    WorkerFailed,
-    WorkerFailures,
-    WorkerTasks,
-    as_is,
-    start_worker,
-    start_worker_server,
-)
+from clip_train.data.stream import BatchStream, StepReport
+from clip_train.data.workers import WorkerFailed, WorkerFailures, WorkerTasks, open_loader, start_worker_server
 from clip_train.errors import IntegrityError, UserError
 from clip_train.types import Batch
 
@@ -52,15 +42,7 @@ logger = logging.getLogger(__name__)
 MAX_TASK_ROWS = 256
 
 
-class StepReport(NamedTuple):
-    """What one rank's batch consists of."""
-
-    consumed: int  # first slot of the global batch
-    id_hash: int  # of the samples shown, see data/audit.py
-    bad: list[BadSample]
-
-
-class TrainStream:
+class TrainStream(BatchStream):
     """The endless stream of training batches of one rank.
 
     Args:
@@ -93,12 +75,14 @@ class TrainStream:
             raise UserError(
                 f"global_batch_size={global_batch_size} must not exceed the {samples} samples of data.train"
             )
-        self.num_samples = samples - samples % global_batch_size if drop_last else samples  # of an epoch
+        super().__init__(
+            num_samples=samples - samples % global_batch_size if drop_last else samples,
+            global_batch_size=global_batch_size, max_bad_fraction=max_bad_fraction,
+        )  # fmt: skip
         self.sources = tuple(sources)
         self._weights = weights
         self._world = world
         self._seed = seed
-        self._global_batch_size = global_batch_size
         self._workers = workers
         self._lanes, self._window = lanes, window
         self._drop_last, self._new_segment = drop_last, new_segment
@@ -115,9 +99,6 @@ class TrainStream:
         self._dataset = SampleDataset(
             sources, order=self.order, global_batch_size=global_batch_size, substitute=substitute, filler=filler,
         )  # fmt: skip
-        self._bad = BadSamples(max_bad_fraction)
-        self._reports: deque[StepReport] = deque()
-        self._batches: Generator[Batch, None, None] | None = None
         self._spool: Spool | None = None
         check_room(sources, lanes=lanes, window=window, world=world)
         if workers:
@@ -144,26 +125,17 @@ class TrainStream:
         self._batches = self._generate(consumed)
         return self._batches
 
-    def take_report(self) -> StepReport:
-        """Return what the oldest batch that was yielded and not yet asked about consists of."""
-        return self._reports.popleft()
-
-    def count(self, bad: Sequence[BadSample]) -> None:
-        """Count the bad samples of all ranks in one step. Every rank calls it with the same.
-
-        Raises:
-            IntegrityError: there are too many of them.
-        """
-        self._bad.add(bad, num_samples=self._global_batch_size)
-
     def _generate(self, consumed: int) -> Generator[Batch, None, None]:
         failures = WorkerFailures()
         while True:  # once, and again after each failure of a worker
             sampler = TaskSampler(
                 self.order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
             )
+            loader = open_loader(
+                self._dataset, sampler=sampler, workers=self._workers, tasks_per_batch=sampler.tasks_per_batch
+            )
             try:
-                with WorkerTasks(self._loader(sampler)) as tasks:
+                with WorkerTasks(loader) as tasks:
                     while True:
                         parts = [rows_of(tasks.next(), consumed=consumed) for _ in range(sampler.tasks_per_batch)]
                         self._reports.append(report_of(parts, consumed=consumed))
@@ -224,28 +196,13 @@ class TrainStream:
             )
         return differences(segment, self._segments[0])
 
-    def counters(self) -> dict[str, int]:
-        """Return how many samples of all ranks could not be used, by reason, restarts included."""
-        return dict(sorted(self._bad.by_reason.items()))
-
     def close(self) -> None:
         """Stop the workers and close the shards."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        super().close()
         if self._spool is not None:
             self._spool.close()
             self._spool = None
         self._dataset.close()
-
-    def _loader(self, sampler: TaskSampler) -> DataLoader:
-        if not self._workers:
-            return DataLoader(self._dataset, sampler=sampler, batch_size=None, collate_fn=as_is)
-        return DataLoader(
-            self._dataset, sampler=sampler, batch_size=None, collate_fn=as_is, num_workers=self._workers,
-            prefetch_factor=max(2, -(-2 * sampler.tasks_per_batch // self._workers)), worker_init_fn=start_worker,
-            multiprocessing_context=WORKER_START_METHOD, timeout=WORKER_POLL_SECONDS, in_order=True,
-        )  # fmt: skip
 
     def _slot_order(self, segment: Segment, *, number: int) -> SlotOrder:
         return SlotOrder(

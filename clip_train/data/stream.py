@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from clip_train.data.bad import BadSamples
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from clip_train.data.bad import BadSample
-    from clip_train.data.loader import StepReport
     from clip_train.types import Batch
 
 
-class BatchStream(Protocol):
-    """The endless stream of training batches of one rank."""
+class StepReport(NamedTuple):
+    """What one rank's batch consists of."""
 
-    num_samples: int
-    """Samples of an epoch."""
+    consumed: int  # first slot of the global batch
+    id_hash: int  # of the samples shown, see data/audit.py
+    bad: list[BadSample]
 
+
+class BatchStream(ABC):
+    """The endless stream of training batches of one rank. One iterator is alive at a time.
+
+    Attributes:
+        num_samples: samples of an epoch.
+    """
+
+    def __init__(self, *, num_samples: int, global_batch_size: int, max_bad_fraction: float) -> None:
+        self.num_samples = num_samples
+        self._global_batch_size = global_batch_size
+        self._bad = BadSamples(max_bad_fraction)
+        self._reports: deque[StepReport] = deque()
+        self._batches: Generator[Batch, None, None] | None = None
+
+    @abstractmethod
     def batches(self, consumed: int) -> Iterator[Batch]:
-        """Yield this rank's rows of the global batches from slot `consumed` on, without end. Every rank calls it."""
+        """Yield this rank's rows of the global batches from slot `consumed` on, without end. Every rank calls it.
 
-    def take_report(self) -> StepReport:
-        """Return what the oldest batch that was yielded and not yet asked about consists of."""
+        A new iterator ends the former.
+        """
 
-    def count(self, bad: Sequence[BadSample]) -> None:
-        """Count the bad samples of all ranks in one step."""
-
+    @abstractmethod
     def state_dict(self, consumed: int) -> dict[str, Any]:
         """Return what a resume compares and where it begins, alike on all ranks, which must all call it."""
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called."""
+        """Go on where `state_dict` was called. Before the first batch."""
+
+    def take_report(self) -> StepReport:
+        """Return what the oldest batch that was yielded and not yet asked about consists of."""
+        return self._reports.popleft()
+
+    def count(self, bad: Sequence[BadSample]) -> None:
+        """Count the bad samples of all ranks in one step. Every rank calls it with the same.
+
+        Raises:
+            IntegrityError: there are too many of them.
+        """
+        self._bad.add(bad, num_samples=self._global_batch_size)
 
     def counters(self) -> dict[str, int]:
-        """Return how many samples of all ranks could not be used, by reason."""
+        """Return how many samples of all ranks could not be used, by reason, restarts included."""
+        return dict(sorted(self._bad.by_reason.items()))
 
     def close(self) -> None:
         """Stop the workers and close the shards."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clip_train.errors import TrainingFailed
 
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset, Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,22 @@ def as_is(item: object) -> object:
     return item
 
 
+def open_loader(dataset: Dataset, *, workers: int, tasks_per_batch: int, sampler: Sampler | None = None) -> DataLoader:
+    """Return the DataLoader of a training stream; each item of the dataset is a task.
+
+    Two batches are under way ahead of the trainer. Results come in order, and `WorkerTasks` watches the workers.
+    """
+    from torch.utils.data import DataLoader
+
+    if not workers:
+        return DataLoader(dataset, sampler=sampler, batch_size=None, collate_fn=as_is)
+    return DataLoader(
+        dataset, sampler=sampler, batch_size=None, collate_fn=as_is, num_workers=workers, worker_init_fn=start_worker,
+        prefetch_factor=max(2, -(-2 * tasks_per_batch // workers)), multiprocessing_context=WORKER_START_METHOD,
+        timeout=WORKER_POLL_SECONDS, in_order=True,
+    )  # fmt: skip
+
+
 class WorkerFailed(Exception):
     """A loader process raised, died or hangs. What it was to do can be done again by another."""
 
@@ -75,7 +91,7 @@ class WorkerTasks:
     """The results of a DataLoader, in order, as long as its workers live. A context manager that ends them.
 
     Args:
-        loader: with `timeout=WORKER_POLL_SECONDS` if it has workers. Its dataset must not raise in a worker.
+        loader: from `open_loader`. Its dataset must not raise in a worker.
     """
 
     def __init__(self, loader: DataLoader) -> None:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from clip_train.data.bad import BadSample
-    from clip_train.data.loader import StepReport, TrainStream
+    from clip_train.data.loader import TrainStream
+    from clip_train.data.stream import StepReport
     from clip_train.schema import TrainConfig
     from clip_train.types import Batch
 

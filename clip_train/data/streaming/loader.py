@@ -11,21 +11,10 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader
-
-from clip_train.data.bad import BadSample, BadSamples
-from clip_train.data.loader import MAX_TASK_ROWS, StepReport, join, report_of, rows_of
+from clip_train.data.loader import MAX_TASK_ROWS, join, report_of, rows_of
+from clip_train.data.stream import BatchStream
 from clip_train.data.streaming.pipeline import SHUFFLE_BUFFER, Place, StreamedTask, StreamingDataset, Team
-from clip_train.data.workers import (
-    WORKER_POLL_SECONDS,
-    WORKER_START_METHOD,
-    WorkerFailed,
-    WorkerFailures,
-    WorkerTasks,
-    as_is,
-    start_worker,
-    start_worker_server,
-)
+from clip_train.data.workers import WorkerFailed, WorkerFailures, WorkerTasks, open_loader, start_worker_server
 from clip_train.distributed.collectives import gather_objects
 from clip_train.errors import IntegrityError, UserError
 
@@ -39,7 +28,7 @@ if TYPE_CHECKING:
 READER = "streaming"
 
 
-class StreamingTrainStream:
+class StreamingTrainStream(BatchStream):
     """The endless stream of training batches of one rank, in an order that depends on ranks and workers.
 
     Args:
@@ -70,19 +59,17 @@ class StreamingTrainStream:
             )
         if num_samples < global_batch_size:
             raise UserError(f"global_batch_size={global_batch_size} must not exceed data.num_samples={num_samples}")
-        self.num_samples = num_samples
+        super().__init__(
+            num_samples=num_samples, global_batch_size=global_batch_size, max_bad_fraction=max_bad_fraction
+        )
         self._urls = tuple(urls)
         self._captions = captions
         self._filler = filler
         self._world = world
         self._seed = seed
-        self._global_batch_size = global_batch_size
         self._workers = workers
-        self._bad = BadSamples(max_bad_fraction)
-        self._reports: deque[StepReport] = deque()
         self._place = Place(0, 0)  # of what has been trained on
         self._delivered: deque[tuple[int, Place]] = deque()  # slot after each batch, and this rank's place there
-        self._batches: Generator[Batch, None, None] | None = None
         if world.is_main:
             print(
                 f"data.reader=streaming: {len(urls):,} shards. The order of samples depends on the number of ranks "
@@ -105,18 +92,6 @@ class StreamingTrainStream:
         self._delivered.clear()
         self._batches = self._generate(consumed)
         return self._batches
-
-    def take_report(self) -> StepReport:
-        """Return what the oldest batch that was yielded and not yet asked about consists of."""
-        return self._reports.popleft()
-
-    def count(self, bad: Sequence[BadSample]) -> None:
-        """Count the bad samples of all ranks in one step. Every rank calls it with the same.
-
-        Raises:
-            IntegrityError: there are too many of them.
-        """
-        self._bad.add(bad, num_samples=self._global_batch_size)
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
         """Return where a resume begins, alike on all ranks, which must all call it."""
@@ -143,16 +118,6 @@ class StreamingTrainStream:
         self._place = Place(state["epoch"], state["floor"])
         self._bad.restore(state["bad"])
 
-    def counters(self) -> dict[str, int]:
-        """Return how many samples of all ranks could not be used, by reason, restarts included."""
-        return dict(sorted(self._bad.by_reason.items()))
-
-    def close(self) -> None:
-        """Stop the workers and close the shards."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
-
     def _identity(self) -> dict[str, Any]:
         shards = hashlib.sha256("\n".join(self._urls).encode()).hexdigest()
         return {"reader": READER, "seed": self._seed, "shards": shards}
@@ -164,7 +129,12 @@ class StreamingTrainStream:
         place = self._place
         while True:  # once, and again after each failure of a worker
             unfinished = [place] * max(1, self._workers)
-            loader = self._loader(task_rows, start=place, consumed=consumed)
+            dataset = StreamingDataset(
+                self._urls, captions=self._captions, filler=self._filler, team=Team(self._world.rank, self._world.size),
+                seed=self._seed, start=place, consumed=consumed, global_batch_size=self._global_batch_size,
+                task_rows=task_rows,
+            )  # fmt: skip
+            loader = open_loader(dataset, workers=self._workers, tasks_per_batch=len(task_rows))
             number = 0
             try:
                 with WorkerTasks(loader) as tasks:
@@ -182,17 +152,3 @@ class StreamingTrainStream:
                         yield join(parts, world=self._world)
             except WorkerFailed as failure:
                 failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
-
-    def _loader(self, task_rows: Sequence[int], *, start: Place, consumed: int) -> DataLoader:
-        dataset = StreamingDataset(
-            self._urls, captions=self._captions, filler=self._filler, team=Team(self._world.rank, self._world.size),
-            seed=self._seed, start=start, consumed=consumed, global_batch_size=self._global_batch_size,
-            task_rows=task_rows,
-        )  # fmt: skip
-        if not self._workers:
-            return DataLoader(dataset, batch_size=None, collate_fn=as_is)
-        return DataLoader(
-            dataset, batch_size=None, collate_fn=as_is, num_workers=self._workers, worker_init_fn=start_worker,
-            prefetch_factor=max(2, -(-2 * len(task_rows) // self._workers)),
-            multiprocessing_context=WORKER_START_METHOD, timeout=WORKER_POLL_SECONDS, in_order=True,
-        )  # fmt: skip
