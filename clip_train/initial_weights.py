@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_train.checkpoint.agree import on_main
 from clip_train.checkpoint.retention import list_checkpoints
+from clip_train.distributed.agree import on_main
 from clip_train.distributed.parallel import SCALARS
 from clip_train.errors import UserError
 from clip_train.interop.folders import Source

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clip_train.checkpoint.agree import on_main
 from clip_train.checkpoint.best import Score, read_best, write_best
 from clip_train.checkpoint.choose import choose
 from clip_train.checkpoint.copies import RemoteCopies
@@ -24,6 +23,7 @@ from clip_train.checkpoint.manifest import Manifest, git_commit, verify
 from clip_train.checkpoint.publish import clear_leftovers, explain, publish, require_space
 from clip_train.checkpoint.retention import checkpoint_path, prune
 from clip_train.checkpoint.snapshot import take_snapshot
+from clip_train.distributed.agree import on_main
 from clip_train.errors import ClipTrainError, IntegrityError, UserError
 
 if TYPE_CHECKING:

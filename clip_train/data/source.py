@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from clip_train.data.index.files import DEFAULT_CAPTIONS, ShardEntry, fingerprint, load_index
 from clip_train.data.index.walk import index_shards
 from clip_train.data.remote.index import load_remote_index
-from clip_train.distributed.collectives import broadcast_object
-from clip_train.errors import ClipTrainError, UserError
+from clip_train.distributed.agree import on_main
+from clip_train.errors import UserError
 from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from clip_train.data.remote.cache import ShardCache
     from clip_train.distributed.world import World
 
 logger = logging.getLogger(__name__)
-
-_SECONDS_BETWEEN_SIGNS = 5.0
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,39 +169,19 @@ def open_source(
         IntegrityError: a shard or an index is damaged, or does not arrive.
     """
 
-    def attempt() -> Source | ClipTrainError:
-        try:
-            locations = find_shards(patterns, field=field)
-            if not is_remote(locations[0]):
-                return _open(locations, name=name, field=field, captions=captions, index_dir=index_dir)
-            if cache is None:
-                raise UserError(f"{field}={patterns}: shards must be local files here")
-            entries = load_remote_index(
-                locations, cache=cache, captions=captions, counts_from_stats=counts_from_stats, field=field
-            )
-            root = _common_folder(locations)
-            return Source(name=name, root=root, shards=tuple(entries), captions=captions, cache=cache)
-        except ClipTrainError as error:
-            return error  # raised on every rank, so that none waits for the others
+    def act() -> Source:
+        locations = find_shards(patterns, field=field)
+        if not is_remote(locations[0]):
+            return _open(locations, name=name, field=field, captions=captions, index_dir=index_dir)
+        if cache is None:
+            raise UserError(f"{field}={patterns}: shards must be local files here")
+        entries = load_remote_index(
+            locations, cache=cache, captions=captions, counts_from_stats=counts_from_stats, field=field
+        )
+        root = _common_folder(locations)
+        return Source(name=name, root=root, shards=tuple(entries), captions=captions, cache=cache)
 
-    outcome = _from_main(attempt, world=world)
-    if isinstance(outcome, ClipTrainError):
-        raise outcome
-    return outcome
-
-
-def _from_main(attempt: Callable[[], _Result], *, world: World) -> _Result:
-    """Return what `attempt` returns on rank 0. The other ranks hear from it all the while: an index pass may take
-    longer than a collective may wait."""
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(attempt) if world.is_main else None
-        result: list[_Result] = []
-        while not result:
-            if running is not None:
-                wait([running], timeout=_SECONDS_BETWEEN_SIGNS)
-                result = [running.result()] if running.done() else []
-            result = broadcast_object(result, world=world)
-    return result[0]
+    return on_main(act, world=world)
 
 
 def _open(
