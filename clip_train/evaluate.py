@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clip_train.config import from_yaml
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import UserError
 from clip_train.evaluation.features import PrefixEncoder
 from clip_train.evaluation.result import write_result
-from clip_train.evaluation.samples import collect, save_samples
+from clip_train.evaluation.samples import PICTURE_SIZE, save_samples
 from clip_train.evaluation.suite import require_some, summarize
 from clip_train.evaluation.table import print_results
 from clip_train.schema import EvaluateConfig, TrainConfig
 
 if TYPE_CHECKING:
     from clip_train.evaluation.config import EvaluationConfig
+    from clip_train.evaluation.evaluator import Evaluator
     from clip_train.evaluation.features import DualEncoder
 
 
 def run_evaluations(
-    evaluators: Mapping[str, Any],
+    evaluators: Mapping[str, Evaluator],
     model: DualEncoder,
     *,
     world: World,
@@ -50,8 +51,8 @@ def run_evaluations(
         scores |= {f"{key}/{metric}": value for metric, value in result.metrics.items()}
         if world.is_main:
             write_result(result, out / f"{key}.json", dataset=key, model=name, pretrained=weights)
-            if samples:
-                save_samples(collect(evaluator, result), out / f"{key}.samples.json")
+            if samples and (shown := evaluator.samples(result, size=PICTURE_SIZE)):
+                save_samples(shown, out / f"{key}.samples.json")
     if world.is_main:
         print_results(results)
     return scores

@@ -14,7 +14,9 @@ from clip_train.checkpoint.config import CheckpointConfig
 from clip_train.data.config import DataConfig
 from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
-from clip_train.evaluation.config import ClassifyConfig, EvaluationConfig, RetrieveConfig
+from clip_train.evaluation.classify.config import ClassifyConfig
+from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
 from clip_train.model.config import ModelConfig

@@ -7,14 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from clip_train.errors import IntegrityError
-
-if TYPE_CHECKING:
-    from clip_train.evaluation.features import DualEncoder
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,16 +36,6 @@ class EvaluationResult:
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     """Per-item arrays, for paired comparisons and the report."""
     seconds: float = 0.0
-
-
-class Evaluator(Protocol):
-    """An evaluation set with its scores."""
-
-    def run(self, model: DualEncoder) -> dict[str, float]:
-        """Return the metrics. All ranks take part."""
-
-    def evaluate(self, model: DualEncoder) -> EvaluationResult:
-        """Return metrics, chance, intervals and predictions. All ranks take part."""
 
 
 def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: str, pretrained: str = "") -> None:

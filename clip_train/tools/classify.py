@@ -21,7 +21,7 @@ from clip_train.data.images.decode import BadSampleError, open_image
 from clip_train.data.index.files import IMAGE_EXTENSIONS
 from clip_train.errors import IntegrityError, UserError
 from clip_train.evaluation.features import similarity
-from clip_train.evaluation.prompt_files import fill, load_templates
+from clip_train.evaluation.prompts.files import fill, load_templates
 
 if TYPE_CHECKING:
     from collections.abc import Callable

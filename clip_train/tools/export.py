@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 
 from clip_train.checkpoint.load import load_train_state
 from clip_train.errors import UserError
-from clip_train.evaluation.classify import score
-from clip_train.evaluation.config import ClassifyConfig, Precision
+from clip_train.evaluation.classify.config import ClassifyConfig
+from clip_train.evaluation.classify.evaluator import Classify, score
+from clip_train.evaluation.config import Precision
 from clip_train.interop.export.card import CardScore, Provenance, model_card
 from clip_train.interop.export.inputs import write_labelled
 from clip_train.interop.export.onnx_graphs import missing_packages
@@ -202,6 +203,8 @@ def _score(folder: Path, *, model: LoadedModel) -> Benchmark:
         image_size=model.config.vision.image_size,
         squash=model.config.squash,
     )
+    assert isinstance(evaluator, Classify)
     predictions = evaluator.evaluate(model).predictions  # also of features that count as collapsed
-    result = score(predictions["label"], predictions["top"], num_classes=len(evaluator.images.classnames))
+    num_classes = len(evaluator.images.classnames)
+    result = score(predictions["label"], predictions["top"], num_classes=num_classes)
     return Benchmark(folder=folder, metrics=result.metrics)

@@ -10,7 +10,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from clip_train.errors import UserError
-from clip_train.evaluation.config import ClassifyConfig, EvaluationConfig, RetrieveConfig
+from clip_train.evaluation.classify.config import ClassifyConfig
+from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.retrieve.config import RetrieveConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

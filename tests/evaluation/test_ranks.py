@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.evaluation import test_classify, test_retrieve
+from tests.evaluation.classify import test_classify
+from tests.evaluation.retrieve import test_retrieve
 from tests.evaluation.toys import ToyModel
 from tests.gloo import run_on_ranks
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clip_train.errors import IntegrityError
-from clip_train.evaluation.classify import score
+from clip_train.evaluation.classify.evaluator import score
 from clip_train.evaluation.result import read_result, write_result
 
 

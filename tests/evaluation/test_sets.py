@@ -10,12 +10,13 @@ from PIL import Image
 
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
-from clip_train.evaluation.captioned_images import open_captioned_images
-from clip_train.evaluation.config import ClassifyConfig, RetrieveConfig
-from clip_train.evaluation.labelled_images import open_labelled_images
-from clip_train.evaluation.prompt_files import imagenet_classnames, imagenet_wnids
+from clip_train.evaluation.classify.config import ClassifyConfig
+from clip_train.evaluation.classify.labelled_images import open_labelled_images
+from clip_train.evaluation.prompts.files import imagenet_classnames, imagenet_wnids
 from clip_train.evaluation.result import read_result, write_result
-from clip_train.evaluation.samples import collect, load_samples, save_samples
+from clip_train.evaluation.retrieve.captioned_images import open_captioned_images
+from clip_train.evaluation.retrieve.config import RetrieveConfig
+from clip_train.evaluation.samples import load_samples, save_samples
 from tests.evaluation.toys import ToyModel, ToyTokenizer, image_features_float64, text_feature_float64
 
 SIZE = 16
@@ -75,7 +76,7 @@ def test_clip_benchmarks_layout_is_classified_as_by_hand(tmp_path):
         prompts = [text_feature_float64(model, p) for p in (f"a photo of a {name}.", f"art of the {name}")]
         vectors.append(np.mean(prompts, axis=0) / np.linalg.norm(np.mean(prompts, axis=0)))
     expected = np.mean((features @ np.array(vectors).T).argmax(axis=1) == labels)
-    assert evaluator.run(model)["acc1"] == pytest.approx(expected)
+    assert evaluator.evaluate(model).metrics["acc1"] == pytest.approx(expected)
 
 
 def test_a_label_out_of_range_is_refused_by_its_picture(tmp_path):
@@ -146,7 +147,7 @@ def test_shards_are_searched_through_the_config(tmp_path):
         [text_feature_float64(model, c) for c in captions]
     ).T  # fmt: skip
     expected = np.mean(cosines.argmax(axis=1) == np.arange(6))
-    assert evaluator.run(model)["text_retrieval_recall@1"] == pytest.approx(expected)
+    assert evaluator.evaluate(model).metrics["text_retrieval_recall@1"] == pytest.approx(expected)
 
 
 def test_a_picture_that_cannot_be_decoded_fails_the_evaluation(tmp_path):
@@ -155,7 +156,7 @@ def test_a_picture_that_cannot_be_decoded_fails_the_evaluation(tmp_path):
     )
     evaluator = RetrieveConfig(shards=str(tmp_path)).build(world=World(), tokenizer=ToyTokenizer(), image_size=SIZE)
     with pytest.raises(IntegrityError, match=r"0\.tar/a"):
-        evaluator.run(torch.nn.Module.train(ToyModel(size=SIZE)))
+        evaluator.evaluate(torch.nn.Module.train(ToyModel(size=SIZE)))
 
 
 def test_the_files_of_an_evaluation_show_the_pictures_with_their_answers(tmp_path):
@@ -172,7 +173,7 @@ def test_the_files_of_an_evaluation_show_the_pictures_with_their_answers(tmp_pat
     results = {name: evaluator.evaluate(model) for name, evaluator in evaluators.items()}
     for name, result in results.items():
         write_result(result, tmp_path / f"{name}.json", dataset=name, model="toy")
-        save_samples(collect(evaluators[name], result), tmp_path / f"{name}.samples.json")
+        save_samples(evaluators[name].samples(result, size=112), tmp_path / f"{name}.samples.json")
     assert read_result(tmp_path / "classes.json")["metrics"]["acc1"] == results["classes"].metrics["acc1"]
 
     classes = load_samples(tmp_path / "classes.samples.json")

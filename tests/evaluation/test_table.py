@@ -5,7 +5,7 @@ import io
 import numpy as np
 from rich.console import Console
 
-from clip_train.evaluation.classify import score
+from clip_train.evaluation.classify.evaluator import score
 from clip_train.evaluation.table import print_results
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clip_train.distributed.world import World
+from clip_train.evaluation.evaluator import Setting
 
 END = 999
 
@@ -83,6 +84,15 @@ def toy_batches(pixels: np.ndarray, *, world: World, batch_size: int, leave_out:
             valid &= indices != leave_out
         safe = np.where(valid, indices, 0)
         yield Batch(torch.from_numpy(pixels[safe]), torch.from_numpy(safe), torch.from_numpy(valid))
+
+
+def toy_setting(pixels: np.ndarray, *, world: World, **reader) -> Setting:
+    """What an evaluator is given, with `pixels` in place of the pictures of any source."""
+    return Setting(
+        world=world,
+        tokenizer=ToyTokenizer(),
+        read=lambda source: lambda: toy_batches(pixels, world=world, **reader),
+    )
 
 
 def image_features_float64(model, pixels):

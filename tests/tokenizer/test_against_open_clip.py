@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_train.evaluation.prompt_files import fill, imagenet_classnames, load_templates
+from clip_train.evaluation.prompts.files import fill, imagenet_classnames, load_templates
 from clip_train.tokenizer.bpe import ClipTokenizer
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip_train.evaluation.prompt_files import fill, imagenet_classnames, load_templates
+from clip_train.evaluation.prompts.files import fill, imagenet_classnames, load_templates
 from clip_train.tokenizer import bpe, cleaning
 from clip_train.tokenizer.bpe import ClipTokenizer
 from clip_train.tokenizer.config import ClipTokenizerConfig

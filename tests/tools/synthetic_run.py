@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from clip_train.evaluation.classify import score
+from clip_train.evaluation.classify.evaluator import score
 from clip_train.evaluation.result import EvaluationResult, write_result
 from clip_train.evaluation.samples import PictureAnswers, ReportSamples, save_samples
 

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from clip_train.errors import UserError
-from clip_train.evaluation.prompt_files import fill, imagenet_classnames, imagenet_wnids, load_templates
+from clip_train.evaluation.prompts.files import fill, imagenet_classnames, imagenet_wnids, load_templates
 
 # SHA-256 of the lines joined by newlines, as published by OpenAI (names, templates) and of the sorted synset ids.
 CLASSNAMES = "571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60"

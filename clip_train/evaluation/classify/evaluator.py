@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -10,90 +9,77 @@ import numpy as np
 import torch
 
 from clip_train.distributed.world import World
-from clip_train.evaluation.classifier import ZeroShotClassifier, build_classifier, tokenize_prompts
 from clip_train.evaluation.collapse import TowerStatistics
 from clip_train.evaluation.confidence import bootstrap_mean_per_class, wilson_interval
+from clip_train.evaluation.evaluator import Evaluator, Setting
 from clip_train.evaluation.features import (
-    Batches,
     DualEncoder,
     TokenizedTexts,
-    Tokenizer,
     encode_images,
-    evaluating,
     gather_items,
     to_numpy,
 )
-from clip_train.evaluation.result import EvaluationResult
+from clip_train.evaluation.prompts.classifier import ZeroShotClassifier, build_classifier, tokenize_prompts
+from clip_train.evaluation.result import EvaluationResult, evenly_spaced
+from clip_train.evaluation.samples import NUM_PICTURES, PictureAnswers, ReportSamples, read_pictures
 
 if TYPE_CHECKING:
-    from clip_train.evaluation.labelled_images import LabelledImages
+    from clip_train.evaluation.classify.labelled_images import LabelledImages
 
 NUM_TOP = 5
 
 
-class Classify:
+class Classify(Evaluator):
     """Accuracy among all classes of a labelled set: acc1, acc5 (from five classes on) and mean per-class recall.
 
     Args:
         images: the labelled set, the same on every rank.
-        world: the ranks that share the work.
-        tokenizer: the model's own.
-        batches: makes one pass over this rank's piece of the set; padded so that all ranks see equally many rows.
-        precision: of the towers, `auto`, `fp32` or `bf16`.
+        setting: what it works with.
     """
 
-    def __init__(
-        self,
-        images: LabelledImages,
-        *,
-        world: World,
-        tokenizer: Tokenizer,
-        batches: Batches,
-        precision: str = "auto",
-    ) -> None:
+    def __init__(self, images: LabelledImages, *, setting: Setting) -> None:
+        super().__init__(setting)
         self.images = images
-        self._world = world
-        self._tokenizer = tokenizer
-        self._batches = batches
-        self._precision = precision
 
-    def run(self, model: DualEncoder) -> dict[str, float]:
-        """Return the metrics; none if the features have collapsed. All ranks take part."""
-        return self.evaluate(model).metrics
-
-    def evaluate(self, model: DualEncoder) -> EvaluationResult:
-        """Return metrics, chance, intervals and the five likeliest classes of every image. All ranks take part.
-
-        Raises:
-            IntegrityError: not every image of the set was seen exactly once.
-        """
-        started = time.monotonic()
+    def measure(self, model: DualEncoder) -> EvaluationResult:
+        """Return metrics, chance, intervals and the five likeliest classes of every image."""
         images = self.images
-        with evaluating(model, world=self._world, precision=self._precision):
-            classifier = build_classifier(model, self._prompts, classnames=images.classnames, world=self._world)
-            predictions, collapsed = self._predict(model, classifier)
+        classifier = build_classifier(model, self._prompts, classnames=images.classnames, world=self.world)
+        predictions, collapsed = self._predict(model, classifier)
         predictions["label"] = images.labels
         result = score(images.labels, predictions["top"], num_classes=len(images.classnames))
-        result.predictions = predictions
+        result.predictions, result.collapsed = predictions, collapsed
         result.details |= {"templates": len(images.templates), "classes": len(images.classnames)}
-        if collapsed:
-            result.collapsed, result.metrics, result.intervals = collapsed, {}, {}
-        result.seconds = time.monotonic() - started
         return result
+
+    def samples(self, result: EvaluationResult, *, size: int) -> ReportSamples:
+        """Return evenly spaced pictures with their likeliest classes."""
+        images = self.images
+        chosen = evenly_spaced(result.num_items, count=NUM_PICTURES)
+        answers = [
+            PictureAnswers(
+                truth=[images.classnames[images.labels[i]]],
+                answers=[images.classnames[c] for c in result.predictions["top"][i]],
+                cosines=[round(float(c), 4) for c in result.predictions["cosine"][i]],
+                right=bool(result.predictions["top"][i][0] == images.labels[i]),
+            )
+            for i in chosen
+        ]
+        return ReportSamples(pictures=read_pictures(images.source, chosen, size=size), answers=answers)
 
     @cached_property
     def _prompts(self) -> TokenizedTexts:
         # ImageNet has 80,000: once per run, not once per evaluation.
         return tokenize_prompts(
-            self._tokenizer, classnames=self.images.classnames, templates=self.images.templates
+            self.setting.tokenizer, classnames=self.images.classnames, templates=self.images.templates
         )  # fmt: skip
 
     def _predict(self, model: DualEncoder, classifier: ZeroShotClassifier) -> tuple[dict[str, np.ndarray], str | None]:
         """Return `top` [N, K] and its `cosine` [N, K], in index order, and why a tower counts as collapsed."""
         embed_dim = classifier.vectors.shape[1]
-        statistics = TowerStatistics(embed_dim=embed_dim, world=self._world)
+        statistics = TowerStatistics(embed_dim=embed_dim, world=self.world)
         indices, valids, tops, cosines = [], [], [], []
-        for features, index, valid in encode_images(model, self._batches, world=self._world):
+        for features, index, valid in encode_images(model, self.setting.read(self.images.source), world=self.world):
             statistics.add(features[valid])
             # A stable sort breaks ties to the lower class.
             cosine, top = classifier.cosines(features).sort(dim=1, descending=True, stable=True)
@@ -107,9 +93,9 @@ class Classify:
             {"top": torch.cat(tops), "cosine": torch.cat(cosines)},
             valid=torch.cat(valids),
             num_items=len(self.images.labels),
-            world=self._world,
+            world=self.world,
         )
-        text_statistics = TowerStatistics(embed_dim=embed_dim, world=World(device=self._world.device))
+        text_statistics = TowerStatistics(embed_dim=embed_dim, world=World(device=self.world.device))
         text_statistics.add(classifier.vectors)
         collapsed = statistics.reason("image") or text_statistics.reason("text")
         return {name: to_numpy(column) for name, column in columns.items()}, collapsed

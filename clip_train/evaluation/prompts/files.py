@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clip_train.errors import UserError
 
-_FOLDER = Path(__file__).parent / "prompts"
+_FOLDER = Path(__file__).parent / "data"
 _PLACEHOLDER = re.compile(r"\{c?\}")
 
 SINGLE_TEMPLATE = "a photo of a {}."

@@ -1,6 +1,6 @@
 """Zero-shot classification against a float64 recomputation, image by image and prompt by prompt."""
 
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,16 +8,16 @@ import torch
 
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError
-from clip_train.evaluation.classify import Classify, score
-from clip_train.evaluation.labelled_images import LabelledImages
+from clip_train.evaluation.classify.evaluator import Classify, score
+from clip_train.evaluation.classify.labelled_images import LabelledImages
 from tests.evaluation.toys import (
     ToyModel,
     ToySource,
-    ToyTokenizer,
     image_features_float64,
     random_pixels,
     text_feature_float64,
     toy_batches,
+    toy_setting,
 )
 
 NAMES = ["missile", "corgi", "red fox", "sunglasses", "a", "missile", "gown"]
@@ -29,8 +29,8 @@ def make(num_images, *, world=None, names=NAMES, batch_size=4, **reader):
     labels = np.random.default_rng(2).integers(0, len(names), num_images)
     world = world or World()
     images = LabelledImages(source=ToySource(num_images), labels=labels, classnames=names, templates=TEMPLATES)
-    batches = partial(toy_batches, pixels, world=world, batch_size=batch_size, **reader)
-    return Classify(images, world=world, tokenizer=ToyTokenizer(), batches=batches), pixels, labels
+    setting = toy_setting(pixels, world=world, batch_size=batch_size, **reader)
+    return Classify(images, setting=setting), pixels, labels
 
 
 def oracle(model, pixels, labels, names):
@@ -53,23 +53,21 @@ def oracle(model, pixels, labels, names):
 def test_scores_equal_the_float64_oracle(num_images):
     evaluator, pixels, labels = make(num_images)
     model = ToyModel()
-    assert evaluator.run(model) == pytest.approx(oracle(model, pixels, labels, NAMES), abs=1e-12)
+    assert evaluator.evaluate(model).metrics == pytest.approx(oracle(model, pixels, labels, NAMES), abs=1e-12)
 
 
 def test_a_reader_that_skips_an_image_is_an_error_and_not_a_score():
     evaluator, _, _ = make(10, leave_out=3)
     with pytest.raises(IntegrityError, match=r"saw 9 images .* of a set of 10"):
-        evaluator.run(ToyModel())
+        evaluator.evaluate(ToyModel())
 
 
 def test_a_reader_that_repeats_an_image_is_an_error_and_not_a_score():
     evaluator, pixels, _ = make(10)
-    evaluator._batches = lambda: [
-        *toy_batches(pixels, world=World(), batch_size=5),
-        *toy_batches(pixels[:1], world=World(), batch_size=5),
-    ]
+    twice = [*toy_batches(pixels, world=World(), batch_size=5), *toy_batches(pixels[:1], world=World(), batch_size=5)]
+    evaluator.setting = replace(evaluator.setting, read=lambda source: lambda: twice)
     with pytest.raises(IntegrityError, match=r"saw 11 images \(10 different\)"):
-        evaluator.run(ToyModel())
+        evaluator.evaluate(ToyModel())
 
 
 def test_classes_with_one_name_tie_and_the_lower_class_wins():
@@ -84,7 +82,7 @@ def test_classes_with_one_name_tie_and_the_lower_class_wins():
 
 
 def test_below_five_classes_there_is_no_acc5():
-    metrics = make(20, names=NAMES[:4])[0].run(ToyModel())
+    metrics = make(20, names=NAMES[:4])[0].evaluate(ToyModel()).metrics
     assert metrics.keys() == {"acc1", "mean_per_class_recall"}
 
 
@@ -92,7 +90,7 @@ def test_scores_equal_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     evaluator, pixels, labels = make(200)
     model = ToyModel()
-    ours = evaluator.run(model)
+    ours = evaluator.evaluate(model).metrics
     features = image_features_float64(model, pixels)
     vectors = np.array(
         [
@@ -122,7 +120,7 @@ def test_classes_without_images_do_not_count_in_the_mean_recall():
 
 def test_the_model_is_evaluated_without_dropout_and_left_as_it_was():
     model = ToyModel().train()
-    make(8)[0].run(model)
+    make(8)[0].evaluate(model)
     assert model.training
     assert set(model.seen_modes) == {False}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_train.errors import IntegrityError, UserError
-from clip_train.evaluation.prompt_files import imagenet_classnames, imagenet_wnids, load_templates, read_lines
+from clip_train.evaluation.prompts.files import imagenet_classnames, imagenet_wnids, load_templates, read_lines
 
 if TYPE_CHECKING:
     from clip_train.data.sequential import ImageSource

@@ -16,7 +16,7 @@ from clip_train.evaluation.features import (
     similarity,
     tokenize_texts,
 )
-from clip_train.evaluation.prompt_files import fill
+from clip_train.evaluation.prompts.files import fill
 
 if TYPE_CHECKING:
     from clip_train.distributed.world import World

@@ -1,23 +1,20 @@
 """Retrieval against a brute-force ranking in float64, and against hand-counted ties."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 
 from clip_train.distributed.world import World
-from clip_train.evaluation.captioned_images import CaptionedImages
-from clip_train.evaluation.ranking import Side, chance_of_recall, rank_right_answers
-from clip_train.evaluation.retrieve import Retrieve
+from clip_train.evaluation.retrieve.captioned_images import CaptionedImages
+from clip_train.evaluation.retrieve.evaluator import Retrieve
+from clip_train.evaluation.retrieve.ranking import Side, chance_of_recall, rank_right_answers
 from tests.evaluation.toys import (
     ToyModel,
     ToySource,
-    ToyTokenizer,
     image_features_float64,
     random_pixels,
     text_feature_float64,
-    toy_batches,
+    toy_setting,
 )
 
 WORDS = ["red", "blue", "small", "fox", "cup", "boat", "striped", "old"]
@@ -36,9 +33,7 @@ def make(num_images, *, world=None, most_captions=3, distinct=True, chunk_elemen
     images = CaptionedImages(source=ToySource(num_images), captions=captions, owner=np.array(owner))
     evaluator = Retrieve(
         images,
-        world=world,
-        tokenizer=ToyTokenizer(),
-        batches=partial(toy_batches, pixels, world=world, batch_size=4),
+        setting=toy_setting(pixels, world=world, batch_size=4),
         recall_k=recall_k,
         chunk_elements=chunk_elements,
     )
@@ -72,7 +67,7 @@ def test_recalls_equal_the_float64_oracle(most_captions):
     evaluator, pixels = make(23, most_captions=most_captions)
     model = ToyModel()
     expected = oracle(model, pixels, evaluator.images.captions, evaluator.images.owner)
-    assert evaluator.run(model) == pytest.approx(expected, abs=1e-12)
+    assert evaluator.evaluate(model).metrics == pytest.approx(expected, abs=1e-12)
 
 
 def test_equal_captions_on_different_images_count_half_a_place_and_are_right_when_lenient():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,33 +13,31 @@ from torch import Tensor
 from clip_train.distributed.world import World
 from clip_train.evaluation.collapse import TowerStatistics
 from clip_train.evaluation.confidence import bootstrap_ratio
+from clip_train.evaluation.evaluator import Evaluator, Setting
 from clip_train.evaluation.features import (
-    Batches,
     DualEncoder,
     EncodedTexts,
     TokenizedTexts,
-    Tokenizer,
     encode_images,
     encode_texts,
-    evaluating,
     gather_items,
     similarity,
     to_numpy,
     tokenize_texts,
 )
-from clip_train.evaluation.ranking import Ranks, Side, chance_of_recall, pad_ids, rank_right_answers
 from clip_train.evaluation.result import EvaluationResult, evenly_spaced
+from clip_train.evaluation.retrieve.ranking import Ranks, Side, chance_of_recall, pad_ids, rank_right_answers
+from clip_train.evaluation.samples import NUM_PICTURES, PictureAnswers, ReportSamples, read_pictures
 
 if TYPE_CHECKING:
-    from clip_train.evaluation.captioned_images import CaptionedImages
+    from clip_train.evaluation.retrieve.captioned_images import CaptionedImages
 
 CHUNK_ELEMENTS = 2**24  # similarities held at once: 64 MiB
 NUM_TOP = 5  # nearest captions kept for the pictures of the report
-NUM_PICTURES = 24
 NUM_PAIRS = 16  # rows of the report's similarity matrix
 
 
-class Retrieve:
+class Retrieve(Evaluator):
     """Recall@k both ways on pictures with one or more captions each.
 
     `image_retrieval_recall@k` searches images by caption, `text_retrieval_recall@k` captions by image (a hit if any of
@@ -48,11 +45,8 @@ class Retrieve:
 
     Args:
         images: the captioned set, the same on every rank.
-        world: the ranks that share the work.
-        tokenizer: the model's own.
-        batches: makes one pass over this rank's piece of the set; padded so that all ranks see equally many rows.
+        setting: what it works with.
         recall_k: the k of recall@k.
-        precision: of the towers, `auto`, `fp32` or `bf16`.
         chunk_elements: most similarities held at once on a device.
     """
 
@@ -60,35 +54,19 @@ class Retrieve:
         self,
         images: CaptionedImages,
         *,
-        world: World,
-        tokenizer: Tokenizer,
-        batches: Batches,
+        setting: Setting,
         recall_k: Sequence[int] = (1, 5, 10),
-        precision: str = "auto",
         chunk_elements: int = CHUNK_ELEMENTS,
     ) -> None:
+        super().__init__(setting)
         self.images = images
-        self._world = world
-        self._tokenizer = tokenizer
-        self._batches = batches
         self._recall_k = sorted(set(recall_k))
-        self._precision = precision
         self._chunk_elements = chunk_elements
 
-    def run(self, model: DualEncoder) -> dict[str, float]:
-        """Return the metrics; none if the features have collapsed. All ranks take part."""
-        return self.evaluate(model).metrics
-
-    def evaluate(self, model: DualEncoder) -> EvaluationResult:
-        """Return metrics, chance, intervals, ranks and a few pictures' nearest captions. All ranks take part.
-
-        Raises:
-            IntegrityError: not every image of the set was seen exactly once.
-        """
-        started = time.monotonic()
-        with evaluating(model, world=self._world, precision=self._precision):
-            texts = encode_texts(model, self._texts, world=self._world)
-            image_features = self._image_features(model)
+    def measure(self, model: DualEncoder) -> EvaluationResult:
+        """Return metrics, chance, intervals, ranks and a few pictures' nearest captions."""
+        texts = encode_texts(model, self._texts, world=self.world)
+        image_features = self._image_features(model)
         image_ranks, text_ranks = self._search(image_features, texts)
         result = score(image_ranks, text_ranks, owner=self.images.owner, recall_k=self._recall_k)
         if len(texts.features) < len(texts.rows):
@@ -96,24 +74,46 @@ class Retrieve:
                 *self._search(image_features, texts, lenient=True), owner=self.images.owner, recall_k=self._recall_k
             )
             _add_lenient(result, lenient)
-        result.predictions |= self._samples(image_features, texts)
+        result.predictions |= self._nearest(image_features, texts)
         result.collapsed = _collapsed(image_features, texts)
-        if result.collapsed:
-            result.metrics, result.intervals = {}, {}
-        result.seconds = time.monotonic() - started
         return result
+
+    def samples(self, result: EvaluationResult, *, size: int) -> ReportSamples:
+        """Return a few pictures with their nearest captions, and the similarities of a few pairs."""
+        images, found = self.images, result.predictions
+        answers = []
+        for picture, top, cosines in zip(found["picture"], found["picture_top"], found["picture_cosine"], strict=True):
+            first, last = np.searchsorted(images.owner, [picture, picture + 1])
+            truth = list(images.captions[first:last])
+            nearest = [images.captions[t] for t in top]
+            # Another picture with the very same caption is no mistake that a reader could see.
+            answers.append(
+                PictureAnswers(
+                    truth=truth,
+                    answers=nearest,
+                    cosines=[round(float(c), 4) for c in cosines],
+                    right=nearest[0] in truth,
+                )
+            )
+        return ReportSamples(
+            pictures=read_pictures(images.source, found["picture"], size=size),
+            answers=answers,
+            pair_pictures=read_pictures(images.source, found["pair_image"], size=size),
+            pair_captions=[images.captions[t] for t in found["pair_caption"]],
+            pair_cosines=found["pair_cosine"],
+        )
 
     @cached_property
     def _texts(self) -> TokenizedTexts:
-        return tokenize_texts(self._tokenizer, self.images.captions)
+        return tokenize_texts(self.setting.tokenizer, self.images.captions)
 
     def _image_features(self, model: DualEncoder) -> Tensor:
         """Return the features [N, D] of all images, on every rank."""
-        rows = list(encode_images(model, self._batches, world=self._world))
+        rows = list(encode_images(model, self.setting.read(self.images.source), world=self.world))
         features, indices, valid = (torch.cat(column) for column in zip(*rows, strict=True))
         columns = {"features": features}
         num_items = len(self.images.source)
-        return gather_items(indices, columns, valid=valid, num_items=num_items, world=self._world)["features"]
+        return gather_items(indices, columns, valid=valid, num_items=num_items, world=self.world)["features"]
 
     def _search(self, image_features: Tensor, texts: EncodedTexts, *, lenient: bool = False) -> tuple[Ranks, Ranks]:
         """Return the ranks of images by caption and of captions by image.
@@ -134,14 +134,14 @@ class Retrieve:
         image_side = Side(image_features, image_index, image_ids)
         text_side = Side(texts.features, texts.rows, text_ids)
         image_ranks = rank_right_answers(
-            text_side, image_side, world=self._world, chunk_elements=self._chunk_elements
+            text_side, image_side, world=self.world, chunk_elements=self._chunk_elements
         )  # fmt: skip
         text_ranks = rank_right_answers(
-            image_side, text_side, world=self._world, chunk_elements=self._chunk_elements
+            image_side, text_side, world=self.world, chunk_elements=self._chunk_elements
         )  # fmt: skip
         return image_ranks, text_ranks
 
-    def _samples(self, image_features: Tensor, texts: EncodedTexts) -> dict[str, np.ndarray]:
+    def _nearest(self, image_features: Tensor, texts: EncodedTexts) -> dict[str, np.ndarray]:
         """Return nearest captions of a few pictures, and the similarities of a few pairs, for the report."""
         num_images = len(image_features)
         first_caption = np.unique(self.images.owner, return_index=True)[1]  # [N]

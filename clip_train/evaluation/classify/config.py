@@ -1,0 +1,45 @@
+"""Choices of `evaluation.NAME` with the name `classify`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_train.evaluation.config import EvaluationConfig
+
+if TYPE_CHECKING:
+    from clip_train.evaluation.classify.evaluator import Classify
+    from clip_train.evaluation.evaluator import Setting
+
+
+@dataclass(slots=True, kw_only=True)
+class ClassifyConfig(EvaluationConfig):
+    """Zero-shot classification from class names and prompt templates (CLIP, Radford et al. 2021, §3.1)."""
+
+    name: str = "classify"
+    root: str = "???"
+    """Folder of labelled images: clip-benchmark's layout (`classnames.txt`, `SPLIT/nshards.txt`, `SPLIT/0.tar` …),
+    or one folder of images per class, directly in it or in `SPLIT/`."""
+    split: str = "test"
+    """Which part of `root`; ignored where class folders lie directly in it."""
+    classnames: str = "auto"
+    """`auto` (the file or folder names in `root`), `imagenet`, or a text file with one name per line."""
+    templates: str = "auto"
+    """`auto` (the file in `root`; else `imagenet` for ImageNet's class folders, else `single`), `imagenet` (80),
+    `simple` (7), `single` (`a photo of a {}.`), or a text file of templates, one per line, with `{}` or `{c}` for the
+    name."""
+
+    def missing(self) -> str | None:
+        """Return `root` if it is not a folder."""
+        return None if Path(self.root).is_dir() else self.root
+
+    def open(self, setting: Setting) -> Classify:
+        """Open the images and make the evaluator. Every rank reads the same list of images."""
+        from clip_train.evaluation.classify.evaluator import Classify
+        from clip_train.evaluation.classify.labelled_images import open_labelled_images
+
+        images = open_labelled_images(
+            self.root, split=self.split, classnames=self.classnames, templates=self.templates
+        )  # fmt: skip
+        return Classify(images, setting=setting)

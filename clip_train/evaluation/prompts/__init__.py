@@ -1,0 +1,1 @@
+"""Class names and templates, and the classifier that is made of them."""

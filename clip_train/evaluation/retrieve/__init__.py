@@ -1,0 +1,1 @@
+"""Retrieval both ways on images with captions."""
