@@ -46,7 +46,7 @@ def test_no_file_is_no_calibration(tmp_path):
     assert read_calibration(tmp_path / CALIBRATION_FILE) is None
 
 
-def damaged():
+def damaged_files():
     whole = {"format": 1, "weights_sha256": "", "model": "", "temperature": None, "rejection": None}
     yield "{"
     yield "[1]"
@@ -58,7 +58,7 @@ def damaged():
     yield json.dumps({**whole, "format": 2})
 
 
-@pytest.mark.parametrize("content", damaged())
+@pytest.mark.parametrize("content", list(damaged_files()))
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / CALIBRATION_FILE
     path.write_text(content)
