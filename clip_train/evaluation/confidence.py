@@ -27,7 +27,7 @@ def bootstrap_ratio(hits: np.ndarray, trials: np.ndarray, *, seed: int = 0) -> t
     kinds, counts = np.unique(np.stack([hits, trials]), axis=1, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=NUM_RESAMPLES)
     ratios = (drawn @ kinds[0]) / (drawn @ kinds[1])
-    return _percentiles(ratios)
+    return percentiles(ratios)
 
 
 def bootstrap_mean_per_class(correct: np.ndarray, total: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
@@ -42,9 +42,10 @@ def bootstrap_mean_per_class(correct: np.ndarray, total: np.ndarray, *, seed: in
     right, wrong = drawn[:, : len(correct)], drawn[:, len(correct) :]
     present = right + wrong > 0
     recall = right / np.where(present, right + wrong, 1)
-    return _percentiles(recall.sum(axis=1) / present.sum(axis=1))
+    return percentiles(recall.sum(axis=1) / present.sum(axis=1))
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends between which the middle 95 % of resampled values [R] lie."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
