@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from clip_train.checkpoint.config import CheckpointConfig
+from clip_train.checkpoint.config import EMA_SUFFIX, CheckpointConfig
 from clip_train.data.config import DataConfig
 from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
@@ -107,7 +107,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
-    """Evaluations by name, run every `evaluation.NAME.every` steps and at the end."""
+    """Evaluations by name, run every `evaluation.NAME.every` steps and at the end; on the moving average of the weights
+    too if `optim.ema_decay` keeps one, as NAME_ema."""
 
     def __post_init__(self) -> None:
         if isinstance(self.micro_batch_size, str):
@@ -143,11 +144,7 @@ class TrainConfig:
             raise UserError(
                 "loss=siglip needs a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
             )
-
-        best = self.checkpoint.best
-        if best is not None and best.removeprefix("-").split("/")[0] not in self.evaluation:
-            known = ", ".join(f"{name}/…" for name in self.evaluation) or "none: name some with evaluation=[...]"
-            raise UserError(f"checkpoint.best={best} must be a metric of an evaluation; there are {known}")
+        self._check_evaluations()
 
     def build_loss(self, *, world: World) -> Loss:
         """Make the loss for the ranks of `world`, over prefixes too for a Matryoshka model. Called by every rank."""
@@ -182,6 +179,15 @@ class TrainConfig:
         if not 1 <= first <= last:
             raise UserError(f"profile={self.profile} must be FIRST:LAST or one step, counted from 1, as in 10:13")
         return first, last
+
+    def _check_evaluations(self) -> None:
+        if taken := [name for name in self.evaluation if name.endswith(EMA_SUFFIX)]:
+            raise UserError(f"evaluation.{taken[0]}: names that end in {EMA_SUFFIX} are those of the moving average")
+        averaged = [f"{name}{EMA_SUFFIX}" for name in self.evaluation if self.optim.ema_decay is not None]
+        best, results = self.checkpoint.best, [*self.evaluation, *averaged]
+        if best is not None and best.removeprefix("-").split("/")[0] not in results:
+            known = ", ".join(f"{name}/…" for name in results) or "none: name some with evaluation=[...]"
+            raise UserError(f"checkpoint.best={best} must be a metric of an evaluation; there are {known}")
 
     def _check_length(self, total: int) -> None:
         if self.optim.warmup >= total:
