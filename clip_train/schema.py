@@ -16,6 +16,7 @@ from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.group_audit.config import GroupAuditConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
@@ -34,7 +35,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "loss": {"clip": ClipLossConfig, "siglip": SigLipLossConfig},
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
-    "evaluation": {"classify": ClassifyConfig, "retrieve": RetrieveConfig},
+    "evaluation": {"classify": ClassifyConfig, "group_audit": GroupAuditConfig, "retrieve": RetrieveConfig},
     "logging": {"default": LoggingConfig},
 }
 """Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.

@@ -83,18 +83,26 @@ class ShardImages:
         shard, key, _, _ = self._samples[index]
         return f"{shard.name}/{key}"
 
+    def content(self, index: int, extension: str) -> bytes:
+        """Return another member of the picture's sample, such as `npy`.
+
+        Raises:
+            IntegrityError: the sample has no such member.
+        """
+        shard, _, _, members = self._samples[index]
+        member = members.get(extension)
+        if member is None:
+            raise IntegrityError(f"{self.key(index)} has no .{extension} member, only {', '.join(sorted(members))}")
+        return _read_member(shard, member)
+
     def text(self, index: int, extension: str) -> str:
         """Return the text member of the picture's sample, such as `txt` or `cls`, without surrounding blanks.
 
         Raises:
             IntegrityError: the sample has no such member, or it is not UTF-8.
         """
-        shard, _, _, members = self._samples[index]
-        member = members.get(extension)
-        if member is None:
-            raise IntegrityError(f"{self.key(index)} has no .{extension} member, only {', '.join(sorted(members))}")
         try:
-            return _read_member(shard, member).decode("utf-8-sig").strip()
+            return self.content(index, extension).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise IntegrityError(f"{self.key(index)}.{extension} is not UTF-8 text") from error
 

@@ -182,6 +182,18 @@ def encode_images(model: DualEncoder, batches: Batches, *, world: World) -> Iter
         yield features, batch.indices.to(world.device), batch.valid.to(world.device)
 
 
+def encode_all_images(model: DualEncoder, batches: Batches, *, num_images: int, world: World) -> Tensor:
+    """Return the features [N, D] float32 of a whole set on every rank, in the order of the set.
+
+    Raises:
+        IntegrityError: the batches of all ranks are not exactly the `num_images` images, each once.
+    """
+    rows = list(encode_images(model, batches, world=world))
+    features, indices, valid = (torch.cat(column) for column in zip(*rows, strict=True))
+    columns = {"features": features}
+    return gather_items(indices, columns, valid=valid, num_items=num_images, world=world)["features"]
+
+
 def gather_items(
     indices: Tensor, columns: dict[str, Tensor], *, valid: Tensor, num_items: int, world: World
 ) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.classify import test_classify
+from tests.evaluation.group_audit import test_group_audit
 from tests.evaluation.retrieve import test_retrieve
 from tests.evaluation.toys import ToyModel
 from tests.gloo import run_on_ranks
@@ -12,9 +13,9 @@ from tests.gloo import run_on_ranks
 def _evaluate(world, sizes):
     results = []
     for num_images in sizes:
-        for kind in (test_classify, test_retrieve):
+        for kind in (test_classify, test_retrieve, test_group_audit):
             result = kind.make(num_images, world=world)[0].evaluate(ToyModel())
-            results.append((result.metrics, result.intervals, result.collapsed, result.predictions))
+            results.append((result.metrics, result.intervals, result.collapsed, result.warnings, result.predictions))
     return results
 
 
