@@ -173,7 +173,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             scores: dict[str, float] = {}
             if chosen:
                 scores = run_evaluations(
-                    chosen, model, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
+                    chosen, model, ema=ema, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
                     name=config.model.name, weights=f"{config.name}, step {progress.step}",
                     samples=progress.step == total_steps,
                 )  # fmt: skip
