@@ -124,7 +124,9 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         stack.callback(exchange.close)
 
-        health = RunHealth(config, run_dir=run_dir, world=world, model=model)
+        health = stack.enter_context(
+            RunHealth(config, run_dir=run_dir, world=world, model=model, stream=stream, exchange=exchange)
+        )
 
         def save() -> None:
             health.before_save(progress.step)
@@ -170,6 +172,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             }
             scores: dict[str, float] = {}
             if chosen:
+                health.entered("an evaluation")
                 scores = run_evaluations(
                     chosen, model, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
                     name=config.model.name, weights=f"{config.name}, step {progress.step}",

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from clip_train.data.activity import Doing
 from clip_train.data.audit import hash_samples
 from clip_train.data.bad import BadSample
 from clip_train.data.images.decode import BadSampleError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from clip_train.data.activity import Activity
     from clip_train.data.captions import CaptionChooser
     from clip_train.data.order import SlotOrder
     from clip_train.data.source import Source
@@ -150,11 +152,12 @@ class SampleDataset(Dataset[TaskResult]):
         global_batch_size: decides which samples may substitute for others.
         substitute: replace unusable samples where possible, else mask them.
         filler: makes rows of samples.
+        activity: where this process notes what it does.
     """
 
     def __init__(
         self, sources: Sequence[Source], *, order: SlotOrder, global_batch_size: int, substitute: bool,
-        filler: RowFiller,
+        filler: RowFiller, activity: Activity,
     ) -> None:  # fmt: skip
         self._sources = tuple(sources)
         self._sids = np.array([source.sid for source in order.sources], dtype=np.uint64)
@@ -163,6 +166,7 @@ class SampleDataset(Dataset[TaskResult]):
         self._global_batch_size = global_batch_size
         self._substitute = substitute
         self._filler = filler
+        self._activity = activity
 
     def __getitem__(self, task: Task) -> TaskResult:
         """Return the rows of a task. What a worker raises travels as a value: only then is it told from a dead one."""
@@ -174,6 +178,8 @@ class SampleDataset(Dataset[TaskResult]):
             if get_worker_info() is None:
                 raise
             return TaskResult(task.consumed, TaskFailure(None, traceback.format_exc()))
+        finally:
+            self._activity.note(Doing.idle, worker=worker_number())
 
     def close(self) -> None:
         """Close the shards that this process opened."""
@@ -183,11 +189,15 @@ class SampleDataset(Dataset[TaskResult]):
     def _rows(self, task: Task) -> TaskRows:
         rows = self._filler.new_rows(task.slots)
         bad: list[BadSample] = []
+        worker = worker_number()
         sources, shards, indices = self.order.locate(task.slots)
         for row, slot in enumerate(task.slots.tolist()):
             source, shard, index = int(sources[row]), int(shards[row]), int(indices[row])
             try:
-                self._filler.fill(rows, row, *self._readers[source].read(shard, index))
+                self._activity.note(Doing.reading, worker=worker, source=source, shard=shard)
+                contents = self._readers[source].read(shard, index)
+                self._activity.note(Doing.decoding, worker=worker, source=source, shard=shard)
+                self._filler.fill(rows, row, *contents)
             except BadSampleError as error:
                 found = self._fill_with_substitute(rows, row, slot) if self._substitute else None
                 bad.append(self._bad_sample(slot, source, shard, index, error.reason, found.k if found else None))
@@ -213,6 +223,12 @@ class SampleDataset(Dataset[TaskResult]):
             except BadSampleError:
                 continue
         return None
+
+
+def worker_number() -> int:
+    """Return the number of this loader process, 0 in the trainer."""
+    worker = get_worker_info()
+    return 0 if worker is None else worker.id
 
 
 def _shared_zeros(*shape: int) -> Tensor:

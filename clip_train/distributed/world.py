@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from clip_train.distributed.stalls import Stalls
 from clip_train.errors import UserError
+
+# NCCL remembers its newest collectives and writes them to TORCH_FR_DUMP_TEMP_FILE + rank when one never ends.
+_FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +57,8 @@ def start_world(
     host_group = None
     if size > 1:
         name = backend if backend != "auto" else ("nccl" if chosen.type == "cuda" else "gloo")
+        if name == "nccl":
+            os.environ.update({**_FLIGHT_RECORDER, **os.environ})
         backends = "cpu:gloo,cuda:nccl" if host_tensors and name == "nccl" else name
         dist.init_process_group(
             backends, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds),
@@ -60,6 +66,14 @@ def start_world(
         )  # fmt: skip
         host_group = dist.new_group(backend="gloo") if name == "nccl" else None
     return World(rank=rank, size=size, local_rank=local_rank, device=chosen, host_group=host_group)
+
+
+def write_newest_collectives(path: Path) -> None:
+    """Write what NCCL's flight recorder remembers of this rank to `path`, for torch's `torchfrtrace`; else nothing."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
+
+        path.write_bytes(_dump_nccl_trace())
 
 
 def stop_world() -> None:
