@@ -23,6 +23,7 @@ from clip_train.errors import Preempted, UserError
 from clip_train.evaluate import run_evaluations
 from clip_train.health.monitor import RunHealth
 from clip_train.initial_weights import build_model
+from clip_train.locked_tower import cache_features
 from clip_train.metrics.hardware import peak_flops
 from clip_train.metrics.log import Metrics
 from clip_train.metrics.panel import say
@@ -101,6 +102,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         stack.callback(checkpointer.close)
         resumed = checkpointer.resume(config.resume)
+        cache_features(config, model=model, stream=stream, run_dir=run_dir, world=world)
         metrics = Metrics(
             run_dir, world=world, config=config.logging, name=config.name, total_steps=total_steps,
             global_batch_size=config.global_batch_size, start_step=progress.step, settings=asdict(config),
@@ -125,8 +127,11 @@ def train(config: TrainConfig) -> dict[str, float]:
         stack.callback(exchange.close)
 
         health = stack.enter_context(
-            RunHealth(config, run_dir=run_dir, world=world, model=model, stream=stream, exchange=exchange)
-        )
+            RunHealth(
+                config, run_dir=run_dir, world=world, model=model, stream=stream, exchange=exchange,
+                tokenizer=tokenizer, total_steps=total_steps,
+            )
+        )  # fmt: skip
 
         def save() -> None:
             health.before_save(progress.step)
@@ -163,8 +168,10 @@ def train(config: TrainConfig) -> dict[str, float]:
             # All ranks reach each of these at the same step; only rank 0 writes.
             if due(progress.step, every=config.logging.every, total=total_steps):
                 bad = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
-                values = {"train/learning_rate": rate, **health.counters(), **bad}
-                newest |= metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
+                values = {"train/learning_rate": rate, **health.measures(result, batch), **bad}
+                newest |= health.examine(
+                    metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
+                )
             chosen = {
                 n: e
                 for n, e in evaluators.items()
@@ -174,7 +181,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             if chosen:
                 health.entered("an evaluation")
                 scores = run_evaluations(
-                    chosen, model, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
+                    chosen, model, ema=ema, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
                     name=config.model.name, weights=f"{config.name}, step {progress.step}",
                     samples=progress.step == total_steps,
                 )  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clip_train.distributed.world import write_newest_collectives
 from clip_train.errors import IntegrityError
+from clip_train.health.doctor import Doctor, Facts
 from clip_train.health.events import Events
+from clip_train.health.measures import UpdateRatio, batch_measures, feature_measures
 from clip_train.health.nonfinite import NonfiniteSteps
 from clip_train.health.replicas import differing_ranks
 from clip_train.health.watchdog import Watchdog
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from clip_train.distributed.world import World
     from clip_train.schema import TrainConfig
     from clip_train.step import StepResult
+    from clip_train.tokenizer.base import Tokenizer
+    from clip_train.types import Batch
 
 REPLICAS_EVERY = 500  # steps between two comparisons of the ranks' weights
 
@@ -38,15 +42,20 @@ class RunHealth:
         model: what is trained, unwrapped.
         stream: where batches come from.
         exchange: what this rank waits for before a step.
+        tokenizer: says how long an empty caption is.
+        total_steps: length of the run.
     """
 
     def __init__(
         self, config: TrainConfig, *, run_dir: Path, world: World, model: nn.Module, stream: BatchStream,
-        exchange: StepExchange,
+        exchange: StepExchange, tokenizer: Tokenizer, total_steps: int,
     ) -> None:  # fmt: skip
         self._config, self._run_dir, self._world, self._model = config, run_dir, world, model
         self._stream, self._exchange = stream, exchange
         self._step = 0
+        self._doctor = Doctor(Facts.of(config, steps=total_steps))
+        self._updates = UpdateRatio(model)
+        self._empty_length = tokenizer.encode_padded("")[1]
         self._events = Events(run_dir, rank=world.rank)
         self._nonfinite = NonfiniteSteps(config.on_nonfinite)
         self._compared = -1  # step at which the ranks' weights were last compared
@@ -77,6 +86,7 @@ class RunHealth:
         if self._nonfinite.watch(result, step=step):
             self._watchdog.entered("going back to a checkpoint")
             return True
+        self._updates.after_step(logged=step % self._config.logging.every == 0)
         if step % REPLICAS_EVERY == 0:
             self.compare_replicas(step)
         return False
@@ -89,9 +99,20 @@ class RunHealth:
         """
         self._nonfinite.rewound_to(step)
 
-    def counters(self) -> dict[str, float]:
-        """Return the counts that are logged."""
-        return {"train/nonfinite_steps": self._nonfinite.total}
+    def measures(self, result: StepResult, batch: Batch) -> dict[str, float]:
+        """Return what is logged of the run's health with the newest step. It waits for the device."""
+        return {
+            "train/nonfinite_steps": self._nonfinite.total,
+            **batch_measures(batch, empty_length=self._empty_length, world=self._world),
+            **feature_measures(result.image_features, result.text_features),
+            **self._updates.take(),
+        }
+
+    def examine(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Look at a logged row, say what is wrong with the run if that has become clear, and return the row."""
+        for finding in self._doctor.examine({"step": self._step, **row}) if self._world.is_main else ():
+            self._events.warn("doctor", finding.message, step=self._step, signature=finding.number, name=finding.name)
+        return row
 
     def entered(self, phase: str) -> None:
         """Tell that something longer than a step begins, such as `an evaluation`; the next step ends it."""
