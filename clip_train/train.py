@@ -129,7 +129,12 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         stack.callback(exchange.close)
 
-        health = RunHealth(config, run_dir=run_dir, world=world, model=model)
+        health = stack.enter_context(
+            RunHealth(
+                config, run_dir=run_dir, world=world, model=model, stream=stream, exchange=exchange,
+                tokenizer=tokenizer, total_steps=total_steps,
+            )
+        )  # fmt: skip
 
         def save() -> None:
             health.before_save(progress.step)
@@ -167,8 +172,10 @@ def train(config: TrainConfig) -> dict[str, float]:
             # All ranks reach each of these at the same step; only rank 0 writes.
             if due(progress.step, every=config.logging.every, total=total_steps):
                 bad = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
-                values = {"train/learning_rate": rate, **health.counters(), **bad}
-                newest |= metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
+                values = {"train/learning_rate": rate, **health.measures(result, batch), **bad}
+                newest |= health.examine(
+                    metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
+                )
             chosen = {
                 n: e
                 for n, e in evaluators.items()
@@ -176,6 +183,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             }
             scores: dict[str, float] = {}
             if chosen:
+                health.entered("an evaluation")
                 scores = run_evaluations(
                     chosen, model, ema=ema, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
                     name=config.model.name, weights=f"{config.name}, step {progress.step}",

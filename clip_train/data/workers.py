@@ -178,6 +178,7 @@ class WorkerFailures:
     """Decides whether a loader may be built once more after a failure."""
 
     def __init__(self) -> None:
+        self.total = 0
         self._steps: deque[int] = deque(maxlen=MAX_WORKER_FAILURES)
 
     def judge(self, failure: WorkerFailed, *, step: int, where: str) -> None:
@@ -192,4 +193,5 @@ class WorkerFailures:
                 f"time {where}: {failure}"
             ) from failure
         self._steps.append(step)
+        self.total += 1
         logger.warning("a loader worker failed %s and is replaced: %s", where, failure)
