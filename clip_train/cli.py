@@ -108,6 +108,10 @@ def evaluate(context: typer.Context) -> None:
     from clip_train.config import load
 
     config = load("evaluate", overrides)
+    if config.reference.python is not None:
+        from clip_train.tools.reference.check import check_reference
+
+        raise typer.Exit(check_reference(config))
     from clip_train.evaluate import evaluate as run
 
     run(config)

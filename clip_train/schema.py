@@ -16,7 +16,7 @@ from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
 from clip_train.evaluation.choose.config import ChooseConfig
 from clip_train.evaluation.classify.config import ClassifyConfig
-from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.config import EvaluationConfig, ReferenceConfig
 from clip_train.evaluation.group_audit.config import GroupAuditConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
@@ -241,6 +241,7 @@ class EvaluateConfig:
     others are listed. null: none."""
     evaluation_root: str | None = None
     """Folder that holds a suite's evaluation sets."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     def __post_init__(self) -> None:
         if self.suite is not None and self.evaluation_root is None:
