@@ -22,6 +22,7 @@ from clip_train.distributed.world import World, stop_world
 from clip_train.errors import Preempted, UserError
 from clip_train.evaluate import run_evaluations
 from clip_train.initial_weights import build_model
+from clip_train.locked_tower import cache_features
 from clip_train.metrics.hardware import peak_flops
 from clip_train.metrics.log import Metrics
 from clip_train.metrics.panel import say
@@ -101,6 +102,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         stack.callback(checkpointer.close)
         resumed = checkpointer.resume(config.resume)
+        cache_features(config, model=model, stream=stream, run_dir=run_dir, world=world)
         metrics = Metrics(
             run_dir, world=world, config=config.logging, name=config.name, total_steps=total_steps,
             global_batch_size=config.global_batch_size, start_step=progress.step, settings=asdict(config),

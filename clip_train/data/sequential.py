@@ -141,7 +141,14 @@ class FolderImages:
 
 
 def evaluation_batches(
-    source: ImageSource, *, world: World, image_size: int, squash: bool = False, batch_size: int, workers: int = 0
+    source: ImageSource,
+    *,
+    world: World,
+    image_size: int,
+    squash: bool = False,
+    batch_size: int,
+    workers: int = 0,
+    skip_bad: bool = False,
 ) -> Iterator[EvaluationBatch]:
     """Yield this rank's contiguous piece of a source, resized and centre-cropped.
 
@@ -155,16 +162,19 @@ def evaluation_batches(
         squash: resize both sides instead of cropping, as the model's config says.
         batch_size: rows B of every batch.
         workers: loader processes of this rank; 0 reads in this process.
+        skip_bad: give rows whose picture cannot be decoded as not valid.
 
     Raises:
-        IntegrityError: a picture cannot be decoded; the message names it.
+        IntegrityError: a picture cannot be decoded and `skip_bad` is not set; the message names it.
     """
     piece = -(-len(source) // world.size)
     num_batches = -(-piece // batch_size)
     first, last = world.rank * piece, min((world.rank + 1) * piece, len(source))
     batches = [(start, min(start + batch_size, last)) for start in range(first, first + piece, batch_size)]
     assert len(batches) == num_batches
-    dataset = _EvaluationDataset(source, batches, image_size=image_size, squash=squash, batch_size=batch_size)
+    dataset = _EvaluationDataset(
+        source, batches, image_size=image_size, squash=squash, batch_size=batch_size, skip_bad=skip_bad
+    )
     if workers:
         start_worker_server()
         loader = DataLoader(
@@ -183,13 +193,21 @@ class _EvaluationDataset(Dataset[EvaluationBatch | ClipTrainError]):
     """Decodes one batch per item. Errors travel as values, since workers would wrap them in a traceback."""
 
     def __init__(
-        self, source: ImageSource, batches: list[tuple[int, int]], *, image_size: int, squash: bool, batch_size: int
+        self,
+        source: ImageSource,
+        batches: list[tuple[int, int]],
+        *,
+        image_size: int,
+        squash: bool,
+        batch_size: int,
+        skip_bad: bool,
     ) -> None:
         self._source = source
         self._batches = batches
         self._image_size = image_size
         self._squash = squash
         self._batch_size = batch_size
+        self._skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -204,10 +222,16 @@ class _EvaluationDataset(Dataset[EvaluationBatch | ClipTrainError]):
         size = self._image_size
         images = np.zeros((self._batch_size, size, size, 3), dtype=np.uint8)
         indices = np.full(self._batch_size, -1, dtype=np.int64)
+        valid = np.zeros(self._batch_size, dtype=bool)
         for row, index in enumerate(range(first, last)):
-            images[row] = self._pixels(index)
             indices[row] = index
-        return EvaluationBatch(torch.from_numpy(images), torch.from_numpy(indices), torch.from_numpy(indices >= 0))
+            try:
+                images[row] = self._pixels(index)
+                valid[row] = True
+            except IntegrityError:
+                if not self._skip_bad:
+                    raise
+        return EvaluationBatch(torch.from_numpy(images), torch.from_numpy(indices), torch.from_numpy(valid))
 
     def _pixels(self, index: int) -> np.ndarray:
         try:
