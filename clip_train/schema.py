@@ -151,8 +151,8 @@ class TrainConfig:
             raise UserError(
                 "loss=siglip needs a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
             )
-        self._check_evaluations()
         self._check_cache_features()
+        self._check_evaluations()
 
     def _check_cache_features(self) -> None:
         if not self.model.vision.cache_features:

@@ -107,22 +107,24 @@ class ShardImages:
             raise IntegrityError(f"{self.key(index)}.{extension} is not UTF-8 text") from error
 
 
-class FolderImages:
-    """The pictures below a folder, in the order of their paths.
+class FileImages:
+    """Pictures that are files, in the order given.
 
-    Raises:
-        UserError: there are none.
+    Args:
+        paths: of the pictures.
+        folder: where their names start.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, paths: Sequence[Path], *, folder: Path) -> None:
         self._folder = folder
-        pictures = (p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
-        self._paths = sorted(pictures, key=lambda path: os.fsencode(path.relative_to(folder).as_posix()))
-        if not self._paths:
-            raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
+        self._paths = list(paths)
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def only(self, indices: Sequence[int]) -> FileImages:
+        """Return some of the pictures, in the order given."""
+        return FileImages([self._paths[i] for i in indices], folder=self._folder)
 
     def read(self, index: int) -> bytes:
         """Return the encoded picture.
@@ -136,8 +138,25 @@ class FolderImages:
             raise UserError(f"{self._paths[index]} cannot be read: {error.strerror or error}") from error
 
     def key(self, index: int) -> str:
-        """Return the path of the picture below the folder."""
-        return self._paths[index].relative_to(self._folder).as_posix()
+        """Return the path of the picture, below the folder where it lies there."""
+        path = self._paths[index]
+        return (path.relative_to(self._folder) if path.is_relative_to(self._folder) else path).as_posix()
+
+
+class FolderImages(FileImages):
+    """The pictures below a folder, in the order of their paths.
+
+    Raises:
+        UserError: there are none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        pictures = (p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
+        super().__init__(
+            sorted(pictures, key=lambda path: os.fsencode(path.relative_to(folder).as_posix())), folder=folder
+        )
+        if not len(self):
+            raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
 
 
 def evaluation_batches(
