@@ -18,6 +18,7 @@ from clip_train.evaluation.choose.config import ChooseConfig
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig, ReferenceConfig
 from clip_train.evaluation.group_audit.config import GroupAuditConfig
+from clip_train.evaluation.probe.config import ProbeConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
@@ -40,6 +41,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "choose": ChooseConfig,
         "classify": ClassifyConfig,
         "group_audit": GroupAuditConfig,
+        "probe": ProbeConfig,
         "retrieve": RetrieveConfig,
     },
     "logging": {"default": LoggingConfig},
