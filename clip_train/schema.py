@@ -14,9 +14,11 @@ from clip_train.checkpoint.config import CheckpointConfig
 from clip_train.data.config import DataConfig
 from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
+from clip_train.evaluation.calibrate.config import CalibrateConfig
 from clip_train.evaluation.choose.config import ChooseConfig
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.reject.config import RejectConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
@@ -35,7 +37,13 @@ CHOICES: dict[str, dict[str, type]] = {
     "loss": {"clip": ClipLossConfig, "siglip": SigLipLossConfig},
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
-    "evaluation": {"choose": ChooseConfig, "classify": ClassifyConfig, "retrieve": RetrieveConfig},
+    "evaluation": {
+        "calibrate": CalibrateConfig,
+        "choose": ChooseConfig,
+        "classify": ClassifyConfig,
+        "reject": RejectConfig,
+        "retrieve": RetrieveConfig,
+    },
     "logging": {"default": LoggingConfig},
 }
 """Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.
