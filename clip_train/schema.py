@@ -14,10 +14,12 @@ from clip_train.checkpoint.config import EMA_SUFFIX, CheckpointConfig
 from clip_train.data.config import DataConfig, Reader
 from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
+from clip_train.evaluation.calibrate.config import CalibrateConfig
 from clip_train.evaluation.choose.config import ChooseConfig
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig
 from clip_train.evaluation.group_audit.config import GroupAuditConfig
+from clip_train.evaluation.reject.config import RejectConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
@@ -37,9 +39,11 @@ CHOICES: dict[str, dict[str, type]] = {
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
     "evaluation": {
+        "calibrate": CalibrateConfig,
         "choose": ChooseConfig,
         "classify": ClassifyConfig,
         "group_audit": GroupAuditConfig,
+        "reject": RejectConfig,
         "retrieve": RetrieveConfig,
     },
     "logging": {"default": LoggingConfig},

@@ -1,0 +1,59 @@
+"""Choices of `evaluation.NAME` with the name `calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from clip_train.errors import UserError
+from clip_train.evaluation.classify.config import ClassifyConfig
+
+if TYPE_CHECKING:
+    from clip_train.evaluation.calibrate.evaluator import Calibrate
+    from clip_train.evaluation.evaluator import Setting
+
+
+@dataclass(slots=True, kw_only=True)
+class CalibrateConfig(ClassifyConfig):
+    """The temperature of a model's probabilities, fitted on one half of a set and judged on the other."""
+
+    name: str = "calibrate"
+    root: str = ""
+    """Folder of labelled images, as `classify` reads it; empty: `shards` are given."""
+    shards: Any = None
+    """Instead of `root`: image-caption pairs, as `retrieve` reads them. The labels are then the first captions of the
+    images of the same half."""
+
+    def __post_init__(self) -> None:
+        # Not super(): with slots=True it would name the class that the decorator replaced.
+        ClassifyConfig.__post_init__(self)
+        if bool(self.root) == bool(self.shards):
+            raise UserError(
+                f"evaluation.{self.name}: give root=DIR (labelled images) or shards=PATTERN (image-caption pairs), one "
+                "of them"
+            )
+
+    def missing(self) -> str | None:
+        """Return the folder or the shards if they are not there."""
+        from clip_train.data.source import expand_shards
+
+        if self.root:
+            return ClassifyConfig.missing(self)
+        try:
+            expand_shards(self.shards, field=f"evaluation.{self.name}.shards")
+        except UserError as error:
+            return str(error)
+        return None
+
+    def open(self, setting: Setting) -> Calibrate:
+        """Open the images and make the evaluator. Every rank reads the same list of images."""
+        from clip_train.evaluation.calibrate.evaluator import Calibrate
+        from clip_train.evaluation.classify.labelled_images import open_labelled_images
+        from clip_train.evaluation.retrieve.captioned_images import open_captioned_images
+
+        if not self.root:
+            return Calibrate(open_captioned_images(self.shards), setting=setting, data=str(self.shards))
+        images = open_labelled_images(
+            self.root, split=self.split, classnames=self.classnames, templates=self.templates
+        )  # fmt: skip
+        return Calibrate(images, setting=setting, data=self.root)
