@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_train.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    rejection_from_json,
+    temperature_from_json,
+    write_calibration,
+)
+from clip_train.checkpoint.config import EMA_SUFFIX
+from clip_train.checkpoint.retention import is_checkpoint_name, list_checkpoints, step_of
 from clip_train.config import from_yaml
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import UserError
 from clip_train.evaluation.features import PrefixEncoder
-from clip_train.evaluation.result import write_result
+from clip_train.evaluation.result import read_result, write_result
 from clip_train.evaluation.samples import PICTURE_SIZE, save_samples
 from clip_train.evaluation.suite import require_some, summarize
 from clip_train.evaluation.table import print_results
+from clip_train.interop.weights import weights_sha256
 from clip_train.schema import EvaluateConfig, TrainConfig
 
 if TYPE_CHECKING:
     from clip_train.evaluation.config import EvaluationConfig
     from clip_train.evaluation.evaluator import Evaluator
     from clip_train.evaluation.features import DualEncoder
+    from clip_train.evaluation.result import EvaluationResult
+    from clip_train.interop.loaded_model import LoadedModel
+    from clip_train.optim.ema import Ema
 
 
 def run_evaluations(
     evaluators: Mapping[str, Evaluator],
     model: DualEncoder,
     *,
+    ema: Ema | None = None,
     world: World,
     out: Path,
     name: str,
@@ -35,27 +49,37 @@ def run_evaluations(
 ) -> dict[str, float]:
     """Run every evaluator on all ranks and return its metrics as `NAME/metric`. Rank 0 writes and prints the results.
 
+    With averaged weights every evaluator runs on these too; their metrics are `NAME_ema/metric`, with files of their
+    own: a result belongs to one set of weights.
+
     Args:
         evaluators: by name.
-        model: the towers; left in the mode it came in.
+        model: the towers; left in the mode and with the weights that it came with.
+        ema: the averages of the model's weights, None if there are none.
         world: the ranks.
         out: folder that gets NAME.json and NAME.npz.
         name: the model's name, for the files.
         weights: which weights of it, for the files.
         samples: also keep pictures with their answers, for the report.
     """
-    scores: dict[str, float] = {}
-    results = {}
-    for key, evaluator in evaluators.items():
-        result = results[key] = evaluator.evaluate(model)
-        scores |= {f"{key}/{metric}": value for metric, value in result.metrics.items()}
-        if world.is_main:
-            write_result(result, out / f"{key}.json", dataset=key, model=name, pretrained=weights)
-            if samples and (shown := evaluator.samples(result, size=PICTURE_SIZE)):
-                save_samples(shown, out / f"{key}.samples.json")
+    results: dict[str, EvaluationResult] = {}
+
+    def run(suffix: str, *, of: str) -> None:
+        for key, evaluator in evaluators.items():
+            result = results[key + suffix] = evaluator.evaluate(model)
+            if world.is_main:
+                file = out / f"{key}{suffix}.json"
+                write_result(result, file, dataset=key, model=name, pretrained=of)
+                if samples and (shown := evaluator.samples(result, size=PICTURE_SIZE)):
+                    save_samples(shown, file.with_suffix(".samples.json"))
+
+    run("", of=weights)
+    if ema is not None:
+        with ema.applied():
+            run(EMA_SUFFIX, of=f"{weights}, moving average")
     if world.is_main:
         print_results(results)
-    return scores
+    return {f"{key}/{metric}": value for key, result in results.items() for metric, value in result.metrics.items()}
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -101,8 +125,65 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         scores = run_evaluations(
             evaluators, encoder, world=world, out=out, name=config.checkpoint, weights=weights, samples=False
         )
+        if world.is_main and config.embed_dim is None and run.is_dir() and not is_checkpoint_name(run.name):
+            step = f", step {step_of(checkpoints[0]):,}" if (checkpoints := list_checkpoints(run)) else ""
+            results = [out / f"{name}.json" for name in evaluators]
+            keep_calibration(results, model=model, folder=run, name=f"{config.checkpoint}{step}")
         if config.suite and world.is_main:
             summary = summarize(scores, suite=config.suite, names=list(evaluations), missing=missing)
             summary.write(out / f"suite-{config.suite}.json")
             print("\n".join(summary.lines()))
         return scores
+
+
+def keep_calibration(results: Sequence[Path], *, model: LoadedModel, folder: Path, name: str) -> None:
+    """Write what result files say of the model's confidence into `folder`, where `load` finds it with the weights.
+
+    What the folder already has of the same weights, and the results do not say anew, stays.
+
+    Args:
+        results: JSON files of evaluations of exactly this model, in float32; the last one that tells something counts.
+        model: as loaded.
+        folder: a run, an export or another model folder.
+        name: what to call the weights.
+    """
+    temperature, rejection = None, None
+    for path in results:
+        details = read_result(path).get("clip_train", {})
+        if details.get("status") == "ok":
+            temperature = temperature_from_json(details["temperature"]) if "temperature" in details else temperature
+            rejection = rejection_from_json(details["rejection"]) if "rejection" in details else rejection
+    if temperature is None and rejection is None:
+        return
+    former = model.calibration
+    calibration = Calibration(
+        weights_sha256=weights_sha256(model),
+        model=name,
+        temperature=temperature or (former.temperature if former else None),
+        rejection=rejection or (former.rejection if former else None),
+    )
+    write_calibration(calibration, folder / CALIBRATION_FILE)
+    print(f"kept in {folder / CALIBRATION_FILE}, for `clip-train classify` and exports")
+
+
+def keep_calibration_of_training(run_dir: Path, *, names: Iterable[str]) -> None:
+    """Do the same with the evaluations after the last step of a run, if they tell something.
+
+    Args:
+        run_dir: the run.
+        names: its evaluations.
+    """
+    from clip_train.interop.folders import is_average
+    from clip_train.interop.load import load
+
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        return
+    newest = checkpoints[0]
+    suffix = EMA_SUFFIX if is_average(newest, weights="auto") else ""
+    folder = run_dir / "evaluation" / newest.name
+    results = [path for name in names if (path := folder / f"{name}{suffix}.json").is_file()]
+    details = [read_result(path).get("clip_train", {}) for path in results]
+    if any("temperature" in one or "rejection" in one for one in details):
+        model, _ = load(newest, device="cpu")
+        keep_calibration(results, model=model, folder=run_dir, name=f"{run_dir.name}, step {step_of(newest):,}")

@@ -15,7 +15,7 @@ NEEDED = {  # what a choice leaves to the user
         f"evaluation=[{n}]": f"evaluation.{n}.path=x"
         for n in ("choose", "sugarcrepe", "winoground", "aro", "countbench")
     },
-    **{f"evaluation=[{n}]": f"evaluation.{n}.root=x" for n in ("calibrate", "classify", "reject")},
+    **{f"evaluation=[{n}]": f"evaluation.{n}.root=x" for n in ("calibrate", "classify", "group_audit", "reject")},
     "evaluation=[imagenet]": "evaluation.imagenet.root=x",
     "evaluation=[retrieve]": "evaluation.retrieve.shards=x",
     "evaluation=[val]": "data.val=x",

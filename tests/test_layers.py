@@ -11,12 +11,12 @@ ROWS = [
     {"tools"},
     {"__init__"},
     {"train", "help"},
-    {"evaluate", "micro_batch", "starting_point", "initial_weights", "nonfinite", "progress"},
+    {"evaluate", "micro_batch", "starting_point", "initial_weights", "locked_tower", "health", "progress"},
     {"config", "step"},
     {"schema"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
-    {"distributed", "storage", "calibration"},
+    {"distributed", "storage"},
     {"types", "errors", "config_dir"},
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 Z_95 = 1.959963984540054
@@ -43,6 +45,20 @@ def bootstrap_mean_per_class(correct: np.ndarray, total: np.ndarray, *, seed: in
     present = right + wrong > 0
     recall = right / np.where(present, right + wrong, 1)
     return percentiles(recall.sum(axis=1) / present.sum(axis=1))
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], *, counts: np.ndarray, seed: int = 0
+) -> tuple[float, float]:  # fmt: skip
+    """Return the 95 % interval of any statistic when images are resampled.
+
+    Args:
+        statistic: of how often each kind of image is drawn, [K] integers.
+        counts: [K] images of each kind; interchangeable images are of one kind.
+        seed: of the resampling.
+    """
+    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=NUM_RESAMPLES)
+    return percentiles(np.array([statistic(row) for row in drawn]))
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping
@@ -53,11 +54,15 @@ class EvaluationResult:
     """Further values for the JSON file."""
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     """Per-item arrays, for paired comparisons and the report."""
+    per_class: list[dict[str, Any]] = field(default_factory=list)
+    """One row per class for the table of classes; empty where there are none."""
     seconds: float = 0.0
 
 
 def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: str, pretrained: str = "") -> None:
-    """Write `path` (.json, clip-benchmark's keys and ours under `clip_train`) and its `.npz` of predictions.
+    """Write `path` (.json, clip-benchmark's keys and ours under `clip_train`), and what there is besides.
+
+    That is the predictions (`.npz`) and the table of classes (`.classes.csv`).
 
     Args:
         path: the JSON file; its folder is made.
@@ -67,7 +72,7 @@ def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: s
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float | None] = dict(result.metrics)
-    if result.task == "zeroshot_classification" and metrics:
+    if "acc1" in metrics:
         metrics.setdefault("acc5", None)  # below five classes; the key is part of the format
     content = {
         "dataset": dataset,
@@ -96,6 +101,11 @@ def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: s
     if result.predictions:
         arrays: dict[str, Any] = dict(result.predictions)  # numpy's own annotation confuses names with its flags
         np.savez_compressed(path.with_suffix(".npz"), **arrays)
+    if result.per_class:
+        with path.with_suffix(".classes.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(result.per_class[0]))
+            writer.writeheader()
+            writer.writerows(result.per_class)
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
