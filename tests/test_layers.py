@@ -16,7 +16,7 @@ ROWS = [
     {"schema"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
-    {"distributed", "storage"},
+    {"distributed", "storage", "calibration"},
     {"types", "errors", "config_dir"},
 ]
 
