@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.config import ClassifyConfig
+from clip_train.evaluation.config import missing_shards
 
 if TYPE_CHECKING:
     from clip_train.evaluation.calibrate.evaluator import Calibrate
@@ -34,16 +35,10 @@ class CalibrateConfig(ClassifyConfig):
             )
 
     def missing(self) -> str | None:
-        """Return the folder or the shards if they are not there."""
-        from clip_train.data.source import expand_shards
-
+        """Return `root` if it is not there, or what is wrong with the shards."""
         if self.root:
             return ClassifyConfig.missing(self)
-        try:
-            expand_shards(self.shards, field=f"evaluation.{self.name}.shards")
-        except UserError as error:
-            return str(error)
-        return None
+        return missing_shards(self.shards, field=f"evaluation.{self.name}.shards")
 
     def open(self, setting: Setting) -> Calibrate:
         """Open the images and make the evaluator. Every rank reads the same list of images."""

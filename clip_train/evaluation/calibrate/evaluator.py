@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +22,7 @@ from clip_train.evaluation.calibrate.temperature import (
 from clip_train.evaluation.classify.labelled_images import LabelledImages
 from clip_train.evaluation.collapse import collapsed_tower
 from clip_train.evaluation.evaluator import Evaluator, Setting
-from clip_train.evaluation.features import DualEncoder, TokenizedTexts, encode_all_images, encode_texts, tokenize_texts
+from clip_train.evaluation.features import DualEncoder, encode_all_images, encode_texts, tokenize_texts
 from clip_train.evaluation.prompts.classifier import build_classifier, tokenize_prompts
 from clip_train.evaluation.result import EvaluationResult, two_halves
 
@@ -46,11 +45,13 @@ class Calibrate(Evaluator):
         data: what to call the set.
 
     Raises:
-        UserError: there are fewer than four images or two labels, or images with several classes.
+        UserError: there are fewer than four images, or images with several classes.
     """
 
     def __init__(self, images: LabelledImages | CaptionedImages, *, setting: Setting, data: str) -> None:
         super().__init__(setting)
+        if isinstance(images, LabelledImages) and images.multilabel:
+            raise UserError(f"calibrate needs pictures of one class each; those of {data} have any number")
         if len(images.source) < 4:
             raise UserError(f"calibrate needs at least four pictures, {data} has {len(images.source)}")
         self.images = images
@@ -85,21 +86,15 @@ class Calibrate(Evaluator):
 
     def _labels(self, model: DualEncoder) -> tuple[Tensor, Tensor]:
         """Return the features [U, D] of the distinct labels, and the place [N] of each image's right one."""
-        if isinstance(self.images, LabelledImages):
-            names = self.images.classnames
-            classifier = build_classifier(model, self._texts, classnames=names, world=self.world)
-            chosen = torch.from_numpy(self.images.labels).to(classifier.rows.device)
-            return classifier.vectors, classifier.rows[chosen]
-        texts = encode_texts(model, self._texts, world=self.world)
-        return texts.features, texts.rows
-
-    @cached_property
-    def _texts(self) -> TokenizedTexts:
         tokenizer, images = self.setting.tokenizer, self.images
         if isinstance(images, LabelledImages):
-            return tokenize_prompts(tokenizer, classnames=images.classnames, templates=images.templates)
+            prompts = tokenize_prompts(tokenizer, classnames=images.classnames, templates=images.templates)
+            classifier = build_classifier(model, prompts, world=self.world)
+            return classifier.vectors, classifier.rows[torch.from_numpy(images.labels).to(classifier.rows.device)]
         first = np.unique(images.owner, return_index=True)[1]  # [N]
-        return tokenize_texts(tokenizer, [images.captions[i] for i in first])
+        captions = tokenize_texts(tokenizer, [images.captions[i] for i in first])
+        texts = encode_texts(model, captions, world=self.world)
+        return texts.features, texts.rows
 
 
 def _among_own(questions: Questions) -> Questions:

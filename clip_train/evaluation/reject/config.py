@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.evaluation.classify.config import ClassifyConfig
@@ -27,10 +26,9 @@ class RejectConfig(ClassifyConfig):
 
     def missing(self) -> str | None:
         """Return the first of `root` and the foreign sets that is not there."""
-        from clip_train.evaluation.reject.sets import GENERATED
+        from clip_train.evaluation.reject.sets import missing_foreign
 
-        places = [self.root, *(place for place in self.foreign.values() if place != GENERATED)]
-        return next((place for place in places if not Path(place).expanduser().exists()), None)
+        return ClassifyConfig.missing(self) or missing_foreign(self.foreign)
 
     def open(self, setting: Setting) -> Reject:
         """Open the known and the foreign pictures and make the evaluator. Every rank reads the same lists."""

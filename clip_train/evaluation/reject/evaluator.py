@@ -14,8 +14,14 @@ from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.evaluation.collapse import TowerStatistics
 from clip_train.evaluation.evaluator import Evaluator, Setting
-from clip_train.evaluation.features import DualEncoder, TokenizedTexts, encode_images, gather_items, to_numpy
-from clip_train.evaluation.prompts.classifier import ZeroShotClassifier, build_classifier, tokenize_prompts
+from clip_train.evaluation.features import DualEncoder, encode_images, gather_items, to_numpy
+from clip_train.evaluation.prompts.classifier import (
+    ClassPrompts,
+    ZeroShotClassifier,
+    build_classifier,
+    tokenize_prompts,
+)
+from clip_train.evaluation.prompts.files import SINGLE_TEMPLATE
 from clip_train.evaluation.reject.judge import KNOWN, MAIN_SCORE, KnownSet, Scored, judge
 from clip_train.evaluation.reject.scores import negative_words, reject_scores
 from clip_train.evaluation.result import EvaluationResult, evenly_spaced
@@ -42,7 +48,7 @@ class Reject(Evaluator):
         data: what to call the known set.
 
     Raises:
-        UserError: there are fewer than two classes or known pictures.
+        UserError: there are fewer than two classes or known pictures, or pictures of several classes.
     """
 
     def __init__(
@@ -55,6 +61,8 @@ class Reject(Evaluator):
         data: str,
     ) -> None:
         super().__init__(setting)
+        if known.multilabel:
+            raise UserError(f"reject needs pictures of one class each; those of {data} have any number")
         if len(set(known.classnames)) < 2 or len(known.labels) < 2:
             raise UserError(f"reject needs at least two classes and two pictures of them; {data} has fewer")
         self.known = known
@@ -65,7 +73,7 @@ class Reject(Evaluator):
 
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return AUROC, AUPR and FPR at 95 % TPR of the main score; among the details, all scores and thresholds."""
-        classifier = build_classifier(model, self._prompts, classnames=self.known.classnames, world=self.world)
+        classifier = build_classifier(model, self._prompts, world=self.world)
         words = self._negative_labels(model, classifier)
         embed_dim = classifier.vectors.shape[1]
         statistics = TowerStatistics(embed_dim=embed_dim, world=self.world)
@@ -76,6 +84,7 @@ class Reject(Evaluator):
         }
         classes = KnownSet(self._data, self.known.labels, self.known.classnames, self.known.templates)
         result = judge(known, foreign, of=classes)
+        result.warnings += self.known.warnings
         text_statistics = TowerStatistics(embed_dim=embed_dim, world=World(device=self.world.device))
         text_statistics.add(classifier.vectors)
         result.collapsed = statistics.reason("image") or text_statistics.reason("text")
@@ -100,20 +109,21 @@ class Reject(Evaluator):
         return ReportSamples(pictures=np.concatenate(pictures), answers=answers)
 
     @cached_property
-    def _prompts(self) -> TokenizedTexts:
+    def _prompts(self) -> ClassPrompts:
         return tokenize_prompts(
             self.setting.tokenizer, classnames=self.known.classnames, templates=self.known.templates
         )  # fmt: skip
 
     @cached_property
-    def _word_prompts(self) -> TokenizedTexts:
-        return tokenize_prompts(self.setting.tokenizer, classnames=self._lexicon, templates=self.known.templates)
+    def _word_prompts(self) -> ClassPrompts:
+        templates = [SINGLE_TEMPLATE] if isinstance(self.known.templates, Mapping) else self.known.templates
+        return tokenize_prompts(self.setting.tokenizer, classnames=self._lexicon, templates=templates)
 
     def _negative_labels(self, model: DualEncoder, labels: ZeroShotClassifier) -> ZeroShotClassifier | None:
         """Return the words of the lexicon that are farthest from the labels, None without a lexicon."""
         if not self._lexicon:
             return None
-        words = build_classifier(model, self._word_prompts, classnames=self._lexicon, world=self.world)
+        words = build_classifier(model, self._word_prompts, world=self.world)
         return words._replace(rows=negative_words(words.vectors, labels.vectors))
 
     def _score(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clip_train.calibration import Rejection, RejectScore, hash_prompts
-from clip_train.evaluation.prompts.files import fill
+from clip_train.evaluation.prompts.files import Templates, prompts_of
 from clip_train.evaluation.reject import metrics
 from clip_train.evaluation.result import EvaluationResult, Part, two_halves
 
@@ -36,7 +36,7 @@ class KnownSet(NamedTuple):
     name: str
     labels: np.ndarray  # [N] int64 in [0, C)
     classnames: Sequence[str]  # C
-    templates: Sequence[str]
+    templates: Templates
 
 
 def judge(known: Scored, foreign: Mapping[str, Scored], *, of: KnownSet) -> EvaluationResult:
@@ -101,8 +101,8 @@ def fit_thresholds(known: Scored, foreign: Mapping[str, Scored], *, of: KnownSet
         num_fitted=len(fitted),
         num_tested=len(tested),
         num_foreign={name: len(one.top) for name, one in foreign.items()},
-        templates=list(of.templates),
-        prompts_sha256=hash_prompts([fill(t, classname=name) for name in of.classnames for t in of.templates]),
+        templates=None if isinstance(of.templates, Mapping) else list(of.templates),
+        prompts_sha256=hash_prompts([p for name in of.classnames for p in prompts_of(name, templates=of.templates)]),
         date=time.strftime("%Y-%m-%d"),
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.errors import UserError
+from clip_train.evaluation.config import missing_shards
 from clip_train.evaluation.prompts.files import imagenet_classnames, read_lines
 
 if TYPE_CHECKING:
@@ -45,6 +46,16 @@ def open_foreign(sets: Mapping[str, str]) -> dict[str, ImageSource]:
         else:
             opened[name] = ShardImages(expand_shards(place, field=f"foreign.{name}"))
     return opened
+
+
+def missing_foreign(sets: Mapping[str, str]) -> str | None:
+    """Return the first set that is not there, or what is wrong with its shards; None if all are there."""
+    for name, place in sets.items():
+        if ".tar" in place and (wrong := missing_shards(place, field=f"foreign.{name}")):
+            return wrong
+        if place != GENERATED and ".tar" not in place and not Path(place).expanduser().exists():
+            return place
+    return None
 
 
 def load_lexicon(choice: str | None) -> list[str]:
