@@ -143,9 +143,10 @@ def _read_run(path: Path, *, weights: str) -> Source:
     """Read a run directory's newest intact or best checkpoint, or the checkpoint itself."""
     from clip_train.checkpoint.best import best_checkpoint
     from clip_train.checkpoint.load import find_checkpoint, load_tensors
+    from clip_train.checkpoint.tensors import has_part
 
     checkpoint = find_checkpoint(best_checkpoint(path) if weights == "best" else path)
-    has_average = (checkpoint / "ema.safetensors").is_file()
+    has_average = has_part(checkpoint, "ema")
     if weights == "ema" and not has_average:
         raise UserError(f"{checkpoint}: weights=ema, but the run keeps no moving average (optim.ema_decay)")
     part = "ema" if has_average and weights != "raw" else "model"

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from clip_train.checkpoint.load import load_train_state
+from clip_train.checkpoint.tensors import has_part
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.classify.evaluator import Classify, score
@@ -149,7 +150,7 @@ def describe_origin(origin: Path, *, weights: str, name: str) -> Provenance:
         return Provenance(name=name, origin=origin.name, weights=weights)
     config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(origin / RUN_CONFIG_FILE), resolve=False))
     run_dir, step = origin.parent.parent, int(load_train_state(origin)["step"])
-    averaged = (origin / "ema.safetensors").is_file() and weights != "raw"
+    averaged = has_part(origin, "ema") and weights != "raw"
     run_name = str(config.get("name") or run_dir.resolve().name)
     return Provenance(
         name=run_name,
