@@ -11,9 +11,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.config import CheckpointConfig
-from clip_train.data.config import DataConfig
+from clip_train.data.config import DataConfig, Reader
 from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
+from clip_train.evaluation.choose.config import ChooseConfig
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
@@ -34,7 +35,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "loss": {"clip": ClipLossConfig, "siglip": SigLipLossConfig},
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
-    "evaluation": {"classify": ClassifyConfig, "retrieve": RetrieveConfig},
+    "evaluation": {"choose": ChooseConfig, "classify": ClassifyConfig, "retrieve": RetrieveConfig},
     "logging": {"default": LoggingConfig},
 }
 """Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.
@@ -144,10 +145,23 @@ class TrainConfig:
                 "loss=siglip needs a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
             )
 
+        self._check_cache_features()
         best = self.checkpoint.best
         if best is not None and best.removeprefix("-").split("/")[0] not in self.evaluation:
             known = ", ".join(f"{name}/…" for name in self.evaluation) or "none: name some with evaluation=[...]"
             raise UserError(f"checkpoint.best={best} must be a metric of an evaluation; there are {known}")
+
+    def _check_cache_features(self) -> None:
+        if not self.model.vision.cache_features:
+            return
+        if self.data.reader is Reader.streaming:
+            raise UserError("model.vision.cache_features=true needs data.reader=indexed: a stream cannot be numbered")
+        for key in ("flip", "color_jitter", "randaugment"):
+            if value := getattr(self.data, key):
+                raise UserError(
+                    f"data.{key}={value} has no effect with model.vision.cache_features=true: pictures are seen once, "
+                    "as they are"
+                )
 
     def build_loss(self, *, world: World) -> Loss:
         """Make the loss for the ranks of `world`, over prefixes too for a Matryoshka model. Called by every rank."""

@@ -3,11 +3,12 @@
     python scripts/bench_data.py --peer-python PATH --json data.json
     python scripts/bench_data.py --sizes 512 --images 128 --rounds 1     # a minute, to see that it runs
 
-Both sides read the same generated JPEG shards (square pictures with the statistics of photographs, quality 90) and
-deliver random crops of 224 pixels with tokens. A side is a trainer process with one loader process and one thread, both
-tied to one core: images per second are images per second and core. Sides: `exact`, `fast` at floors 1 and 2, and
-open_clip's `get_wds_dataset` with its training transforms, as it comes except for a shuffle buffer of 500 samples.
-Images per second of CPU time (core-s) also hold on a machine that has other work.
+Both sides read the same shards of square JPEGs at quality 90, generated ones with the statistics of photographs (which
+are twice as heavy as real ones) or those of `--pictures`, and deliver random crops of 224 pixels with tokens. A side is
+a trainer process with one loader process and one thread, both tied to one core: images per second are images per
+second and core. Sides: `exact`, `fast` at floors 1 and 2, and open_clip's `get_wds_dataset` with its training
+transforms, as it comes except for a shuffle buffer of 500 samples. Images per second of CPU time (core-s) also hold on
+a machine that has other work.
 
 To give open_clip the allocator settings that our workers choose for themselves, run with
 `MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment.
@@ -53,7 +54,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes:
-            shards = write_shards(Path(folder) / str(size), size=size, photos=options.photos)
+            shards = write_shards(Path(folder) / str(size), files=jpegs(options, size=size))
             measured = measure(options, shards, size=size, with_peer=with_peer)
             bench.print_table([shown(row) for row in measured])
             rows += measured
@@ -69,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1024, help="per side and round (default 1024)")
     parser.add_argument("--batch", type=int, default=64, help="rows of a batch (default 64)")
     parser.add_argument("--photos", type=int, default=40, help="different pictures of each size (default 40)")
+    parser.add_argument("--pictures", type=Path, help="folder of real pictures to use instead of generated ones")
     parser.add_argument("--core", type=int, default=(os.cpu_count() or 1) - 1, help="core of all sides (default: last)")
     return parser.parse_args()
 
@@ -83,24 +85,38 @@ def has_peer(python: str) -> bool:
     return bool(found)
 
 
-def write_shards(folder: Path, *, size: int, photos: int) -> Path:
-    """Write shards of square JPEGs; every picture occurs many times, every time with another caption."""
+def jpegs(options: argparse.Namespace, *, size: int) -> list[bytes]:
+    """Return square JPEGs of `size`: generated, or what a resize to a square makes of pictures at least that large."""
     import io
 
-    from bench_inputs import captions
     from photographs import photograph
+    from PIL import Image, ImageOps
+
+    if options.pictures is None:
+        pictures = [photograph(size, size, seed=seed) for seed in range(options.photos)]
+    else:
+        opened = [Image.open(path).convert("RGB") for path in sorted(options.pictures.iterdir())]
+        square = (size, size)
+        pictures = [ImageOps.fit(p, square, Image.Resampling.LANCZOS) for p in opened if min(p.size) >= size]
+    files = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    print(f"{size} px: {len(files)} pictures of {sum(map(len, files)) / len(files) / 1000:.0f} KB")
+    return files
+
+
+def write_shards(folder: Path, *, files: list[bytes]) -> Path:
+    """Write shards of these JPEGs; every picture occurs many times, every time with another caption."""
+    from bench_inputs import captions
 
     from clip_train.data.shards.writer import ShardSetWriter
 
-    files = []
-    for seed in range(photos):
-        buffer = io.BytesIO()
-        photograph(size, size, seed=seed).save(buffer, "JPEG", quality=90)
-        files.append(buffer.getvalue())
     texts = captions(SHARDS * SAMPLES_PER_SHARD, seed=0)
     with ShardSetWriter(folder, samples_per_shard=SAMPLES_PER_SHARD) as writer:
         for i, text in enumerate(texts):
-            writer.write(f"{i:06d}", {"jpg": files[i % photos], "txt": text})
+            writer.write(f"{i:06d}", {"jpg": files[i % len(files)], "txt": text})
     return folder
 
 

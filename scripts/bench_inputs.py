@@ -18,7 +18,7 @@ from clip_train.tokenizer.bpe import ClipTokenizer
 if TYPE_CHECKING:
     from clip_train.model.config import ModelConfig
 
-PROMPTS = Path(__file__).resolve().parent.parent / "clip_train" / "evaluation" / "prompts"
+PROMPTS = Path(__file__).resolve().parent.parent / "clip_train" / "evaluation" / "prompts" / "data"
 # After each phrase, the chance of another: 20 to 22 tokens on average, as captions from the web have.
 MORE_PHRASES = 0.6
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from debian import fetch_package
 from PIL import Image, ImageOps
 
 from clip_train.data.shards.make import MakeOptions, make_shards
@@ -65,7 +64,7 @@ def main() -> int:
         if arguments.out.exists():
             raise UserError(f"{arguments.out} exists already: remove it or name another folder")
         with tempfile.TemporaryDirectory(prefix="clipart-") as folder:
-            root = fetch_package(Path(folder))
+            root = fetch_package(PACKAGE, folder=Path(folder)) / "usr/share/openclipart/png"
             drawings = Path(folder) / "drawings"
             print_summary(write_drawings(root, out=drawings, workers=arguments.workers))
             # Split by the pictures' bytes: equal drawings under two names stay on one side.
@@ -75,35 +74,6 @@ def main() -> int:
         return error.exit_code
     print(f"{shards.train} drawings for training and {shards.val} held out in {arguments.out}")
     return 0
-
-
-def fetch_package(folder: Path) -> Path:
-    """Download and unpack the package into `folder`, and return the folder of its pictures.
-
-    Raises:
-        UserError: this is not Debian, or the package cannot be fetched.
-    """
-    if missing := [tool for tool in ("apt-get", "dpkg") if shutil.which(tool) is None]:
-        raise UserError(f"this needs Debian or a relative of it; {' and '.join(missing)} not found")
-    for name in ("lists/partial", "cache/archives/partial"):
-        (folder / name).mkdir(parents=True)
-    private = [
-        f"--option=Dir::State::Lists={folder / 'lists'}",
-        f"--option=Dir::Cache={folder / 'cache'}",
-        "--option=APT::Sandbox::User=",  # apt's own user may not write into our folder
-    ]
-    _run(["apt-get", *private, "update"], folder=folder)
-    _run(["apt-get", *private, "download", PACKAGE], folder=folder)
-    (package,) = folder.glob("*.deb")
-    _run(["dpkg", "-x", str(package), str(folder / "unpacked")], folder=folder)
-    return folder / "unpacked/usr/share/openclipart/png"
-
-
-def _run(command: list[str], *, folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()
-        raise UserError(f"`{command[0]} {command[-1]}` failed: {reason[-1] if reason else 'no message'}")
 
 
 def write_drawings(root: Path, *, out: Path, workers: int) -> Counter[str]:

@@ -14,7 +14,8 @@ from clip_train.checkpoint.load import load_train_state
 from clip_train.checkpoint.tensors import has_part
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.config import ClassifyConfig
-from clip_train.evaluation.classify.evaluator import Classify, score
+from clip_train.evaluation.classify.evaluator import Classify
+from clip_train.evaluation.classify.scores import score
 from clip_train.evaluation.config import Precision
 from clip_train.interop.export.card import CardScore, Provenance, model_card
 from clip_train.interop.export.inputs import write_labelled

@@ -13,6 +13,7 @@ from clip_train.errors import UserError
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
+from clip_train.schema import CHOICES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -22,7 +23,7 @@ def test_importing_the_configs_does_not_import_torch_or_numpy():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIGS.parent)
 
 
-@pytest.mark.parametrize("config", [EvaluationConfig, ClassifyConfig, RetrieveConfig])
+@pytest.mark.parametrize("config", [EvaluationConfig, *CHOICES["evaluation"].values()])
 def test_the_configs_are_typed_for_omegaconf(config):
     assert "every" in OmegaConf.structured(config)
 
@@ -41,10 +42,11 @@ def test_fields_out_of_range_are_refused_by_name():
 @pytest.mark.parametrize("choice", sorted(p.stem for p in (CONFIGS / "evaluation").glob("*.yaml")))
 def test_every_choice_composes_to_its_type_under_its_own_key(choice):
     store = ConfigStore.instance()
-    for name, node in (("classify", ClassifyConfig), ("retrieve", RetrieveConfig)):
+    choices = CHOICES["evaluation"]
+    for name, node in choices.items():
         store.store(group="evaluation", name=f"base_{name}", node=node)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(overrides=[f"+evaluation=[{choice}]", f"++evaluation.{choice}.every=7"])
     section = config.evaluation[choice]
-    assert OmegaConf.get_type(section) in (ClassifyConfig, RetrieveConfig)
+    assert OmegaConf.get_type(section) in choices.values()
     assert section.every == 7
