@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from clip_train.checkpoint.config import CheckpointConfig
+from clip_train.checkpoint.config import EMA_SUFFIX, CheckpointConfig
 from clip_train.data.config import DataConfig, Reader
 from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
 from clip_train.evaluation.choose.config import ChooseConfig
 from clip_train.evaluation.classify.config import ClassifyConfig
-from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.config import EvaluationConfig, ReferenceConfig
+from clip_train.evaluation.group_audit.config import GroupAuditConfig
+from clip_train.evaluation.probe.config import ProbeConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
@@ -35,7 +37,13 @@ CHOICES: dict[str, dict[str, type]] = {
     "loss": {"clip": ClipLossConfig, "siglip": SigLipLossConfig},
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
-    "evaluation": {"choose": ChooseConfig, "classify": ClassifyConfig, "retrieve": RetrieveConfig},
+    "evaluation": {
+        "choose": ChooseConfig,
+        "classify": ClassifyConfig,
+        "group_audit": GroupAuditConfig,
+        "probe": ProbeConfig,
+        "retrieve": RetrieveConfig,
+    },
     "logging": {"default": LoggingConfig},
 }
 """Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.
@@ -46,7 +54,7 @@ NAMED = ("tokenizer", "loss", "optim")
 
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
-    "profile", "data.train", "data.workers", "data.cache", "data.on_change",
+    "profile", "watchdog_seconds", "data.train", "data.workers", "data.cache", "data.on_change",
     "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
@@ -96,6 +104,10 @@ class TrainConfig:
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """When a loss or gradient is NaN or infinite: `stop`; `skip_step`, at most 10 in a row; or `rewind` to the newest
     checkpoint and on with the data after the bad batch, at most 3 times to one. Weights stay finite in any case."""
+    watchdog_seconds: float | None = 270.0
+    """Seconds without a step after which a process counts as hung: it writes the stacks of its threads to
+    `rank-NNN.stacks.txt` in run_dir and ends with code 70. The first step, evaluations and saves may take 12 times as
+    long, and no step counts as hung before 10 times the longest one so far. null: never."""
     profile: str | None = None
     """Steps to trace, as FIRST:LAST or one number, counted from 1: `profile=10:13` writes torch profiler traces to
     `profile/` in run_dir. null: none."""
@@ -108,7 +120,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
-    """Evaluations by name, run every `evaluation.NAME.every` steps and at the end."""
+    """Evaluations by name, run every `evaluation.NAME.every` steps and at the end; on the moving average of the weights
+    too if `optim.ema_decay` keeps one, as NAME_ema."""
 
     def __post_init__(self) -> None:
         if isinstance(self.micro_batch_size, str):
@@ -121,7 +134,7 @@ class TrainConfig:
                 )
         elif self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise UserError(f"micro_batch_size={self.micro_batch_size} must be positive")
-        for key in ("global_batch_size", "steps", "samples", "epochs", "max_hours"):
+        for key in ("global_batch_size", "steps", "samples", "epochs", "max_hours", "watchdog_seconds"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UserError(f"{key}={value} must be positive")
@@ -144,12 +157,8 @@ class TrainConfig:
             raise UserError(
                 "loss=siglip needs a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
             )
-
         self._check_cache_features()
-        best = self.checkpoint.best
-        if best is not None and best.removeprefix("-").split("/")[0] not in self.evaluation:
-            known = ", ".join(f"{name}/…" for name in self.evaluation) or "none: name some with evaluation=[...]"
-            raise UserError(f"checkpoint.best={best} must be a metric of an evaluation; there are {known}")
+        self._check_evaluations()
 
     def _check_cache_features(self) -> None:
         if not self.model.vision.cache_features:
@@ -197,6 +206,15 @@ class TrainConfig:
             raise UserError(f"profile={self.profile} must be FIRST:LAST or one step, counted from 1, as in 10:13")
         return first, last
 
+    def _check_evaluations(self) -> None:
+        if taken := [name for name in self.evaluation if name.endswith(EMA_SUFFIX)]:
+            raise UserError(f"evaluation.{taken[0]}: names that end in {EMA_SUFFIX} are those of the moving average")
+        averaged = [f"{name}{EMA_SUFFIX}" for name in self.evaluation if self.optim.ema_decay is not None]
+        best, results = self.checkpoint.best, [*self.evaluation, *averaged]
+        if best is not None and best.removeprefix("-").split("/")[0] not in results:
+            known = ", ".join(f"{name}/…" for name in results) or "none: name some with evaluation=[...]"
+            raise UserError(f"checkpoint.best={best} must be a metric of an evaluation; there are {known}")
+
     def _check_length(self, total: int) -> None:
         if self.optim.warmup >= total:
             raise UserError(f"optim.warmup={self.optim.warmup} must be below steps={total}")
@@ -225,6 +243,7 @@ class EvaluateConfig:
     others are listed. null: none."""
     evaluation_root: str | None = None
     """Folder that holds a suite's evaluation sets."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     def __post_init__(self) -> None:
         if self.suite is not None and self.evaluation_root is None:

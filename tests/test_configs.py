@@ -16,6 +16,8 @@ NEEDED = {  # what a choice leaves to the user
         for n in ("choose", "sugarcrepe", "winoground", "aro", "countbench")
     },
     "evaluation=[classify]": "evaluation.classify.root=x",
+    "evaluation=[group_audit]": "evaluation.group_audit.root=x",
+    "evaluation=[probe]": "evaluation.probe.root=x",
     "evaluation=[imagenet]": "evaluation.imagenet.root=x",
     "evaluation=[retrieve]": "evaluation.retrieve.shards=x",
     "evaluation=[val]": "data.val=x",

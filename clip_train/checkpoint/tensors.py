@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from clip_train.checkpoint.files import safetensors_chunks
-from clip_train.distributed.shards import chunk_of, local
+from clip_train.distributed.shards import chunk_of, own_part
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:
@@ -179,4 +179,4 @@ def _end(piece: Piece) -> int:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return local(tensor).to("cpu", copy=True)
+    return own_part(tensor.detach()).to("cpu", copy=True)

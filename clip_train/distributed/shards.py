@@ -46,9 +46,8 @@ def whole(value: Tensor) -> Tensor:
     return cast("DTensor", value).full_tensor() if is_sharded(value) else value
 
 
-def local(value: Tensor) -> Tensor:
-    """Return what this rank holds of `value`, without its history: the rows of a sharded tensor, else all of it."""
-    value = value.detach()
+def own_part(value: Tensor) -> Tensor:
+    """Return what this rank holds of `value`: the rows of a sharded tensor, else all of it."""
     return cast("DTensor", value).to_local() if is_sharded(value) else value
 
 
@@ -75,7 +74,7 @@ def chunk_of(value: Tensor) -> Chunk | None:
 @torch.no_grad()
 def fill(target: Tensor, value: Sliceable) -> None:
     """Copy `value`, which has all rows, into `target`: a sharded one takes its own rows and reads no other."""
-    local(target).copy_(_own_rows(value, chunk_of(target)))
+    own_part(target).copy_(_own_rows(value, chunk_of(target)))
 
 
 def laid_out(value: Sliceable, *, like: Tensor) -> Tensor:

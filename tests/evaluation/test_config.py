@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.group_audit.config import GroupAuditConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.schema import CHOICES
 
@@ -34,6 +35,8 @@ def test_fields_out_of_range_are_refused_by_name():
         (lambda: ClassifyConfig(root="x", batch_size=0), "batch_size=0"),
         (lambda: RetrieveConfig(shards="x", recall_k=[0, 5]), "recall_k="),
         (lambda: RetrieveConfig(shards="x", workers=-1), "workers=-1"),
+        (lambda: GroupAuditConfig(root="x", skew_k=0), "skew_k=0"),
+        (lambda: GroupAuditConfig(root="x", npy_columns=["year"], values={"region": ["Asia"]}), "values names region"),
     ]:
         with pytest.raises(UserError, match=message):
             make()

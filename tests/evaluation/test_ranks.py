@@ -7,6 +7,7 @@ import pytest
 
 from tests.evaluation.choose import test_choose
 from tests.evaluation.classify import test_classify
+from tests.evaluation.group_audit import test_group_audit
 from tests.evaluation.retrieve import test_retrieve
 from tests.evaluation.toys import ToyModel
 from tests.gloo import run_on_ranks
@@ -18,11 +19,12 @@ def _evaluate(world, sizes):
         kinds = [
             test_classify.make,
             test_retrieve.make,
+            test_group_audit.make,
             *(partial(test_choose.make, kind=k) for k in test_choose.KINDS),
         ]
         for make in kinds:
             result = make(num_images, world=world)[0].evaluate(ToyModel())
-            results.append((result.metrics, result.intervals, result.collapsed, result.predictions))
+            results.append((result.metrics, result.intervals, result.collapsed, result.warnings, result.predictions))
     return results
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from clip_train.evaluation.config import EvaluationConfig, missing_shards
 
 if TYPE_CHECKING:
-    from clip_train.evaluation.classify.evaluator import Classify
-    from clip_train.evaluation.evaluator import Setting
+    from clip_train.evaluation.evaluator import Evaluator, Setting
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,7 +37,7 @@ class ClassifyConfig(EvaluationConfig):
             return missing_shards(self.root, field="root")
         return None if Path(self.root).expanduser().exists() else self.root
 
-    def open(self, setting: Setting) -> Classify:
+    def open(self, setting: Setting) -> Evaluator:
         """Open the images and make the evaluator. Every rank reads the same list of images."""
         from clip_train.evaluation.classify.evaluator import Classify
         from clip_train.evaluation.classify.labelled_images import open_labelled_images
