@@ -36,6 +36,8 @@ app = typer.Typer(
 app.add_typer(shards, name="shards")
 tokenizers = typer.Typer(help="Learn a vocabulary.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tokenizers, name="tokenizer")
+tests = typer.Typer(help="Prove promises on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tests, name="selftest")
 
 
 def main() -> None:
@@ -228,6 +230,17 @@ def tokenizer_train(
     from clip_train.tools.train_tokenizer import train_tokenizer
 
     print(train_tokenizer(source, out, vocab_size=vocab_size, cleaning=cleaning, caption=caption))
+
+
+@tests.command(name="reliability", epilog="clip-train selftest reliability")
+def selftest_reliability(
+    seed: Annotated[int | None, typer.Option(help="Break the same things at the same moments again.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep what the checks write in this folder.")] = None,
+) -> None:
+    """Kill runs, damage checkpoints and fill a disk on this machine; print what held. Takes some minutes."""
+    from clip_train.tools.selftest.command import selftest
+
+    raise typer.Exit(selftest(seed=seed, keep=keep))
 
 
 @app.command(epilog="clip-train report runs/demo")
