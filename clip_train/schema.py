@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.config import CheckpointConfig
@@ -110,6 +111,7 @@ class TrainConfig:
     """Evaluations by name, run every `evaluation.NAME.every` steps and at the end."""
 
     def __post_init__(self) -> None:
+        self.run_dir = str(Path(self.run_dir).expanduser())
         if isinstance(self.micro_batch_size, str):
             if self.micro_batch_size != "auto":
                 raise UserError(f"micro_batch_size={self.micro_batch_size} must be a number, auto or null")

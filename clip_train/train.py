@@ -32,7 +32,7 @@ from clip_train.model.flops import training_flops
 from clip_train.nonfinite import NonfiniteSteps
 from clip_train.progress import Progress, rewind
 from clip_train.schema import TrainConfig
-from clip_train.starting_point import suited_to
+from clip_train.starting_point import require_precision, suited_to
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         # Build the parts. Every rank builds the same ones; only its device and its rows of a batch differ.
         world = config.distributed.build(device=config.device)
         stack.callback(stop_world)
+        require_precision(config.precision.value, device=world.device)
         stop = stack.enter_context(StopRequest(max_hours=config.max_hours))
         run_dir = Path(config.run_dir)
         tokenizer = config.tokenizer.build(

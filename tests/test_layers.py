@@ -16,8 +16,8 @@ ROWS = [
     {"schema"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
-    {"distributed", "storage"},
-    {"types", "errors", "config_dir"},
+    {"distributed", "storage", "overrides"},
+    {"types", "errors", "config_dir", "redact"},
 ]
 
 
