@@ -62,7 +62,7 @@ def expand(overrides: list[str]) -> list[list[str]]:
     from hydra.errors import HydraException
 
     # A comma stands between values here, so that what holds one must be readable as it is.
-    plain = [as_given if "," in as_given else text for as_given, text in zip(overrides, readable(overrides), strict=True)]
+    plain = [given if "," in given else text for given, text in zip(overrides, readable(overrides), strict=True)]
     try:
         parsed = OverridesParser.create().parse_overrides(plain)
     except HydraException as error:
