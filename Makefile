@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 UV_BACKEND := $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: install demo clipart test test-all lint type help
+.PHONY: install demo clipart test test-all torture lint type help
 
 install: $(STAMP)  ## make .venv and install everything (TORCH_BACKEND=cpu takes PyTorch's own CPU builds)
 
@@ -31,6 +31,10 @@ test: install  ## the tests that take under 3 minutes on 2 cores
 
 test-all: install  ## all tests, the slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'slow or not slow'
+
+TORTURE_ARGS ?=
+torture: install  ## the targets of reliability at full length, many hours; stop it and give it again to go on
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture $(TORTURE_ARGS)
 
 lint: install  ## formatting and lint
 	$(BIN)/ruff format --check .

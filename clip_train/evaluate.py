@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_train.checkpoint.config import EMA_SUFFIX
 from clip_train.config import from_yaml
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import UserError
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
     from clip_train.evaluation.config import EvaluationConfig
     from clip_train.evaluation.evaluator import Evaluator
     from clip_train.evaluation.features import DualEncoder
+    from clip_train.evaluation.result import EvaluationResult
+    from clip_train.optim.ema import Ema
 
 
 def run_evaluations(
     evaluators: Mapping[str, Evaluator],
     model: DualEncoder,
     *,
+    ema: Ema | None = None,
     world: World,
     out: Path,
     name: str,
@@ -35,27 +39,37 @@ def run_evaluations(
 ) -> dict[str, float]:
     """Run every evaluator on all ranks and return its metrics as `NAME/metric`. Rank 0 writes and prints the results.
 
+    With averaged weights every evaluator runs on these too; their metrics are `NAME_ema/metric`, with files of their
+    own: a result belongs to one set of weights.
+
     Args:
         evaluators: by name.
-        model: the towers; left in the mode it came in.
+        model: the towers; left in the mode and with the weights that it came with.
+        ema: the averages of the model's weights, None if there are none.
         world: the ranks.
         out: folder that gets NAME.json and NAME.npz.
         name: the model's name, for the files.
         weights: which weights of it, for the files.
         samples: also keep pictures with their answers, for the report.
     """
-    scores: dict[str, float] = {}
-    results = {}
-    for key, evaluator in evaluators.items():
-        result = results[key] = evaluator.evaluate(model)
-        scores |= {f"{key}/{metric}": value for metric, value in result.metrics.items()}
-        if world.is_main:
-            write_result(result, out / f"{key}.json", dataset=key, model=name, pretrained=weights)
-            if samples and (shown := evaluator.samples(result, size=PICTURE_SIZE)):
-                save_samples(shown, out / f"{key}.samples.json")
+    results: dict[str, EvaluationResult] = {}
+
+    def run(suffix: str, *, of: str) -> None:
+        for key, evaluator in evaluators.items():
+            result = results[key + suffix] = evaluator.evaluate(model)
+            if world.is_main:
+                file = out / f"{key}{suffix}.json"
+                write_result(result, file, dataset=key, model=name, pretrained=of)
+                if samples and (shown := evaluator.samples(result, size=PICTURE_SIZE)):
+                    save_samples(shown, file.with_suffix(".samples.json"))
+
+    run("", of=weights)
+    if ema is not None:
+        with ema.applied():
+            run(EMA_SUFFIX, of=f"{weights}, moving average")
     if world.is_main:
         print_results(results)
-    return scores
+    return {f"{key}/{metric}": value for key, result in results.items() for metric, value in result.metrics.items()}
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:

@@ -32,8 +32,8 @@ _MAY_DIFFER = (
     "name", "embed_dim", "init", "init_strict", "init_logit_scale", "init_logit_bias", "lora", "matryoshka", "ragged",
     "patch_dropout", "checkpointing", "compile", "vision.image_size", "vision.patch_size", "vision.width",
     "vision.layers", "vision.resnet_stages", "vision.mlp_ratio", "vision.layer_scale", "vision.unlocked_blocks",
-    "vision.pretrained", "text.context_length", "text.vocab_size", "text.end_id", "text.pad_id", "text.width",
-    "text.layers", "text.mlp_ratio", "text.unlocked_blocks",
+    "vision.cache_features", "vision.pretrained", "text.context_length", "text.vocab_size", "text.end_id",
+    "text.pad_id", "text.width", "text.layers", "text.mlp_ratio", "text.unlocked_blocks",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
 from clip_train.distributed.collectives import all_reduce, broadcast_object
 from clip_train.distributed.world import World
@@ -103,12 +104,12 @@ def try_step(step: TrainStep, *, model: CLIP, rows: int, device: torch.device) -
 
     Gradients are left in the parameters.
     """
-    size, length = model.config.vision.image_size, model.context_length
+    length = model.context_length
     end_id = model.vocab_size - 1 if model.text.end_id is None else model.text.end_id
     tokens = torch.full((rows, length), int(end_id == 0), device=device)  # any word but the end
     tokens[:, -1] = end_id
     batch = Batch(
-        images=torch.zeros(rows, size, size, 3, dtype=torch.uint8, device=device),
+        images=blank_images(model, rows=rows, device=device),
         tokens=tokens,
         lengths=torch.full((rows,), length),
         slots=torch.arange(rows, device=device),
@@ -121,3 +122,11 @@ def try_step(step: TrainStep, *, model: CLIP, rows: int, device: torch.device) -
     finally:
         for name, buffer in model.named_buffers():  # batch norms have counted the blank images
             buffer.copy_(buffers[name])
+
+
+def blank_images(model: CLIP, *, rows: int, device: torch.device) -> Tensor:
+    """Return what stands for the pictures of a batch: pixels, or features if the run reads these."""
+    if model.config.vision.cache_features:
+        return torch.zeros(rows, model.config.embed_dim, device=device)
+    size = model.config.vision.image_size
+    return torch.zeros(rows, size, size, 3, dtype=torch.uint8, device=device)

@@ -11,12 +11,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_train.checkpoint.config import CheckpointConfig
-from clip_train.data.config import DataConfig
+from clip_train.checkpoint.config import EMA_SUFFIX, CheckpointConfig
+from clip_train.data.config import DataConfig, Reader
 from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
+from clip_train.evaluation.choose.config import ChooseConfig
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.group_audit.config import GroupAuditConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
@@ -35,7 +37,12 @@ CHOICES: dict[str, dict[str, type]] = {
     "loss": {"clip": ClipLossConfig, "siglip": SigLipLossConfig},
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
-    "evaluation": {"classify": ClassifyConfig, "retrieve": RetrieveConfig},
+    "evaluation": {
+        "choose": ChooseConfig,
+        "classify": ClassifyConfig,
+        "group_audit": GroupAuditConfig,
+        "retrieve": RetrieveConfig,
+    },
     "logging": {"default": LoggingConfig},
 }
 """Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.
@@ -108,7 +115,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
-    """Evaluations by name, run every `evaluation.NAME.every` steps and at the end."""
+    """Evaluations by name, run every `evaluation.NAME.every` steps and at the end; on the moving average of the weights
+    too if `optim.ema_decay` keeps one, as NAME_ema."""
 
     def __post_init__(self) -> None:
         self.run_dir = str(Path(self.run_dir).expanduser())
@@ -145,11 +153,20 @@ class TrainConfig:
             raise UserError(
                 "loss=siglip needs a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
             )
+        self._check_cache_features()
+        self._check_evaluations()
 
-        best = self.checkpoint.best
-        if best is not None and best.removeprefix("-").split("/")[0] not in self.evaluation:
-            known = ", ".join(f"{name}/…" for name in self.evaluation) or "none: name some with evaluation=[...]"
-            raise UserError(f"checkpoint.best={best} must be a metric of an evaluation; there are {known}")
+    def _check_cache_features(self) -> None:
+        if not self.model.vision.cache_features:
+            return
+        if self.data.reader is Reader.streaming:
+            raise UserError("model.vision.cache_features=true needs data.reader=indexed: a stream cannot be numbered")
+        for key in ("flip", "color_jitter", "randaugment"):
+            if value := getattr(self.data, key):
+                raise UserError(
+                    f"data.{key}={value} has no effect with model.vision.cache_features=true: pictures are seen once, "
+                    "as they are"
+                )
 
     def build_loss(self, *, world: World) -> Loss:
         """Make the loss for the ranks of `world`, over prefixes too for a Matryoshka model. Called by every rank."""
@@ -184,6 +201,15 @@ class TrainConfig:
         if not 1 <= first <= last:
             raise UserError(f"profile={self.profile} must be FIRST:LAST or one step, counted from 1, as in 10:13")
         return first, last
+
+    def _check_evaluations(self) -> None:
+        if taken := [name for name in self.evaluation if name.endswith(EMA_SUFFIX)]:
+            raise UserError(f"evaluation.{taken[0]}: names that end in {EMA_SUFFIX} are those of the moving average")
+        averaged = [f"{name}{EMA_SUFFIX}" for name in self.evaluation if self.optim.ema_decay is not None]
+        best, results = self.checkpoint.best, [*self.evaluation, *averaged]
+        if best is not None and best.removeprefix("-").split("/")[0] not in results:
+            known = ", ".join(f"{name}/…" for name in results) or "none: name some with evaluation=[...]"
+            raise UserError(f"checkpoint.best={best} must be a metric of an evaluation; there are {known}")
 
     def _check_length(self, total: int) -> None:
         if self.optim.warmup >= total:

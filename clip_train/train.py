@@ -21,7 +21,9 @@ from clip_train.distributed.stop import StopReason, StopRequest
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import Preempted, UserError
 from clip_train.evaluate import run_evaluations
+from clip_train.health.monitor import RunHealth
 from clip_train.initial_weights import build_model
+from clip_train.locked_tower import cache_features
 from clip_train.metrics.hardware import peak_flops
 from clip_train.metrics.log import Metrics
 from clip_train.metrics.panel import say
@@ -29,7 +31,6 @@ from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.finetune import layers_above
 from clip_train.model.flops import training_flops
-from clip_train.nonfinite import NonfiniteSteps
 from clip_train.progress import Progress, rewind
 from clip_train.schema import TrainConfig
 from clip_train.starting_point import require_precision, suited_to
@@ -102,6 +103,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         stack.callback(checkpointer.close)
         resumed = checkpointer.resume(config.resume)
+        cache_features(config, model=model, stream=stream, run_dir=run_dir, world=world)
         metrics = Metrics(
             run_dir, world=world, config=config.logging, name=config.name, total_steps=total_steps,
             global_batch_size=config.global_batch_size, start_step=progress.step, settings=asdict(config),
@@ -125,13 +127,15 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         stack.callback(exchange.close)
 
+        health = RunHealth(config, run_dir=run_dir, world=world, model=model)
+
         def save() -> None:
+            health.before_save(progress.step)
             checkpointer.save(
                 step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config), files=tokenizer.files()
             )
 
         saved = progress.step
-        faults = NonfiniteSteps(config.on_nonfinite)
         newest: dict[str, float] = {}
         reason = StopReason.none
 
@@ -151,16 +155,16 @@ def train(config: TrainConfig) -> dict[str, float]:
             flops = training_flops(config.model, lengths=batch.lengths.tolist())
             metrics.add(measures(result), seconds_waiting=seconds_waiting, flops=flops)
             profiler.after(progress.step)
-            if faults.watch(result, step=progress.step):
+            if health.after_step(result, step=progress.step):
                 # Every rank saw the same flag: weights go back, the data goes on after the bad batch.
-                faults.rewound_to(rewind(checkpointer, progress=progress))
+                health.rewound_to(rewind(checkpointer, progress=progress))
                 metrics.rewind(progress.step)
                 continue
 
             # All ranks reach each of these at the same step; only rank 0 writes.
             if due(progress.step, every=config.logging.every, total=total_steps):
                 bad = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
-                values = {"train/learning_rate": rate, "train/nonfinite_steps": faults.total, **bad}
+                values = {"train/learning_rate": rate, **health.counters(), **bad}
                 newest |= metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
             chosen = {
                 n: e
@@ -170,7 +174,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             scores: dict[str, float] = {}
             if chosen:
                 scores = run_evaluations(
-                    chosen, model, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
+                    chosen, model, ema=ema, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
                     name=config.model.name, weights=f"{config.name}, step {progress.step}",
                     samples=progress.step == total_steps,
                 )  # fmt: skip
@@ -184,7 +188,7 @@ def train(config: TrainConfig) -> dict[str, float]:
                 metrics.restart_window()
         if progress.step > saved:
             save()
-        faults.judge(last=True)
+        health.finish()
         checkpointer.wait()
     if world.is_main:
         say_end(progress, reason=reason, run_dir=run_dir)

@@ -26,7 +26,8 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """This rank's rows of one global batch, in slot order (data/order.py)."""
 
-    images: Tensor  # [B, H, W, 3] uint8, as decoded; the model normalises them on its device
+    # [B, H, W, 3] uint8, as decoded; the model normalises them on its device. Or [B, D] float32, cached features.
+    images: Tensor
     tokens: Tensor  # [B, L] int64, zero-padded after the end token
     lengths: Tensor  # [B] int64, tokens up to and including the end token; always on the host, where shapes are decided
     slots: Tensor  # [B] int64, place of each row in the endless sequence of samples

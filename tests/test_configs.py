@@ -11,7 +11,12 @@ from clip_train.schema import TrainConfig
 CONFIGS = Path(__file__).parent.parent / "configs"
 BASE = ["steps=100", "optim.warmup=1", "data.train=x"]
 NEEDED = {  # what a choice leaves to the user
+    **{
+        f"evaluation=[{n}]": f"evaluation.{n}.path=x"
+        for n in ("choose", "sugarcrepe", "winoground", "aro", "countbench")
+    },
     "evaluation=[classify]": "evaluation.classify.root=x",
+    "evaluation=[group_audit]": "evaluation.group_audit.root=x",
     "evaluation=[imagenet]": "evaluation.imagenet.root=x",
     "evaluation=[retrieve]": "evaluation.retrieve.shards=x",
     "evaluation=[val]": "data.val=x",

@@ -11,7 +11,7 @@ ROWS = [
     {"tools"},
     {"__init__"},
     {"train", "help"},
-    {"evaluate", "micro_batch", "starting_point", "initial_weights", "nonfinite", "progress"},
+    {"evaluate", "micro_batch", "starting_point", "initial_weights", "locked_tower", "health", "progress"},
     {"config", "step"},
     {"schema"},
     {"evaluation", "interop"},

@@ -187,9 +187,11 @@ def test_nothing_to_rewind_to_is_said(scenes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_saved_when_an_evaluation_beats_the_former(scenes, tmp_path):
+@pytest.mark.parametrize("weights", ["", "_ema"])
+def test_the_best_checkpoint_is_saved_when_an_evaluation_beats_the_former(scenes, tmp_path, weights):
     best = ["evaluation=[val]", f"evaluation.val.shards={scenes}/val", "evaluation.val.every=15", "data.val=null"]
-    metric = "checkpoint.best=val/image_retrieval_recall@10"
+    best.append("optim.ema_decay=0.8")
+    metric = f"checkpoint.best=val{weights}/image_retrieval_recall@10"
     train(
         load("train", overrides(scenes, tmp_path, "steps=120", "global_batch_size=64", "optim.lr=2e-3", metric, *best))
     )

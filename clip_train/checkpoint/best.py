@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from clip_train.checkpoint.config import EMA_SUFFIX
 from clip_train.checkpoint.files import sync_directory, write_file
 from clip_train.checkpoint.retention import checkpoint_path
 from clip_train.errors import IntegrityError, UserError
@@ -26,6 +27,11 @@ class Score:
     step: int
     metric: str  # as in `val/image_retrieval_recall@1`; a leading minus says that smaller is better
     value: float
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it is the moving average of the weights that was evaluated."""
+        return self.metric.split("/")[0].endswith(EMA_SUFFIX)
 
     @staticmethod
     def of(metrics: Mapping[str, float], *, metric: str, step: int) -> Score | None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from clip_train.checkpoint.state import Stateful
     from clip_train.distributed.world import World
 
+EMA_SUFFIX = "_ema"
+"""What the name of an evaluation ends with where it is the moving average of the weights that was evaluated."""
+
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
@@ -27,8 +30,9 @@ class CheckpointConfig:
     milestone_every: int | None = None
     """Steps from one checkpoint that is never deleted to the next, a multiple of `every`; null keeps none for ever."""
     best: str | None = None
-    """Metric whose best checkpoint stays besides the newest, as in `val/image_retrieval_recall@1`; a leading minus says
-    that smaller is better. An evaluation that beats it saves at once. null: none."""
+    """Metric whose best checkpoint stays besides the newest, as in `val/image_retrieval_recall@1`; `val_ema/…` for the
+    moving average of the weights; a leading minus says that smaller is better. An evaluation that beats it saves at
+    once. null: none."""
     remote: str | None = None
     """Folder for copies of all checkpoints, as in `s3://bucket/runs/${name}` (fsspec; extras remote and gcs). A run
     directory without checkpoints continues from the newest copy. null: none."""

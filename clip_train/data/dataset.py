@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from clip_train.data.audit import hash_samples
 from clip_train.data.bad import BadSample
-from clip_train.data.images.decode import BadSampleError
+from clip_train.data.images.decode import BadSampleError, open_image
 from clip_train.data.images.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.data.reader import ShardReader
 from clip_train.errors import ClipTrainError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clip_train.data.captions import CaptionChooser
+    from clip_train.data.features import FeatureTable
     from clip_train.data.order import SlotOrder
     from clip_train.data.source import Source
 
@@ -48,6 +49,14 @@ class Task(NamedTuple):
 
     consumed: int  # first slot of the global batch
     slots: NDArray[np.int64]
+
+
+class Place(NamedTuple):
+    """Where a sample stands in the sources."""
+
+    source: int
+    shard: int
+    sample: int
 
 
 class TaskRows(NamedTuple):
@@ -86,14 +95,14 @@ class Rows:
 
     Args:
         slots: int64 [B]; each row's numbers come from its slot.
-        image_size: side S of the pictures in pixels.
+        images: zeros [B, S, S, 3] uint8, or [B, D] float32 for features.
         context_length: tokens L.
     """
 
-    def __init__(self, slots: NDArray[np.int64], *, image_size: int, context_length: int) -> None:
+    def __init__(self, slots: NDArray[np.int64], *, images: Tensor, context_length: int) -> None:
         n = len(slots)
         self.batch = Batch(
-            images=_shared_zeros(n, image_size, image_size, 3),
+            images=images,
             tokens=torch.zeros(n, context_length, dtype=torch.int64),
             lengths=torch.zeros(n, dtype=torch.int64),
             slots=torch.from_numpy(slots),
@@ -117,12 +126,18 @@ class RowFiller:
         self._transform = transform
         self._captions = captions
         self._tokenizer = tokenizer
+        self.features: FeatureTable | None = None
 
     def new_rows(self, slots: NDArray[np.int64]) -> Rows:
         """Return empty rows for slots."""
-        return Rows(slots, image_size=self._transform.image_size, context_length=self._tokenizer.context_length)
+        size = self._transform.image_size
+        if self.features is None:
+            images = _shared_zeros(len(slots), size, size, 3, dtype=torch.uint8)
+        else:
+            images = _shared_zeros(len(slots), self.features.width, dtype=torch.float32)
+        return Rows(slots, images=images, context_length=self._tokenizer.context_length)
 
-    def fill(self, rows: Rows, row: int, image: bytes, members: Sequence[bytes]) -> None:
+    def fill(self, rows: Rows, row: int, image: bytes, members: Sequence[bytes], place: Place | None = None) -> None:
         """Fill a row; the numbers that decide crop and caption are those of its slot.
 
         Args:
@@ -130,15 +145,27 @@ class RowFiller:
             row: which.
             image: the encoded picture.
             members: those that hold captions.
+            place: of the sample; its feature stands there if `features` is set.
 
         Raises:
             BadSampleError: the content cannot be used; the row is not valid.
         """
         uniforms = sample_uniforms(self._seed, int(rows.slots[row]))
         caption = self._captions(members, uniform=uniforms[CAPTION_WORD])
-        self._transform(image, uniforms=uniforms, out=rows.images[row])  # last of what can fail
+        self._look(image, uniforms=uniforms, place=place, out=rows.images[row])  # last of what can fail
         rows.tokens[row], rows.lengths[row], _ = self._tokenizer.encode_padded(caption)
         rows.valid[row] = True
+
+    def _look(self, image: bytes, *, uniforms: Sequence[float], place: Place | None, out: NDArray[Any]) -> None:
+        if self.features is None:
+            self._transform(image, uniforms=uniforms, out=out)
+            return
+        assert place is not None, "features are those of indexed samples"
+        feature = self.features.read(*place)
+        if feature is None:
+            open_image(image)  # says what is wrong with it
+            raise BadSampleError("undecodable")
+        out[:] = feature
 
 
 class SampleDataset(Dataset[TaskResult]):
@@ -187,7 +214,7 @@ class SampleDataset(Dataset[TaskResult]):
         for row, slot in enumerate(task.slots.tolist()):
             source, shard, index = int(sources[row]), int(shards[row]), int(indices[row])
             try:
-                self._filler.fill(rows, row, *self._readers[source].read(shard, index))
+                self._fill(rows, row, Place(source, shard, index))
             except BadSampleError as error:
                 found = self._fill_with_substitute(rows, row, slot) if self._substitute else None
                 bad.append(self._bad_sample(slot, source, shard, index, error.reason, found.k if found else None))
@@ -196,6 +223,14 @@ class SampleDataset(Dataset[TaskResult]):
         valid = rows.valid
         id_hash = hash_samples(self._sids[sources[valid]], shards[valid], indices[valid])
         return TaskRows(rows.batch, id_hash, bad)
+
+    def _fill(self, rows: Rows, row: int, place: Place) -> None:
+        image, members = self._readers[place.source].read(place.shard, place.sample)
+        self._filler.fill(rows, row, image, members, place)
+
+    def use_features(self, table: FeatureTable) -> None:
+        """Read features in place of pictures. Before the first task."""
+        self._filler.features = table
 
     def _bad_sample(self, slot: int, source: int, shard: int, index: int, reason: str, k: int | None) -> BadSample:
         key = self._readers[source].key(shard, index)
@@ -208,17 +243,17 @@ class SampleDataset(Dataset[TaskResult]):
         source, shards, indices = self.order.substitutes(slot, global_batch_size=self._global_batch_size)
         for k, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True), start=1):
             try:
-                self._filler.fill(rows, row, *self._readers[source].read(shard, index))
+                self._fill(rows, row, Place(source, shard, index))
                 return Substitute(k, shard, index)
             except BadSampleError:
                 continue
         return None
 
 
-def _shared_zeros(*shape: int) -> Tensor:
-    """Return uint8 zeros; in a worker in shared memory, so that the trainer receives them without a copy."""
+def _shared_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros; in a worker in shared memory, so that the trainer receives them without a copy."""
     if get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))
+        return torch.zeros(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)) * dtype.itemsize)
     # New shared memory is zero-filled by the system.
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clip_train.data.dataset import RowFiller
+    from clip_train.data.features import FeatureTable
     from clip_train.data.source import Source
     from clip_train.distributed.world import World
 
@@ -195,6 +196,10 @@ class TrainStream(BatchStream):
                 f"global_batch_size={self._global_batch_size}, which may not change"
             )
         return differences(segment, self._segments[0])
+
+    def use_features(self, table: FeatureTable) -> None:
+        """Deliver features [B, D] in place of pictures. Before the first batch."""
+        self._dataset.use_features(table)
 
     def close(self) -> None:
         """Stop the workers and close the shards."""

@@ -83,38 +83,48 @@ class ShardImages:
         shard, key, _, _ = self._samples[index]
         return f"{shard.name}/{key}"
 
+    def content(self, index: int, extension: str) -> bytes:
+        """Return another member of the picture's sample, such as `npy`.
+
+        Raises:
+            IntegrityError: the sample has no such member.
+        """
+        shard, _, _, members = self._samples[index]
+        member = members.get(extension)
+        if member is None:
+            raise IntegrityError(f"{self.key(index)} has no .{extension} member, only {', '.join(sorted(members))}")
+        return _read_member(shard, member)
+
     def text(self, index: int, extension: str) -> str:
         """Return the text member of the picture's sample, such as `txt` or `cls`, without surrounding blanks.
 
         Raises:
             IntegrityError: the sample has no such member, or it is not UTF-8.
         """
-        shard, _, _, members = self._samples[index]
-        member = members.get(extension)
-        if member is None:
-            raise IntegrityError(f"{self.key(index)} has no .{extension} member, only {', '.join(sorted(members))}")
         try:
-            return _read_member(shard, member).decode("utf-8-sig").strip()
+            return self.content(index, extension).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise IntegrityError(f"{self.key(index)}.{extension} is not UTF-8 text") from error
 
 
-class FolderImages:
-    """The pictures below a folder, in the order of their paths.
+class FileImages:
+    """Pictures that are files, in the order given.
 
-    Raises:
-        UserError: there are none.
+    Args:
+        paths: of the pictures.
+        folder: where their names start.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, paths: Sequence[Path], *, folder: Path) -> None:
         self._folder = folder
-        pictures = (p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
-        self._paths = sorted(pictures, key=lambda path: os.fsencode(path.relative_to(folder).as_posix()))
-        if not self._paths:
-            raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
+        self._paths = list(paths)
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def only(self, indices: Sequence[int]) -> FileImages:
+        """Return some of the pictures, in the order given."""
+        return FileImages([self._paths[i] for i in indices], folder=self._folder)
 
     def read(self, index: int) -> bytes:
         """Return the encoded picture.
@@ -128,12 +138,36 @@ class FolderImages:
             raise UserError(f"{self._paths[index]} cannot be read: {error.strerror or error}") from error
 
     def key(self, index: int) -> str:
-        """Return the path of the picture below the folder."""
-        return self._paths[index].relative_to(self._folder).as_posix()
+        """Return the path of the picture, below the folder where it lies there."""
+        path = self._paths[index]
+        return (path.relative_to(self._folder) if path.is_relative_to(self._folder) else path).as_posix()
+
+
+class FolderImages(FileImages):
+    """The pictures below a folder, in the order of their paths.
+
+    Raises:
+        UserError: there are none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        pictures = (p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
+        super().__init__(
+            sorted(pictures, key=lambda path: os.fsencode(path.relative_to(folder).as_posix())), folder=folder
+        )
+        if not len(self):
+            raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
 
 
 def evaluation_batches(
-    source: ImageSource, *, world: World, image_size: int, squash: bool = False, batch_size: int, workers: int = 0
+    source: ImageSource,
+    *,
+    world: World,
+    image_size: int,
+    squash: bool = False,
+    batch_size: int,
+    workers: int = 0,
+    skip_bad: bool = False,
 ) -> Iterator[EvaluationBatch]:
     """Yield this rank's contiguous piece of a source, resized and centre-cropped.
 
@@ -147,16 +181,19 @@ def evaluation_batches(
         squash: resize both sides instead of cropping, as the model's config says.
         batch_size: rows B of every batch.
         workers: loader processes of this rank; 0 reads in this process.
+        skip_bad: give rows whose picture cannot be decoded as not valid.
 
     Raises:
-        IntegrityError: a picture cannot be decoded; the message names it.
+        IntegrityError: a picture cannot be decoded and `skip_bad` is not set; the message names it.
     """
     piece = -(-len(source) // world.size)
     num_batches = -(-piece // batch_size)
     first, last = world.rank * piece, min((world.rank + 1) * piece, len(source))
     batches = [(start, min(start + batch_size, last)) for start in range(first, first + piece, batch_size)]
     assert len(batches) == num_batches
-    dataset = _EvaluationDataset(source, batches, image_size=image_size, squash=squash, batch_size=batch_size)
+    dataset = _EvaluationDataset(
+        source, batches, image_size=image_size, squash=squash, batch_size=batch_size, skip_bad=skip_bad
+    )
     if workers:
         start_worker_server()
         loader = DataLoader(
@@ -175,13 +212,21 @@ class _EvaluationDataset(Dataset[EvaluationBatch | ClipTrainError]):
     """Decodes one batch per item. Errors travel as values, since workers would wrap them in a traceback."""
 
     def __init__(
-        self, source: ImageSource, batches: list[tuple[int, int]], *, image_size: int, squash: bool, batch_size: int
+        self,
+        source: ImageSource,
+        batches: list[tuple[int, int]],
+        *,
+        image_size: int,
+        squash: bool,
+        batch_size: int,
+        skip_bad: bool,
     ) -> None:
         self._source = source
         self._batches = batches
         self._image_size = image_size
         self._squash = squash
         self._batch_size = batch_size
+        self._skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -196,10 +241,16 @@ class _EvaluationDataset(Dataset[EvaluationBatch | ClipTrainError]):
         size = self._image_size
         images = np.zeros((self._batch_size, size, size, 3), dtype=np.uint8)
         indices = np.full(self._batch_size, -1, dtype=np.int64)
+        valid = np.zeros(self._batch_size, dtype=bool)
         for row, index in enumerate(range(first, last)):
-            images[row] = self._pixels(index)
             indices[row] = index
-        return EvaluationBatch(torch.from_numpy(images), torch.from_numpy(indices), torch.from_numpy(indices >= 0))
+            try:
+                images[row] = self._pixels(index)
+                valid[row] = True
+            except IntegrityError:
+                if not self._skip_bad:
+                    raise
+        return EvaluationBatch(torch.from_numpy(images), torch.from_numpy(indices), torch.from_numpy(valid))
 
     def _pixels(self, index: int) -> np.ndarray:
         try:

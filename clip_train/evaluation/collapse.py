@@ -5,15 +5,11 @@ Equal features make every comparison a tie, and a tie broken by index prints a p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from clip_train.distributed.collectives import all_reduce
-
-if TYPE_CHECKING:
-    from clip_train.distributed.world import World
+from clip_train.distributed.world import World
 
 MAX_MEAN_COSINE = 0.98
 MIN_EFFECTIVE_RANK = 2.0
@@ -56,6 +52,18 @@ class TowerStatistics:
         if rows >= FEWEST_FOR_RANK and rank < MIN_EFFECTIVE_RANK:
             return f"effective rank of the {tower} features is {rank:.2f} (below {MIN_EFFECTIVE_RANK:g})"
         return None
+
+
+def collapsed_tower(*, image: Tensor, text: Tensor) -> str | None:
+    """Say why a tower counts as collapsed, or return None, from features [N, D] and [T, D] that every rank holds."""
+    # Nothing is left to add up between ranks.
+    alone = World(device=image.device)
+    for tower, features in (("image", image), ("text", text)):
+        statistics = TowerStatistics(embed_dim=features.shape[1], world=alone)
+        statistics.add(features)
+        if reason := statistics.reason(tower):
+            return reason
+    return None
 
 
 def mean_pairwise_cosine(total: Tensor, *, num_rows: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 Z_95 = 1.959963984540054
@@ -27,7 +29,7 @@ def bootstrap_ratio(hits: np.ndarray, trials: np.ndarray, *, seed: int = 0) -> t
     kinds, counts = np.unique(np.stack([hits, trials]), axis=1, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=NUM_RESAMPLES)
     ratios = (drawn @ kinds[0]) / (drawn @ kinds[1])
-    return _percentiles(ratios)
+    return percentiles(ratios)
 
 
 def bootstrap_mean_per_class(correct: np.ndarray, total: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
@@ -42,9 +44,24 @@ def bootstrap_mean_per_class(correct: np.ndarray, total: np.ndarray, *, seed: in
     right, wrong = drawn[:, : len(correct)], drawn[:, len(correct) :]
     present = right + wrong > 0
     recall = right / np.where(present, right + wrong, 1)
-    return _percentiles(recall.sum(axis=1) / present.sum(axis=1))
+    return percentiles(recall.sum(axis=1) / present.sum(axis=1))
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], *, counts: np.ndarray, seed: int = 0
+) -> tuple[float, float]:  # fmt: skip
+    """Return the 95 % interval of any statistic when images are resampled.
+
+    Args:
+        statistic: of how often each kind of image is drawn, [K] integers.
+        counts: [K] images of each kind; interchangeable images are of one kind.
+        seed: of the resampling.
+    """
+    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=NUM_RESAMPLES)
+    return percentiles(np.array([statistic(row) for row in drawn]))
+
+
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends between which the middle 95 % of resampled values [R] lie."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

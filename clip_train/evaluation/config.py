@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -19,6 +20,17 @@ class Precision(StrEnum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+def missing_shards(patterns: str | Sequence[str], *, field: str) -> str | None:
+    """Return what is wrong with a pattern of shards, None if there are such shards."""
+    from clip_train.data.source import expand_shards
+
+    try:
+        expand_shards(patterns, field=field)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -100,7 +100,7 @@ class PrefixEncoder:
 
 
 class TokenizedTexts(NamedTuple):
-    """Distinct texts as tokens, and which of them each asked-for text is."""
+    """Texts whose tokens differ, and which of them each asked-for text is."""
 
     tokens: Tensor  # [U, L] int64, L the length of the longest
     lengths: Tensor  # [U] int64, up to and including the end token
@@ -141,16 +141,18 @@ def similarity(queries: Tensor, gallery: Tensor) -> Tensor:
 def tokenize_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenizedTexts:
     """Tokenize each distinct text once. Texts longer than the context are cut.
 
+    Texts with the same tokens are one: their features are equal, and what compares them is a tie.
+
     Raises:
         UserError: there is no text.
     """
     if not texts:
         raise UserError("there is no text to encode")
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    tokens = tokenizer(list(place), truncate=True)  # [U, L]
+    tokens, row = tokenizer(list(place), truncate=True).unique(dim=0, return_inverse=True)  # [U, L]
     lengths = (tokens == tokenizer.end_id).int().argmax(dim=1) + 1
     tokens = tokens[:, : int(lengths.max())].contiguous()
-    return TokenizedTexts(tokens, lengths, torch.tensor([place[text] for text in texts]))
+    return TokenizedTexts(tokens, lengths, row[torch.tensor([place[text] for text in texts])])
 
 
 def encode_texts(
@@ -180,6 +182,18 @@ def encode_images(model: DualEncoder, batches: Batches, *, world: World) -> Iter
     for batch in batches():
         features = model.encode_image(batch.images.to(world.device, non_blocking=True)).float()
         yield features, batch.indices.to(world.device), batch.valid.to(world.device)
+
+
+def encode_all_images(model: DualEncoder, batches: Batches, *, num_images: int, world: World) -> Tensor:
+    """Return the features [N, D] float32 of a whole set on every rank, in the order of the set.
+
+    Raises:
+        IntegrityError: the batches of all ranks are not exactly the `num_images` images, each once.
+    """
+    rows = list(encode_images(model, batches, world=world))
+    features, indices, valid = (torch.cat(column) for column in zip(*rows, strict=True))
+    columns = {"features": features}
+    return gather_items(indices, columns, valid=valid, num_items=num_images, world=world)["features"]
 
 
 def gather_items(

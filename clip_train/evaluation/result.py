@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping
@@ -14,20 +15,32 @@ import numpy as np
 from clip_train.errors import IntegrityError
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The scores of the items with one tag, as an `EvaluationResult` has them."""
+
+    num_items: int
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+
 @dataclass(slots=True, kw_only=True)
 class EvaluationResult:
     """The scores of one evaluation and what they rest on. Equal on every rank."""
 
     task: str
-    """`zeroshot_classification` or `zeroshot_retrieval`."""
+    """`zeroshot_classification`, `zeroshot_retrieval`, `image_caption_selection` or `image_selection`."""
     num_items: int
-    """Images evaluated: all of the set."""
+    """Images, or items of a set of choices: all of the set."""
     metrics: dict[str, float]
     """Scores in [0, 1]; empty when collapsed."""
     chance: dict[str, float]
     """What guessing would score on average, for each metric."""
     intervals: dict[str, tuple[float, float]]
     """95 % intervals: Wilson for accuracies, bootstrap over images for the rest."""
+    parts: dict[str, Part] = field(default_factory=dict)
+    """Scores of the items with each tag; empty when collapsed."""
     collapsed: str | None = None
     """Why the features are worth no score, or None."""
     warnings: list[str] = field(default_factory=list)
@@ -35,11 +48,15 @@ class EvaluationResult:
     """Further values for the JSON file."""
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     """Per-item arrays, for paired comparisons and the report."""
+    per_class: list[dict[str, Any]] = field(default_factory=list)
+    """One row per class for the table of classes; empty where there are none."""
     seconds: float = 0.0
 
 
 def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: str, pretrained: str = "") -> None:
-    """Write `path` (.json, clip-benchmark's keys and ours under `clip_train`) and its `.npz` of predictions.
+    """Write `path` (.json, clip-benchmark's keys and ours under `clip_train`), and what there is besides.
+
+    That is the predictions (`.npz`) and the table of classes (`.classes.csv`).
 
     Args:
         path: the JSON file; its folder is made.
@@ -49,7 +66,7 @@ def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: s
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, float | None] = dict(result.metrics)
-    if result.task == "zeroshot_classification" and metrics:
+    if "acc1" in metrics:
         metrics.setdefault("acc5", None)  # below five classes; the key is part of the format
     content = {
         "dataset": dataset,
@@ -67,12 +84,18 @@ def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: s
             "intervals": result.intervals,
             "normalised": {name: _above_chance(value, result.chance[name]) for name, value in result.metrics.items()},
             "seconds": round(result.seconds, 3),
+            **({"parts": {tag: _part(part) for tag, part in result.parts.items()}} if result.parts else {}),
             **result.details,
         },
     }
     if result.predictions:
         arrays: dict[str, Any] = dict(result.predictions)  # numpy's own annotation confuses names with its flags
         np.savez_compressed(path.with_suffix(".npz"), **arrays)
+    if result.per_class:
+        with path.with_suffix(".classes.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(result.per_class[0]))
+            writer.writeheader()
+            writer.writerows(result.per_class)
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -97,6 +120,10 @@ def read_result(path: Path) -> dict[str, Any]:
 def evenly_spaced(num_items: int, *, count: int) -> np.ndarray:
     """Return up to `count` places spread evenly over [0, num_items): a sample that nobody has picked."""
     return np.unique(np.linspace(0, num_items - 1, min(count, num_items)).round().astype(np.int64))
+
+
+def _part(part: Part) -> dict[str, Any]:
+    return {"n": part.num_items, "metrics": part.metrics, "chance": part.chance, "intervals": part.intervals}
 
 
 def _above_chance(value: float, chance: float) -> float | None:

@@ -12,6 +12,7 @@ from rich.text import Text
 from clip_train.evaluation.result import EvaluationResult
 
 FILE_WIDTH = 120
+MOST_PARTS = 12  # tags that are printed; more are in the file only
 
 
 def print_results(results: Mapping[str, EvaluationResult], *, console: Console | None = None) -> None:
@@ -41,6 +42,18 @@ def print_results(results: Mapping[str, EvaluationResult], *, console: Console |
                 f"{100 * result.chance[metric]:.2f}",
                 f"{result.num_items:,}" if i == 0 else "",
             )
+        if 1 < len(result.parts) <= MOST_PARTS:
+            for tag, part in result.parts.items():
+                for i, (metric, value) in enumerate(part.metrics.items()):
+                    low, high = part.intervals[metric]
+                    table.add_row(
+                        f"  {tag}" if i == 0 else "",
+                        metric,
+                        f"{100 * value:.2f}",
+                        f"{100 * low:.2f} – {100 * high:.2f}",
+                        f"{100 * part.chance[metric]:.2f}",
+                        f"{part.num_items:,}" if i == 0 else "",
+                    )
         notes += [f"{name}: {warning}" for warning in result.warnings]
     if console is None:
         # A file or a pipe has no width: rich would break names at 80 columns.

@@ -145,15 +145,28 @@ def _read_run(path: Path, *, weights: str) -> Source:
     from clip_train.checkpoint.load import find_checkpoint, load_tensors
 
     checkpoint = find_checkpoint(best_checkpoint(path) if weights == "best" else path)
-    has_average = (checkpoint / "ema.safetensors").is_file()
-    if weights == "ema" and not has_average:
-        raise UserError(f"{checkpoint}: weights=ema, but the run keeps no moving average (optim.ema_decay)")
-    part = "ema" if has_average and weights != "raw" else "model"
+    part = "ema" if is_average(checkpoint, weights=weights) else "model"
     values = _read_yaml(checkpoint / RUN_CONFIG_FILE)
     config = _model_config(values, path=checkpoint / RUN_CONFIG_FILE)
     tokenizer = _tokenizer(values, path=checkpoint / RUN_CONFIG_FILE, context_length=config.text.context_length)
     tensors = merge_adapters(load_tensors(checkpoint, part), alpha=config.lora.alpha)
     return Source(dataclasses.replace(config, lora=LoraConfig()), tensors, checkpoint, tokenizer)
+
+
+def is_average(checkpoint: Path, *, weights: str) -> bool:
+    """Return whether `weights` of a run's checkpoint are the moving average.
+
+    Raises:
+        UserError: they should be, but the run keeps none.
+    """
+    from clip_train.checkpoint.best import read_best
+
+    has_average = (checkpoint / "ema.safetensors").is_file()
+    if weights == "ema" and not has_average:
+        raise UserError(f"{checkpoint}: weights=ema, but the run keeps no moving average (optim.ema_decay)")
+    if weights == "best" and (best := read_best(checkpoint.parent.parent)) is not None:
+        return has_average and best.averaged
+    return has_average and weights != "raw"
 
 
 def _read_yaml(path: Path) -> Mapping[Any, Any]:

@@ -41,8 +41,8 @@ def load(
         device: CUDA if there is one, else the CPU, if None.
         jit: exists for compatibility and must be False.
         download_root: cache folder of the hub; its default if None.
-        weights: of a run: `ema` (moving average), `raw`, `auto` (the average if the run kept one), or `best` (as
-            `auto`, of the checkpoint that `checkpoint.best` kept instead of the newest).
+        weights: of a run: `ema` (moving average), `raw`, `auto` (the average if the run kept one), or `best` (of the
+            checkpoint that `checkpoint.best` kept, the weights that its metric was measured on).
         dtype: of the parameters, as a type or `fp32`, `bf16`, `fp16`; float32 if None.
         model: the architecture's name, for a weight file that does not tell (see `available_models`).
         image_size: side of the pictures in pixels; the position table is interpolated to it. The model's own if None.

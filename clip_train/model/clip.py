@@ -48,7 +48,7 @@ class CLIP(TextTransformer):
         """Embed one batch of pairs.
 
         Args:
-            images: uint8 [B, H, W, 3] or float [B, 3, H, W], see `encode_image`.
+            images: uint8 [B, H, W, 3], float [B, 3, H, W] or float [B, D], see `encode_image`.
             tokens: int64 [B, L].
             on_text: receives the text features [B, D] before the image tower runs, and returns them; a loss starts its
                 gather here, so that the exchange happens behind the image tower.
@@ -70,10 +70,11 @@ class CLIP(TextTransformer):
         """Embed images, [B, D].
 
         Args:
-            images: uint8 [B, H, W, 3] raw pixels, normalised here, or float [B, 3, H, W] already normalised.
+            images: uint8 [B, H, W, 3] raw pixels, normalised here, or float [B, 3, H, W] already normalised; or what
+                this returned for them before, float [B, D], which is returned.
             normalize: divide by the length, in float32 also under autocast.
         """
-        return _finish(self.visual(images), normalize)
+        return images if images.ndim == 2 else _finish(self.visual(images), normalize)
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Embed captions int64 [B, L], zero-padded after the end token, to [B, D], by default of unit length."""

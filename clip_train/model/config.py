@@ -69,6 +69,9 @@ class VisionConfig:
     unlocked_blocks: int | None = None
     """Blocks at the tower's end that train, with what follows them; the rest keeps its weights. 0 locks the whole tower
     (LiT); null trains all of it."""
+    cache_features: bool = False
+    """Compute the features of a wholly locked tower once for all training pictures, before the first step, and read
+    them from RUN/features/ afterwards: no picture is decoded again. Pictures are seen whole, as in evaluation."""
     timm: str | None = None
     """Name of a model of timm that takes the place of this library's towers, such as `convnext_base`; the sizes above
     other than `image_size` are then its own. null for none."""
@@ -244,6 +247,8 @@ class ModelConfig:
         for tower, count in (("vision", self.vision.unlocked_blocks), ("text", self.text.unlocked_blocks)):
             if count is not None and count < 0:
                 raise UserError(f"model.{tower}.unlocked_blocks={count} must be 0 (all locked) or positive, or null")
+        if self.vision.cache_features and self.vision.unlocked_blocks != 0:
+            raise UserError("model.vision.cache_features=true needs a locked tower: model.vision.unlocked_blocks=0")
         if self.vision.unlocked_blocks == 0 and self.text.unlocked_blocks == 0:
             raise UserError("model.vision.unlocked_blocks=0 and model.text.unlocked_blocks=0 leave nothing to train")
         if self.embed_dim < 1:

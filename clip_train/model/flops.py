@@ -47,8 +47,12 @@ def text_flops(config: ModelConfig, *, lengths: Sequence[int]) -> int:
 
 
 def training_flops(config: ModelConfig, *, lengths: Sequence[int]) -> int:
-    """Return the FLOP of a training step on pairs whose captions have these numbers of tokens: three forward passes."""
-    return 3 * (image_flops(config, training=True) * len(lengths) + text_flops(config, lengths=lengths))
+    """Return the FLOP of a training step on pairs whose captions have these numbers of tokens: three forward passes.
+
+    An image tower whose features are cached is not run.
+    """
+    images = 0 if config.vision.cache_features else image_flops(config, training=True) * len(lengths)
+    return 3 * (images + text_flops(config, lengths=lengths))
 
 
 def _block_flops(length: int, width: int, *, hidden: int) -> int:

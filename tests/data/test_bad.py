@@ -50,12 +50,20 @@ def _joined(ranks) -> list[list[np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return numbered_shards(tmp_path_factory.mktemp("shards"), COUNTS, bad=BAD)
+    return bad_shards(tmp_path_factory.mktemp("shards"))
+
+
+def bad_shards(folder):
+    return numbered_shards(folder, COUNTS, bad=BAD)
 
 
 @pytest.fixture(scope="module")
 def alone(shards, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("alone")
+    return undisturbed(shards, tmp_path_factory.mktemp("alone"))
+
+
+def undisturbed(shards, run_dir):
+    """Return rows, state and ledger of one process that nothing happens to."""
     rows, state = _fetch(World(), shards, run_dir, 0, 0, STEPS, None)
     return rows, state, read_ledger(run_dir)
 
@@ -80,7 +88,7 @@ def _through_a_kill(world, folder, run_dir, workers):
     return rows + later, state
 
 
-def _check(shards, alone, run_dir, *, size: int, workers: int) -> None:
+def check_substitutes(shards, alone, run_dir, *, size: int, workers: int) -> None:
     expected_rows, expected_state, expected_ledger = alone
     ranks = run_on_ranks(_through_a_kill, shards, run_dir, workers, world_size=size, workers=workers > 0)
     assert all(state == expected_state for _, state in ranks)
@@ -90,13 +98,13 @@ def _check(shards, alone, run_dir, *, size: int, workers: int) -> None:
 
 
 def test_two_ranks_show_the_same_substitutes_and_count_exactly_through_a_kill(shards, alone, tmp_path):
-    _check(shards, alone, tmp_path, size=2, workers=0)
+    check_substitutes(shards, alone, tmp_path, size=2, workers=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "workers"), [(1, 0), (1, 2), (2, 2), (4, 0), (4, 2)])
 def test_any_ranks_and_workers_show_the_same_substitutes_and_count_exactly(shards, alone, tmp_path, size, workers):
-    _check(shards, alone, tmp_path, size=size, workers=workers)
+    check_substitutes(shards, alone, tmp_path, size=size, workers=workers)
 
 
 def _fetch_and_lose_a_shard(world, folders, run_dir):

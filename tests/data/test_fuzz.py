@@ -7,6 +7,7 @@ import resource
 import tarfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,32 +67,30 @@ def _samples_before(end: int, shard: Path, content: bytes) -> int:
     return sum(min(m.offset for m in sample.members.values()) <= end for sample in read_samples(shard))
 
 
-def _fuzz_tars(folder: Path, *, count: int) -> Counter:
-    outcomes: Counter = Counter()
-    for seed in range(count):
-        rng = random.Random(seed)
-        samples = _samples(rng)
-        content = fuzz.tar_of(samples, tar_format=rng.choice(FORMATS), rng=rng)
-        begun = time.monotonic()
-        damaged = _damaged_tar(rng, content)
-        outcome, found, incomplete = _what_becomes_of(folder / "a.tar", damaged)
-        assert time.monotonic() - begun < 10, seed
-        outcomes[outcome] += 1
-        if outcome == "read":
-            # What is missing was counted. Bytes inside a picture or a caption may have changed: crc32 tells those.
-            visible = _samples_before(len(damaged.rstrip(b"\0")), folder / "good.tar", content)
-            assert len(found) + incomplete >= visible, (seed, visible, len(found), incomplete)
-    return outcomes
+def fuzz_tar(folder: Path, seed: int) -> str:
+    """Damage a shard and read it; "read" or "refused"."""
+    rng = random.Random(seed)
+    samples = _samples(rng)
+    content = fuzz.tar_of(samples, tar_format=rng.choice(FORMATS), rng=rng)
+    begun = time.monotonic()
+    damaged = _damaged_tar(rng, content)
+    outcome, found, incomplete = _what_becomes_of(folder / "a.tar", damaged)
+    assert time.monotonic() - begun < 10, seed
+    if outcome == "read":
+        # What is missing was counted. Bytes inside a picture or a caption may have changed: crc32 tells those.
+        visible = _samples_before(len(damaged.rstrip(b"\0")), folder / "good.tar", content)
+        assert len(found) + incomplete >= visible, (seed, visible, len(found), incomplete)
+    return outcome
 
 
 def test_damaged_shards_are_refused_or_lose_nothing_silently(tmp_path):
-    outcomes = _fuzz_tars(tmp_path, count=400)
+    outcomes = Counter(fuzz_tar(tmp_path, seed) for seed in range(400))
     assert min(outcomes["refused"], outcomes["read"]) > 40
 
 
 @pytest.mark.slow
 def test_ten_thousand_damaged_shards_are_refused_or_lose_nothing_silently(tmp_path):
-    outcomes = _fuzz_tars(tmp_path, count=10_000)
+    outcomes = Counter(fuzz_tar(tmp_path, seed) for seed in range(10_000))
     assert min(outcomes["refused"], outcomes["read"]) > 1000
 
 
@@ -118,27 +117,25 @@ def _decode_damaged(seeds: range) -> tuple[Counter, float, float]:
     return outcomes, longest, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def _fuzz_pictures(*, count: int) -> Counter:
+def fuzz_pictures(start: int, count: int) -> Iterator[tuple[range, Counter]]:
     """Decode in a process of its own, since a decoder that crashes takes its process with it."""
-    outcomes: Counter = Counter()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["clip_train.data.dataset"])
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        for start in range(0, count, CHUNK):
-            seeds = range(start, min(start + CHUNK, count))
-            found, longest, grown = pool.submit(_decode_damaged, seeds).result(timeout=120)
+        for first in range(start, start + count, CHUNK):
+            seeds = range(first, min(first + CHUNK, start + count))
+            outcomes, longest, grown = pool.submit(_decode_damaged, seeds).result(timeout=120)
             assert longest < 10 and grown < 300, (seeds, longest, grown)
-            outcomes += found
-    assert sum(outcomes.values()) == count
-    return outcomes
+            assert outcomes.total() == len(seeds)
+            yield seeds, outcomes
 
 
 def test_damaged_pictures_are_decoded_or_refused_with_a_reason():
-    outcomes = _fuzz_pictures(count=600)
+    outcomes: Counter = sum((found for _, found in fuzz_pictures(0, 600)), Counter())
     assert outcomes["undecodable"] > 50 and outcomes["unknown_format"] > 20 and outcomes["decoded"] > 50
 
 
 @pytest.mark.slow
 def test_twenty_thousand_damaged_pictures_in_twelve_formats_are_decoded_or_refused_with_a_reason():
     assert len(fuzz.pictures()) >= 12
-    _fuzz_pictures(count=20_000)
+    assert sum(len(seeds) for seeds, _ in fuzz_pictures(0, 20_000)) == 20_000

@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.group_audit.config import GroupAuditConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
+from clip_train.schema import CHOICES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -22,7 +24,7 @@ def test_importing_the_configs_does_not_import_torch_or_numpy():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIGS.parent)
 
 
-@pytest.mark.parametrize("config", [EvaluationConfig, ClassifyConfig, RetrieveConfig])
+@pytest.mark.parametrize("config", [EvaluationConfig, *CHOICES["evaluation"].values()])
 def test_the_configs_are_typed_for_omegaconf(config):
     assert "every" in OmegaConf.structured(config)
 
@@ -33,6 +35,8 @@ def test_fields_out_of_range_are_refused_by_name():
         (lambda: ClassifyConfig(root="x", batch_size=0), "batch_size=0"),
         (lambda: RetrieveConfig(shards="x", recall_k=[0, 5]), "recall_k="),
         (lambda: RetrieveConfig(shards="x", workers=-1), "workers=-1"),
+        (lambda: GroupAuditConfig(root="x", skew_k=0), "skew_k=0"),
+        (lambda: GroupAuditConfig(root="x", npy_columns=["year"], values={"region": ["Asia"]}), "values names region"),
     ]:
         with pytest.raises(UserError, match=message):
             make()
@@ -41,10 +45,19 @@ def test_fields_out_of_range_are_refused_by_name():
 @pytest.mark.parametrize("choice", sorted(p.stem for p in (CONFIGS / "evaluation").glob("*.yaml")))
 def test_every_choice_composes_to_its_type_under_its_own_key(choice):
     store = ConfigStore.instance()
-    for name, node in (("classify", ClassifyConfig), ("retrieve", RetrieveConfig)):
+<<<<<<< HEAD
+    choices = CHOICES["evaluation"]
+    for name, node in choices.items():
+=======
+    for name, node in CHOICES["evaluation"].items():
+>>>>>>> audit
         store.store(group="evaluation", name=f"base_{name}", node=node)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(overrides=[f"+evaluation=[{choice}]", f"++evaluation.{choice}.every=7"])
     section = config.evaluation[choice]
-    assert OmegaConf.get_type(section) in (ClassifyConfig, RetrieveConfig)
+<<<<<<< HEAD
+    assert OmegaConf.get_type(section) in choices.values()
+=======
+    assert OmegaConf.get_type(section) in CHOICES["evaluation"].values()
+>>>>>>> audit
     assert section.every == 7

@@ -1,9 +1,13 @@
 """Any number of ranks gives the scores of one, on sets that they cannot share evenly."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
+from tests.evaluation.choose import test_choose
 from tests.evaluation.classify import test_classify
+from tests.evaluation.group_audit import test_group_audit
 from tests.evaluation.retrieve import test_retrieve
 from tests.evaluation.toys import ToyModel
 from tests.gloo import run_on_ranks
@@ -12,9 +16,20 @@ from tests.gloo import run_on_ranks
 def _evaluate(world, sizes):
     results = []
     for num_images in sizes:
-        for kind in (test_classify, test_retrieve):
-            result = kind.make(num_images, world=world)[0].evaluate(ToyModel())
+<<<<<<< HEAD
+        kinds = [
+            test_classify.make,
+            test_retrieve.make,
+            *(partial(test_choose.make, kind=k) for k in test_choose.KINDS),
+        ]
+        for make in kinds:
+            result = make(num_images, world=world)[0].evaluate(ToyModel())
             results.append((result.metrics, result.intervals, result.collapsed, result.predictions))
+=======
+        for kind in (test_classify, test_retrieve, test_group_audit):
+            result = kind.make(num_images, world=world)[0].evaluate(ToyModel())
+            results.append((result.metrics, result.intervals, result.collapsed, result.warnings, result.predictions))
+>>>>>>> audit
     return results
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clip_train.errors import IntegrityError
-from clip_train.evaluation.classify.evaluator import score
+from clip_train.evaluation.classify.scores import score
 from clip_train.evaluation.result import read_result, write_result
 
 
@@ -17,7 +17,7 @@ def test_a_result_has_clip_benchmarks_keys_and_ours_under_one_name(tmp_path):
     path = tmp_path / "evaluation" / "00000100" / "colours.json"
     write_result(result, path, dataset="colours", model="ViT-B-32", pretrained="step-00000100")
     content = json.loads(path.read_text())
-    assert content["metrics"] == {"acc1": 0.5, "mean_per_class_recall": 0.5, "acc5": None}
+    assert content["metrics"] == {"acc1": 0.5, "mean_per_class_recall": 0.5, "f1_macro": 0.5, "acc5": None}
     assert {k: content[k] for k in ("dataset", "model", "pretrained", "task", "language")} == {
         "dataset": "colours",
         "model": "ViT-B-32",

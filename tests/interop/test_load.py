@@ -220,6 +220,17 @@ def test_the_best_checkpoint_is_loaded_rather_than_the_newest(tmp_path):
     assert same_weights(clip_train.load(tmp_path, device="cpu")[0], models[10])
 
 
+def test_best_are_the_weights_that_its_metric_was_measured_on(tmp_path):
+    raw, averaged = files.small_model(seed=1), files.small_model(seed=2)
+    config = OmegaConf.to_yaml(OmegaConf.create({"model": OmegaConf.structured(raw.config)}))
+    tensors = {"model": ModelState(raw), "ema": ModelState(averaged)}
+    with Checkpointer(tmp_path, world=World(), config=CheckpointConfig(), tensors=tensors, state={}) as writer:
+        writer.save(step=5, consumed=8, config_yaml=config)
+    for metric, model in (("val/acc1", raw), ("-val_ema/rank", averaged)):
+        write_best(tmp_path, Score(step=5, metric=metric, value=0.5))
+        assert same_weights(clip_train.load(tmp_path, device="cpu", weights="best")[0], model)
+
+
 def test_an_export_loads_with_the_architecture_that_its_record_tells(tmp_path):
     model = files.small_model(text={"width": 128, "heads": 4, "layers": 1}, quick_gelu=True)
     folder = files.write_open_clip_folder(model, tmp_path / "export")

@@ -133,6 +133,23 @@ def _loops(shape: str) -> tuple[tuple[Point, ...], ...]:
             )
         case "arrow":
             return (((-1, -0.28), (0.1, -0.28), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.28), (-1, 0.28)),)
+    return _unseen_loops(shape)
+
+
+def _unseen_loops(shape: str) -> tuple[tuple[Point, ...], ...]:
+    match shape:
+        case "pentagon":
+            return (_star(points=5, inner=math.cos(math.pi / 5)),)
+        case "trapezoid":
+            return (((-0.5, -0.65), (0.5, -0.65), (1, 0.65), (-1, 0.65)),)
+        case "lightning":
+            return (((0.2, -1), (-0.7, 0.2), (-0.1, 0.2), (-0.3, 1), (0.7, -0.25), (0.1, -0.25), (0.6, -1)),)
+        case "house":
+            return (((0, -1), (0.85, -0.2), (0.85, 0.85), (-0.85, 0.85), (-0.85, -0.2)),)
+        case "gear":
+            return (_star(points=12, inner=0.72), _regular(32, radius=0.3))
+        case "hourglass":
+            return (((-0.8, -0.95), (0.8, -0.95), (0.1, 0), (0.8, 0.95), (-0.8, 0.95), (-0.1, 0)),)
     raise ValueError(f"unknown shape {shape!r}")
 
 

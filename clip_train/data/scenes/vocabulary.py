@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent", "diamond", "arrow")
+UNSEEN_SHAPES = ("pentagon", "trapezoid", "lightning", "house", "gear", "hourglass")
+"""Shapes that no caption names and no training picture shows."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 38),

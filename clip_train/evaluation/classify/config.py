@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.config import EvaluationConfig, missing_shards
 
 if TYPE_CHECKING:
-    from clip_train.evaluation.classify.evaluator import Classify
-    from clip_train.evaluation.evaluator import Setting
+    from clip_train.evaluation.evaluator import Evaluator, Setting
 
 
 @dataclass(slots=True, kw_only=True)
@@ -19,22 +18,26 @@ class ClassifyConfig(EvaluationConfig):
 
     name: str = "classify"
     root: str = "???"
-    """Folder of labelled images: clip-benchmark's layout (`classnames.txt`, `SPLIT/nshards.txt`, `SPLIT/0.tar` …),
-    or one folder of images per class, directly in it or in `SPLIT/`."""
+    """Folder of labelled images: clip-benchmark's layout (`classnames.txt`, `SPLIT/nshards.txt`, `SPLIT/0.tar` …), or
+    one folder of images per class or shards with a `.cls`, directly in it or in `SPLIT/`. Or a `.csv` or `.tsv` with a
+    column `path` and a column `label`, or a pattern of shards. Also ImageNet, its shifts and ObjectNet as published."""
     split: str = "test"
     """Which part of `root`; ignored where class folders lie directly in it."""
     classnames: str = "auto"
-    """`auto` (the file or folder names in `root`), `imagenet`, or a text file with one name per line."""
+    """`auto` (`classnames.txt` in `root`, or the names of folders and labels), `imagenet`, or a text file with one name
+    per line."""
     templates: str = "auto"
     """`auto` (the file in `root`; else `imagenet` for ImageNet's class folders, else `single`), `imagenet` (80),
-    `simple` (7), `single` (`a photo of a {}.`), or a text file of templates, one per line, with `{}` or `{c}` for the
-    name."""
+    `simple` (7), `single` (`a photo of a {}.`), a text file of templates, one per line, with `{}` or `{c}` for the
+    name, or a `.json` file with the prompts of each class: `{"cat": ["a cat", …], …}`."""
 
     def missing(self) -> str | None:
-        """Return `root` if it is not a folder."""
-        return None if Path(self.root).is_dir() else self.root
+        """Return `root` if it is not there."""
+        if ".tar" in self.root:
+            return missing_shards(self.root, field="root")
+        return None if Path(self.root).expanduser().exists() else self.root
 
-    def open(self, setting: Setting) -> Classify:
+    def open(self, setting: Setting) -> Evaluator:
         """Open the images and make the evaluator. Every rank reads the same list of images."""
         from clip_train.evaluation.classify.evaluator import Classify
         from clip_train.evaluation.classify.labelled_images import open_labelled_images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -9,28 +10,39 @@ import numpy as np
 import torch
 
 from clip_train.distributed.world import World
+from clip_train.evaluation.classify.multilabel import score_multilabel
+from clip_train.evaluation.classify.permutation import probable_permutation
+from clip_train.evaluation.classify.scores import NUM_TOP, score
 from clip_train.evaluation.collapse import TowerStatistics
-from clip_train.evaluation.confidence import bootstrap_mean_per_class, wilson_interval
 from clip_train.evaluation.evaluator import Evaluator, Setting
 from clip_train.evaluation.features import (
     DualEncoder,
-    TokenizedTexts,
     encode_images,
     gather_items,
     to_numpy,
 )
-from clip_train.evaluation.prompts.classifier import ZeroShotClassifier, build_classifier, tokenize_prompts
+from clip_train.evaluation.prompts.classifier import (
+    ClassPrompts,
+    ZeroShotClassifier,
+    build_ensembles,
+    tokenize_prompts,
+)
+from clip_train.evaluation.prompts.files import load_templates
 from clip_train.evaluation.result import EvaluationResult, evenly_spaced
 from clip_train.evaluation.samples import NUM_PICTURES, PictureAnswers, ReportSamples, read_pictures
 
 if TYPE_CHECKING:
     from clip_train.evaluation.classify.labelled_images import LabelledImages
 
-NUM_TOP = 5
+ABLATIONS = ("simple", "single")
 
 
 class Classify(Evaluator):
-    """Accuracy among all classes of a labelled set: acc1, acc5 (from five classes on) and mean per-class recall.
+    """Accuracy among all classes of a labelled set: acc1, acc5 (from five classes on), mean per-class recall and F1.
+
+    Where an image may belong to several classes, the mean average precision.
+
+    Templates that hold OpenAI's seven or the single one are also scored with only these: the template ablation.
 
     Args:
         images: the labelled set, the same on every rank.
@@ -42,55 +54,94 @@ class Classify(Evaluator):
         self.images = images
 
     def measure(self, model: DualEncoder) -> EvaluationResult:
-        """Return metrics, chance, intervals and the five likeliest classes of every image."""
+        """Return metrics, chance, intervals and the likeliest classes of every image."""
         images = self.images
-        classifier = build_classifier(model, self._prompts, classnames=images.classnames, world=self.world)
-        predictions, collapsed = self._predict(model, classifier)
-        predictions["label"] = images.labels
-        result = score(images.labels, predictions["top"], num_classes=len(images.classnames))
-        result.predictions, result.collapsed = predictions, collapsed
-        result.details |= {"templates": len(images.templates), "classes": len(images.classnames)}
+        ensembles = build_ensembles(model, self._prompts, world=self.world, parts=list(self._ablations.values()))
+        found, collapsed = self._predict(model, ensembles)
+        names = list(images.classnames)
+        if images.multilabel:
+            result = score_multilabel(images.labels, found.pop("all_cosines"), classnames=names)
+        else:
+            result = score(images.labels, found["top"], num_classes=len(names), classnames=names)
+            if warning := probable_permutation(images.labels, found["top"][:, 0], classnames=names):
+                result.warnings.append(warning)
+            if self._ablations:
+                result.details["template_ablation"] = {
+                    name: float((found.pop(f"top_{name}") == images.labels).mean()) for name in self._ablations
+                }
+        result.predictions, result.collapsed = {**found, "label": images.labels}, collapsed
+        result.warnings += images.warnings
+        result.details |= {"templates": len(images.templates), "classes": len(names)}
         return result
 
     def samples(self, result: EvaluationResult, *, size: int) -> ReportSamples:
         """Return evenly spaced pictures with their likeliest classes."""
         images = self.images
         chosen = evenly_spaced(result.num_items, count=NUM_PICTURES)
-        answers = [
-            PictureAnswers(
-                truth=[images.classnames[images.labels[i]]],
-                answers=[images.classnames[c] for c in result.predictions["top"][i]],
-                cosines=[round(float(c), 4) for c in result.predictions["cosine"][i]],
-                right=bool(result.predictions["top"][i][0] == images.labels[i]),
+        answers = []
+        for i in chosen:
+            top = result.predictions["top"][i]
+            truth = (np.flatnonzero(images.labels[i]) if images.multilabel else images.labels[i : i + 1]).tolist()
+            answers.append(
+                PictureAnswers(
+                    truth=[images.classnames[c] for c in truth],
+                    answers=[images.classnames[c] for c in top],
+                    cosines=[round(float(c), 4) for c in result.predictions["cosine"][i]],
+                    right=bool(top[0] in truth),
+                )
             )
-            for i in chosen
-        ]
         return ReportSamples(pictures=read_pictures(images.source, chosen, size=size), answers=answers)
 
     @cached_property
-    def _prompts(self) -> TokenizedTexts:
+    def _prompts(self) -> ClassPrompts:
         # ImageNet has 80,000: once per run, not once per evaluation.
         return tokenize_prompts(
             self.setting.tokenizer, classnames=self.images.classnames, templates=self.images.templates
         )  # fmt: skip
 
-    def _predict(self, model: DualEncoder, classifier: ZeroShotClassifier) -> tuple[dict[str, np.ndarray], str | None]:
-        """Return `top` [N, K] and its `cosine` [N, K], in index order, and why a tower counts as collapsed."""
+    @cached_property
+    def _ablations(self) -> dict[str, list[int]]:
+        """Places of those of our templates that a shorter published list has too, if it is a part of ours."""
+        own = self.images.templates
+        if isinstance(own, Mapping) or self.images.multilabel:
+            return {}
+        parts = {name: load_templates(name) for name in ABLATIONS}
+        place = {template.replace("{c}", "{}"): i for i, template in enumerate(own)}
+        return {
+            name: [place[template] for template in part]
+            for name, part in parts.items()
+            if len(part) < len(own) and all(template in place for template in part)
+        }
+
+    def _predict(
+        self, model: DualEncoder, ensembles: Sequence[ZeroShotClassifier]
+    ) -> tuple[dict[str, np.ndarray], str | None]:
+        """Return columns in index order, and why a tower counts as collapsed.
+
+        `top` [N, K] and its `cosine` [N, K]; `top_NAME` [N] of each ablation; with several labels per image also
+        `all_cosines` [N, C].
+        """
+        classifier, *ablations = ensembles
         embed_dim = classifier.vectors.shape[1]
         statistics = TowerStatistics(embed_dim=embed_dim, world=self.world)
-        indices, valids, tops, cosines = [], [], [], []
+        indices, valids, batches = [], [], []
         for features, index, valid in encode_images(model, self.setting.read(self.images.source), world=self.world):
             statistics.add(features[valid])
+            cosines = classifier.cosines(features)
             # A stable sort breaks ties to the lower class.
-            cosine, top = classifier.cosines(features).sort(dim=1, descending=True, stable=True)
+            cosine, top = cosines.sort(dim=1, descending=True, stable=True)
+            columns = {"top": top[:, :NUM_TOP], "cosine": cosine[:, :NUM_TOP]}
+            if self.images.multilabel:
+                columns["all_cosines"] = cosines
+            for name, ablation in zip(self._ablations, ablations, strict=True):
+                columns[f"top_{name}"] = ablation.cosines(features).sort(dim=1, descending=True, stable=True)[1][:, 0]
             indices.append(index)
             valids.append(valid)
-            tops.append(top[:, :NUM_TOP])
-            cosines.append(cosine[:, :NUM_TOP])
+            batches.append(columns)
         statistics.reduce()
-        columns = gather_items(
+        gathered = gather_items(
             torch.cat(indices),
-            {"top": torch.cat(tops), "cosine": torch.cat(cosines)},
+            {name: torch.cat([columns[name] for columns in batches]) for name in batches[0]},
             valid=torch.cat(valids),
             num_items=len(self.images.labels),
             world=self.world,
@@ -98,50 +149,4 @@ class Classify(Evaluator):
         text_statistics = TowerStatistics(embed_dim=embed_dim, world=World(device=self.world.device))
         text_statistics.add(classifier.vectors)
         collapsed = statistics.reason("image") or text_statistics.reason("text")
-        return {name: to_numpy(column) for name, column in columns.items()}, collapsed
-
-
-def score(labels: np.ndarray, top: np.ndarray, *, num_classes: int) -> EvaluationResult:
-    """Score predictions by integer counts.
-
-    Args:
-        labels: [N] right class of each image.
-        top: [N, K] likeliest classes, best first.
-        num_classes: C; chance is that of guessing evenly among all of them.
-    """
-    n = len(labels)
-    hits = top == labels[:, None]
-    correct1 = int(hits[:, 0].sum())
-    total = np.bincount(labels, minlength=num_classes)
-    correct = np.bincount(labels[hits[:, 0]], minlength=num_classes)
-    present = total > 0
-    metrics = {"acc1": correct1 / n}
-    intervals = {"acc1": wilson_interval(correct1, total=n)}
-    chance = {"acc1": 1 / num_classes}
-    if num_classes >= NUM_TOP:
-        correct5 = int(hits.any(axis=1).sum())
-        metrics["acc5"] = correct5 / n
-        intervals["acc5"] = wilson_interval(correct5, total=n)
-        chance["acc5"] = NUM_TOP / num_classes
-    metrics["mean_per_class_recall"] = float((correct[present] / total[present]).mean())
-    intervals["mean_per_class_recall"] = bootstrap_mean_per_class(correct, total)
-    chance["mean_per_class_recall"] = 1 / num_classes
-    warnings = []
-    if num_classes > 1 and n > 1 and (top[:, 0] == top[0, 0]).all():
-        warnings.append(f"every image is put in class {int(top[0, 0])}")
-    missing = int((~present).sum())
-    if missing:
-        warnings.append(f"{missing} of {num_classes} classes have no image; they do not count in the mean recall")
-    return EvaluationResult(
-        task="zeroshot_classification",
-        num_items=n,
-        metrics=metrics,
-        chance=chance,
-        intervals=intervals,
-        warnings=warnings,
-        details={"per_class_recall": _per_class_recall(correct, total)},
-    )
-
-
-def _per_class_recall(correct: np.ndarray, total: np.ndarray) -> list[float | None]:
-    return [float(c / t) if t else None for c, t in zip(correct, total, strict=True)]
+        return {name: to_numpy(column) for name, column in gathered.items()}, collapsed

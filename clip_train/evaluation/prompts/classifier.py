@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from clip_train.evaluation.features import (
     similarity,
     tokenize_texts,
 )
-from clip_train.evaluation.prompts.files import fill
+from clip_train.evaluation.prompts.files import Templates, prompts_of
 
 if TYPE_CHECKING:
     from clip_train.distributed.world import World
@@ -33,27 +34,48 @@ class ZeroShotClassifier(NamedTuple):
         return similarity(image_features, self.vectors)[:, self.rows]
 
 
-def tokenize_prompts(tokenizer: Tokenizer, *, classnames: Sequence[str], templates: Sequence[str]) -> TokenizedTexts:
-    """Tokenize every template of every distinct name, name after name."""
-    names = dict.fromkeys(classnames)
-    return tokenize_texts(tokenizer, [fill(template, classname=name) for name in names for template in templates])
+class ClassPrompts(NamedTuple):
+    """The prompts of every distinct class name, name after name."""
+
+    texts: TokenizedTexts
+    counts: list[int]  # [U] prompts of each distinct name
+    rows: Tensor  # [C] int64 in [0, U), the name of each class
 
 
-def build_classifier(
-    model: DualEncoder, prompts: TokenizedTexts, *, classnames: Sequence[str], world: World
-) -> ZeroShotClassifier:
+def tokenize_prompts(tokenizer: Tokenizer, *, classnames: Sequence[str], templates: Templates) -> ClassPrompts:
+    """Tokenize the prompts of every distinct name."""
+    place = {name: i for i, name in enumerate(dict.fromkeys(classnames))}
+    prompts = [prompts_of(name, templates=templates) for name in place]
+    texts = tokenize_texts(tokenizer, [prompt for own in prompts for prompt in own])
+    return ClassPrompts(texts, [len(own) for own in prompts], torch.tensor([place[name] for name in classnames]))
+
+
+def build_classifier(model: DualEncoder, prompts: ClassPrompts, *, world: World) -> ZeroShotClassifier:
     """Encode the prompts, average the unit features per class and normalise again.
 
     All ranks take part and hold the same result (CLIP, Radford et al. 2021, §3.1.4).
+    """
+    return build_ensembles(model, prompts, world=world)[0]
+
+
+def build_ensembles(
+    model: DualEncoder, prompts: ClassPrompts, *, world: World, parts: Sequence[Sequence[int]] = ()
+) -> list[ZeroShotClassifier]:
+    """Return the classifier of all prompts and, from the same features, those of only some templates.
 
     Args:
         model: with its text tower.
-        prompts: of `tokenize_prompts` for the same names.
-        classnames: C names in class order.
+        prompts: of `tokenize_prompts`.
         world: the ranks.
+        parts: places of the templates of each further classifier.
     """
-    place = {name: i for i, name in enumerate(dict.fromkeys(classnames))}
-    texts = encode_texts(model, prompts, world=world)
-    per_class = texts.features[texts.rows].unflatten(0, (len(place), -1))  # [U, P, D]
-    vectors = F.normalize(per_class.mean(dim=1), dim=-1)
-    return ZeroShotClassifier(vectors, texts.rows.new_tensor([place[name] for name in classnames]))
+    texts = encode_texts(model, prompts.texts, world=world)
+    per_class = texts.features[texts.rows].split(prompts.counts)  # U times [P, D]
+    rows = prompts.rows.to(world.device)
+    return [
+        ZeroShotClassifier(
+            F.normalize(torch.stack([(own if part is None else own[list(part)]).mean(dim=0) for own in per_class])),
+            rows,
+        )
+        for part in (None, *parts)
+    ]

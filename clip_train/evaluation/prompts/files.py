@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from clip_train.errors import UserError
+from clip_train.errors import IntegrityError, UserError
 
 _FOLDER = Path(__file__).parent / "data"
 _PLACEHOLDER = re.compile(r"\{c?\}")
 
+# SHA-256 of the lines joined by newlines: another list would change every published number that rests on it.
+_SHA256 = {
+    "imagenet_classnames": "571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60",
+    "imagenet_templates": "4f976686fb651bb5803d4689dcd849f75efe0ef19a3c801355bc9a6f03c8a5af",
+    "imagenet_wnids": "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd",
+    "imagenet_a_wnids": "f6aa4b23244554d9b864fd715ae20048f6a9686388911b2dfbf1ada01bf0f520",
+    "imagenet_r_wnids": "e19a59d84e3746fafd34d2ccf6ae604a44e9a0500a596f343c878a89e30ce624",
+    "imagenet_o_wnids": "39f8e64e8f89efad8fd9615c061abc61695ffbd27793e87199181cb4fb340083",
+    "simple_templates": "6ef3883987d224b7949da69fe0b615af152e1560eaac4c5c38555e50c882d415",
+}
+
 SINGLE_TEMPLATE = "a photo of a {}."
+
+Templates = Sequence[str] | Mapping[str, Sequence[str]]
+"""Templates for all class names, or the finished prompts of each."""
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -31,12 +50,17 @@ def read_lines(path: str | Path) -> list[str]:
 
 def imagenet_classnames() -> list[str]:
     """Return the 1000 ImageNet class names in class order. Two pairs of classes share a name: never key by it."""
-    return read_lines(_FOLDER / "imagenet_classnames.txt")
+    return list(_shipped("imagenet_classnames"))
 
 
 def imagenet_wnids() -> list[str]:
     """Return the WordNet ids of the 1000 ImageNet classes in class order, which is their sorted order."""
-    return read_lines(_FOLDER / "imagenet_wnids.txt")
+    return list(_shipped("imagenet_wnids"))
+
+
+def imagenet_parts() -> dict[str, list[str]]:
+    """Return the ids of the published sets that have 200 of the classes, in class order, by name of the set."""
+    return {f"ImageNet-{part.upper()}": list(_shipped(f"imagenet_{part}_wnids")) for part in "aro"}
 
 
 def load_templates(choice: str) -> list[str]:
@@ -48,7 +72,7 @@ def load_templates(choice: str) -> list[str]:
     if choice == "single":
         return [SINGLE_TEMPLATE]
     if choice in ("imagenet", "simple"):
-        return read_lines(_FOLDER / f"{choice}_templates.txt")
+        return list(_shipped(f"{choice}_templates"))
     if not Path(choice).is_file():
         raise UserError(f"templates={choice} is neither imagenet, simple, single nor a file")
     templates = read_lines(choice)
@@ -58,6 +82,49 @@ def load_templates(choice: str) -> list[str]:
     return templates
 
 
+def load_prompts(choice: str, *, classnames: Sequence[str]) -> Templates:
+    """Return what `load_templates` does or, of a `.json` file, the finished prompts of each class name.
+
+    Raises:
+        UserError: as `load_templates`; or the JSON is no object of lists of texts, or lacks one of `classnames`.
+    """
+    path = Path(choice)
+    if path.suffix.lower() != ".json":
+        return load_templates(choice)
+    try:
+        prompts: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"templates={choice} cannot be read as JSON: {error}") from error
+    if not isinstance(prompts, dict):
+        raise UserError(f"{choice} must be an object of class names, each with a list of prompts")
+    for name in classnames:
+        own = prompts.get(name)
+        if not isinstance(own, list) or not own or not all(isinstance(prompt, str) and prompt for prompt in own):
+            raise UserError(f"{choice} has no list of prompts for the class {name!r}")
+    return {name: prompts[name] for name in classnames}
+
+
 def fill(template: str, *, classname: str) -> str:
     """Return the prompt of one class: `{}` and `{c}` both stand for its name."""
     return _PLACEHOLDER.sub(lambda _: classname, template)
+
+
+def prompts_of(classname: str, *, templates: Templates) -> list[str]:
+    """Return the prompts of one class."""
+    if isinstance(templates, Mapping):
+        return list(templates[classname])
+    return [fill(template, classname=classname) for template in templates]
+
+
+@functools.cache
+def _shipped(name: str) -> tuple[str, ...]:
+    """Read a list that came with this package.
+
+    Raises:
+        IntegrityError: it is not the published one any more.
+    """
+    path = _FOLDER / f"{name}.txt"
+    lines = read_lines(path)
+    if hashlib.sha256("\n".join(lines).encode()).hexdigest() != _SHA256[name]:
+        raise IntegrityError(f"{path} is not the published list any more (SHA-256 differs): install clip-train again")
+    return tuple(lines)

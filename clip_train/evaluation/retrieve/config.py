@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from clip_train.errors import UserError
-from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.config import EvaluationConfig, missing_shards
 
 if TYPE_CHECKING:
     from clip_train.evaluation.evaluator import Setting
@@ -34,13 +34,7 @@ class RetrieveConfig(EvaluationConfig):
 
     def missing(self) -> str | None:
         """Return what `shards` names but is not there."""
-        from clip_train.data.source import expand_shards
-
-        try:
-            expand_shards(self.shards, field=f"evaluation.{self.name}.shards")
-        except UserError as error:
-            return str(error)
-        return None
+        return missing_shards(self.shards, field=f"evaluation.{self.name}.shards")
 
     def open(self, setting: Setting) -> Retrieve:
         """Open the pairs and make the evaluator. Every rank reads the same list of pairs."""

@@ -10,17 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_train.distributed.world import World
-from clip_train.evaluation.collapse import TowerStatistics
+from clip_train.evaluation.collapse import collapsed_tower
 from clip_train.evaluation.confidence import bootstrap_ratio
 from clip_train.evaluation.evaluator import Evaluator, Setting
 from clip_train.evaluation.features import (
     DualEncoder,
     EncodedTexts,
     TokenizedTexts,
-    encode_images,
+    encode_all_images,
     encode_texts,
-    gather_items,
     similarity,
     to_numpy,
     tokenize_texts,
@@ -66,7 +64,9 @@ class Retrieve(Evaluator):
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return metrics, chance, intervals, ranks and a few pictures' nearest captions."""
         texts = encode_texts(model, self._texts, world=self.world)
-        image_features = self._image_features(model)
+        image_features = encode_all_images(
+            model, self.setting.read(self.images.source), num_images=len(self.images.source), world=self.world
+        )
         image_ranks, text_ranks = self._search(image_features, texts)
         result = score(image_ranks, text_ranks, owner=self.images.owner, recall_k=self._recall_k)
         if len(texts.features) < len(texts.rows):
@@ -75,7 +75,7 @@ class Retrieve(Evaluator):
             )
             _add_lenient(result, lenient)
         result.predictions |= self._nearest(image_features, texts)
-        result.collapsed = _collapsed(image_features, texts)
+        result.collapsed = collapsed_tower(image=image_features, text=texts.features)
         return result
 
     def samples(self, result: EvaluationResult, *, size: int) -> ReportSamples:
@@ -106,14 +106,6 @@ class Retrieve(Evaluator):
     @cached_property
     def _texts(self) -> TokenizedTexts:
         return tokenize_texts(self.setting.tokenizer, self.images.captions)
-
-    def _image_features(self, model: DualEncoder) -> Tensor:
-        """Return the features [N, D] of all images, on every rank."""
-        rows = list(encode_images(model, self.setting.read(self.images.source), world=self.world))
-        features, indices, valid = (torch.cat(column) for column in zip(*rows, strict=True))
-        columns = {"features": features}
-        num_items = len(self.images.source)
-        return gather_items(indices, columns, valid=valid, num_items=num_items, world=self.world)["features"]
 
     def _search(self, image_features: Tensor, texts: EncodedTexts, *, lenient: bool = False) -> tuple[Ranks, Ranks]:
         """Return the ranks of images by caption and of captions by image.
@@ -221,14 +213,3 @@ def _add_lenient(strict: EvaluationResult, lenient: EvaluationResult) -> None:
     strict.metrics |= {f"lenient_{name}": value for name, value in lenient.metrics.items()}
     strict.chance |= {f"lenient_{name}": value for name, value in lenient.chance.items()}
     strict.intervals |= {f"lenient_{name}": interval for name, interval in lenient.intervals.items()}
-
-
-def _collapsed(image_features: Tensor, texts: EncodedTexts) -> str | None:
-    # The features are complete on every rank: nothing is left to add up between ranks.
-    alone = World(device=image_features.device)
-    for tower, features in (("image", image_features), ("text", texts.features)):
-        statistics = TowerStatistics(embed_dim=features.shape[1], world=alone)
-        statistics.add(features)
-        if reason := statistics.reason(tower):
-            return reason
-    return None

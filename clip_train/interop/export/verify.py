@@ -205,11 +205,11 @@ def _shortened(note: str) -> str:
 def _compare_scores(path: Path, *, metrics: Mapping[str, float], version: str) -> Check:
     theirs = json.loads(path.read_text(encoding="utf-8"))["metrics"]
     different = [
-        f"{name} {theirs.get(name)}, not {value}"
-        for name, value in metrics.items()
-        if not abs(theirs.get(name, np.nan) - value) <= 1e-6
+        f"{name} {value}, not {metrics.get(name)}"
+        for name, value in theirs.items()
+        if not abs(metrics.get(name, np.nan) - value) <= 1e-6
     ]
-    agreed = f"{', '.join(f'{name} {value:.4f}' for name, value in metrics.items())} on 40 pictures in both"
+    agreed = f"{', '.join(f'{name} {value:.4f}' for name, value in theirs.items())} on 40 pictures in both"
     return Check(
         target=Target.clip_benchmark,
         status=Status.failed if different else Status.passed,

@@ -8,8 +8,9 @@ import torch
 
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError
-from clip_train.evaluation.classify.evaluator import Classify, score
+from clip_train.evaluation.classify.evaluator import Classify
 from clip_train.evaluation.classify.labelled_images import LabelledImages
+from clip_train.evaluation.classify.scores import score
 from tests.evaluation.toys import (
     ToyModel,
     ToySource,
@@ -34,19 +35,26 @@ def make(num_images, *, world=None, names=NAMES, batch_size=4, **reader):
 
 
 def oracle(model, pixels, labels, names):
-    """Return acc1, acc5 and mean per-class recall by loops in float64; ties go to the lower class."""
+    """Return acc1, acc5, mean per-class recall and F1 by loops in float64; ties go to the lower class."""
     vectors = []
     for name in names:
         prompts = [t.replace("{c}", name).replace("{}", name) for t in TEMPLATES]
         mean = np.mean([text_feature_float64(model, prompt) for prompt in prompts], axis=0)
         vectors.append(mean / np.linalg.norm(mean))
-    hit1, hit5 = [], []
+    hit1, hit5, first = [], [], []
     for feature, label in zip(image_features_float64(model, pixels), labels, strict=True):
         ranking = sorted(range(len(names)), key=lambda c: (-float(feature @ vectors[c]), c))
         hit1.append(ranking[0] == label)
         hit5.append(label in ranking[:5])
+        first.append(ranking[0])
     recalls = [np.mean([h for h, y in zip(hit1, labels, strict=True) if y == c]) for c in np.unique(labels)]
-    return {"acc1": np.mean(hit1), "acc5": np.mean(hit5), "mean_per_class_recall": np.mean(recalls)}
+    f1 = []
+    for c in np.unique(labels):
+        right = sum(p == y == c for p, y in zip(first, labels, strict=True))
+        precision, recall = right / max(first.count(c), 1), right / sum(labels == c)
+        f1.append(2 * precision * recall / (precision + recall) if right else 0.0)
+    scores = {"acc1": np.mean(hit1), "acc5": np.mean(hit5), "mean_per_class_recall": np.mean(recalls)}
+    return {**scores, "f1_macro": np.mean(f1)}
 
 
 @pytest.mark.parametrize("num_images", [1, 4, 37])
@@ -83,7 +91,7 @@ def test_classes_with_one_name_tie_and_the_lower_class_wins():
 
 def test_below_five_classes_there_is_no_acc5():
     metrics = make(20, names=NAMES[:4])[0].evaluate(ToyModel()).metrics
-    assert metrics.keys() == {"acc1", "mean_per_class_recall"}
+    assert metrics.keys() == {"acc1", "mean_per_class_recall", "f1_macro"}
 
 
 def test_scores_equal_scikit_learn():
@@ -104,17 +112,21 @@ def test_scores_equal_scikit_learn():
     classes = np.arange(len(NAMES))
     assert ours["acc1"] == pytest.approx(metrics.top_k_accuracy_score(labels, cosines, k=1, labels=classes))
     assert ours["acc5"] == pytest.approx(metrics.top_k_accuracy_score(labels, cosines, k=5, labels=classes))
-    assert ours["mean_per_class_recall"] == pytest.approx(
-        metrics.balanced_accuracy_score(labels, cosines.argmax(axis=1))
-    )
+    predicted = cosines.argmax(axis=1)
+    assert ours["mean_per_class_recall"] == pytest.approx(metrics.balanced_accuracy_score(labels, predicted))
+    wilds = metrics.f1_score(labels, predicted, average="macro", labels=np.unique(labels))
+    assert ours["f1_macro"] == pytest.approx(wilds)
 
 
 def test_classes_without_images_do_not_count_in_the_mean_recall():
     labels = np.array([0, 0, 2])
     top = np.array([[0, 1, 2, 3, 4], [1, 0, 2, 3, 4], [2, 0, 1, 3, 4]])
     result = score(labels, top, num_classes=6)
-    assert result.metrics == {"acc1": 2 / 3, "acc5": 1.0, "mean_per_class_recall": (0.5 + 1) / 2}
-    assert result.chance == {"acc1": 1 / 6, "acc5": 5 / 6, "mean_per_class_recall": 1 / 6}
+    f1 = pytest.approx((2 / 3 + 1) / 2)
+    assert result.metrics == {"acc1": 2 / 3, "acc5": 1.0, "mean_per_class_recall": (0.5 + 1) / 2, "f1_macro": f1}
+    # A guesser finds a sixth of each class, and is right in 2/3 or 1/3 of the answers.
+    guessed = pytest.approx((2 / (6 + 1 / (2 / 3)) + 2 / (6 + 1 / (1 / 3))) / 2)
+    assert result.chance == {"acc1": 1 / 6, "acc5": 5 / 6, "mean_per_class_recall": 1 / 6, "f1_macro": guessed}
     assert any("4 of 6 classes have no image" in warning for warning in result.warnings)
 
 

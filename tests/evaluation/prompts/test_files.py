@@ -4,7 +4,8 @@ import hashlib
 
 import pytest
 
-from clip_train.errors import UserError
+from clip_train.errors import IntegrityError, UserError
+from clip_train.evaluation.prompts import files
 from clip_train.evaluation.prompts.files import fill, imagenet_classnames, imagenet_wnids, load_templates
 
 # SHA-256 of the lines joined by newlines, as published by OpenAI (names, templates) and of the sorted synset ids.
@@ -61,3 +62,12 @@ def test_a_template_without_placeholder_is_refused_by_name(tmp_path):
 def test_an_unknown_choice_of_templates_is_refused():
     with pytest.raises(UserError, match="templates=imagnet is neither"):
         load_templates("imagnet")
+
+
+def test_a_changed_list_of_this_package_is_an_error_and_not_a_number(tmp_path, monkeypatch):
+    (tmp_path / "simple_templates.txt").write_text("a drawing of a {}.\n")
+    monkeypatch.setattr(files, "_FOLDER", tmp_path)
+    files._shipped.cache_clear()
+    with pytest.raises(IntegrityError, match=r"simple_templates\.txt is not the published list any more"):
+        load_templates("simple")
+    files._shipped.cache_clear()

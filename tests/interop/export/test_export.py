@@ -88,22 +88,23 @@ def test_what_was_not_measured_reads_so(exported):
     assert "clip_benchmark eval --model_type open_clip --model local-dir:mine" in card
 
 
-def test_the_card_has_the_recipe_and_the_scores_of_exactly_these_weights(model, tmp_path):
+def test_the_card_has_the_recipe_and_scores_of_these_weights_before_those_of_the_others(model, tmp_path):
     run = tmp_path / "run"
     write_run(run, model, ema=files.small_model(seed=9, **EVERYWHERE))
-    for step, top in ((4, 1), (5, 0)):
+    for step, name, top in ((4, "shapes", 1), (5, "shapes", 0), (4, "shapes_ema", 0), (5, "shapes_ema", 1)):
         result = score(np.zeros(8, dtype=np.int64), np.full((8, 1), top), num_classes=2)
-        write_result(result, run / "evaluation" / f"step-0000000{step}" / "shapes.json", dataset="shapes", model="m")
+        write_result(result, run / "evaluation" / f"step-0000000{step}" / f"{name}.json", dataset="shapes", model="m")
     assert export(run, weights="raw") == 0
     card = (run / "export" / "README.md").read_text()
     assert "from run, step 5, weights `raw`" in card
     assert "| `steps` | 5 |" in card
-    assert "| shapes | acc1 | 100.00 % | 67.56 % – 100.00 % | 50.00 % | 8 |" in card
+    own = "| shapes | acc1 | 100.00 % | 67.56 % – 100.00 % | 50.00 % | 8 |"
+    assert card.index(own) < card.index("| shapes, moving average | acc1 | 0.00 %")
     assert export(run / "export", out=tmp_path / "again") == 0
     assert (tmp_path / "again" / "README.md").read_text().split("## Use")[0] == card.split("## Use")[0]
     assert export(run, weights="ema") == 0
     averaged = (run / "export" / "README.md").read_text()
-    assert "## Metrics\n\nnot measured" in averaged  # training evaluates the live weights
+    assert averaged.index("| shapes | acc1 | 0.00 %") < averaged.index("| shapes, raw weights | acc1 | 100.00 %")
 
 
 def test_an_export_is_replaced_and_nothing_else_is(source, exported, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from clip_train.data.shards.inputs.pair import Input, InputOptions, pairs_of_rows
@@ -30,15 +31,26 @@ def read_table(path: Path, *, options: InputOptions) -> Input:
     kind = f"a table ({path.suffix.lower()})"
     names = ["image_col", "caption_col", "images"] + (["sep"] if path.suffix.lower() in (".csv", ".tsv") else [])
     options.refuse_except(*names, kind=kind)
-    try:
+    with readable(path):
         rows = list(_rows(path, options=options))
+    if not rows:
+        raise UserError(f"{path} holds no rows")
+    return Input(kind=kind, pairs=pairs_of_rows(rows, images=options.images or path.parent))
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what can go wrong with a text file into a user's error.
+
+    Raises:
+        UserError: the file cannot be read or is not UTF-8.
+    """
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
-    if not rows:
-        raise UserError(f"{path} holds no rows")
-    return Input(kind=kind, pairs=pairs_of_rows(rows, images=options.images or path.parent))
 
 
 def choose_column(columns: Sequence[str], *, asked: str | None, usual: Sequence[str], what: str, path: Path) -> str:
@@ -64,14 +76,19 @@ def _rows(path: Path, *, options: InputOptions) -> Iterator[tuple[str, list[str]
         records = list(_json_lines(path))
         columns = list(dict.fromkeys(column for record in records for column in record))
     else:
-        columns, records = _csv(path, sep=options.sep or ("\t" if suffix == ".tsv" else ","))
+        columns, records = read_csv(path, sep=options.sep or ("\t" if suffix == ".tsv" else ","))
     image = choose_column(columns, asked=options.image_col, usual=IMAGE_COLUMNS, what="image", path=path)
     caption = choose_column(columns, asked=options.caption_col, usual=CAPTION_COLUMNS, what="caption", path=path)
     for number, record in enumerate(records, start=1):
         yield _image(record.get(image), path=path, number=number), _captions(record.get(caption), path, number)
 
 
-def _csv(path: Path, *, sep: str) -> tuple[list[str], list[dict[str, Any]]]:
+def read_csv(path: Path, *, sep: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the columns of a CSV file, and its rows by column.
+
+    Raises:
+        UserError: the separator is no character, or a line cannot be taken apart.
+    """
     if len(sep) != 1:
         raise UserError(f"--sep {sep!r} must be one character")
     with path.open(encoding="utf-8-sig", newline="") as file:

@@ -1,0 +1,167 @@
+"""What was measured of a model's confidence: the temperature of its probabilities, and when it does not know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from clip_train.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CALIBRATION_FILE = "calibration.json"
+FORMAT = 1
+
+
+class RejectScore(StrEnum):
+    """How sure it is that a picture shows one of the labels; `evaluation/reject/scores.py` computes them."""
+
+    max_cosine = "max_cosine"
+    mcm = "mcm"
+    msp = "msp"
+    margin = "margin"
+    energy = "energy"
+    negative_labels = "negative_labels"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reliability:
+    """How far probabilities can be believed, over n answers."""
+
+    ece: float
+    """Expected calibration error: mean distance between confidence and accuracy over the bins, by their counts."""
+    nll: float
+    """Mean negative log-probability of the right label, nats."""
+    brier: float
+    """Mean squared distance of the probabilities from the truth, summed over the labels, in [0, 2]."""
+    accuracy: float
+    counts: Sequence[int]
+    """Answers in each bin of confidence, (0, 1/15] first."""
+    confidences: Sequence[float | None]
+    """Mean confidence in each bin; None if it is empty."""
+    accuracies: Sequence[float | None]
+    """Share of right answers in each bin; None if it is empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Temperature:
+    """The temperature of a model's probabilities, fitted on one half of a set and judged on the other."""
+
+    value: float
+    """Divides the logits; above 1 the model was too sure of itself."""
+    data: str
+    """The set."""
+    num_fitted: int
+    num_tested: int
+    before: Reliability
+    """Of the other half, at temperature 1."""
+    after: Reliability
+    """Of the other half, at this temperature."""
+    date: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """Thresholds that 95 % of known pictures reach, fitted on one half of these and judged on the other."""
+
+    thresholds: Mapping[RejectScore, float]
+    known_passing: Mapping[RejectScore, float]
+    """Share of the other half of the known pictures that reach each threshold."""
+    foreign_passing: Mapping[str, Mapping[RejectScore, float]]
+    """Share of the pictures of each foreign set that do."""
+    data: str
+    """The known set."""
+    num_fitted: int
+    num_tested: int
+    num_foreign: Mapping[str, int]
+    templates: Sequence[str]
+    """What the labels were put into."""
+    prompts_sha256: str
+    """Of all prompts, see `hash_prompts`: the scores but `max_cosine` hold for exactly these."""
+    date: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What is known of the confidence of exactly these weights."""
+
+    weights_sha256: str
+    model: str
+    """The run and step, or the name that was evaluated."""
+    temperature: Temperature | None
+    rejection: Rejection | None
+
+
+def hash_prompts(prompts: Sequence[str]) -> str:
+    """Return the SHA-256 of a set of prompts, whatever their order."""
+    return sha256("\n".join(sorted(set(prompts))).encode()).hexdigest()
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Write `path` (.json), at once."""
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(calibration_to_json(calibration), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_calibration(path: Path) -> Calibration | None:
+    """Read what `write_calibration` wrote; None if there is no such file.
+
+    Raises:
+        IntegrityError: the file is no calibration, or one of a newer version.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}") from error
+    return calibration_from_json(content, origin=str(path))
+
+
+def calibration_to_json(calibration: Calibration) -> dict[str, Any]:
+    """Return the calibration as JSON values."""
+    return {"format": FORMAT, **asdict(calibration)}
+
+
+def calibration_from_json(content: object, *, origin: str) -> Calibration:
+    """Return the calibration that JSON values describe.
+
+    Raises:
+        IntegrityError: they describe none, or one of a newer version; the message starts with `origin`.
+    """
+    try:
+        values = dict(content)  # type: ignore[call-overload]
+        version = values.pop("format")
+        if version != FORMAT:
+            raise IntegrityError(f"{origin}: a calibration of format {version}, this version reads {FORMAT}")
+        temperature, rejection = values.pop("temperature"), values.pop("rejection")
+        return Calibration(
+            temperature=None if temperature is None else temperature_from_json(temperature),
+            rejection=None if rejection is None else rejection_from_json(rejection),
+            **values,
+        )
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{origin}: not a calibration ({type(error).__name__}: {error})") from error
+
+
+def temperature_from_json(content: Mapping[str, Any]) -> Temperature:
+    """Return what `asdict` made of a temperature."""
+    both = {key: Reliability(**content[key]) for key in ("before", "after")}
+    return Temperature(**{**content, **both})
+
+
+def rejection_from_json(content: Mapping[str, Any]) -> Rejection:
+    """Return what `asdict` made of a rejection."""
+    by_set = {name: _by_score(shares) for name, shares in content["foreign_passing"].items()}
+    by_score = {key: _by_score(content[key]) for key in ("thresholds", "known_passing")}
+    return Rejection(**{**content, **by_score, "foreign_passing": by_set})
+
+
+def _by_score(values: Mapping[str, float]) -> dict[RejectScore, float]:
+    return {RejectScore(name): float(value) for name, value in values.items()}

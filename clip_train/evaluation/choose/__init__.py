@@ -1,0 +1,1 @@
+"""Choices between a few captions or pictures: SugarCrepe, Winoground, ARO, CountBench and own sets."""

@@ -1,0 +1,1 @@
+"""Differences between groups of images: accuracy, labels, order of retrieval."""

@@ -1,0 +1,1 @@
+"""Tell pictures of known classes from foreign ones."""
