@@ -16,7 +16,7 @@ ROWS = [
     {"schema"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
-    {"distributed", "storage", "overrides"},
+    {"distributed", "storage", "calibration", "overrides"},
     {"types", "errors", "config_dir", "redact"},
 ]
 

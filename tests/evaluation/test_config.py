@@ -45,19 +45,11 @@ def test_fields_out_of_range_are_refused_by_name():
 @pytest.mark.parametrize("choice", sorted(p.stem for p in (CONFIGS / "evaluation").glob("*.yaml")))
 def test_every_choice_composes_to_its_type_under_its_own_key(choice):
     store = ConfigStore.instance()
-<<<<<<< HEAD
     choices = CHOICES["evaluation"]
     for name, node in choices.items():
-=======
-    for name, node in CHOICES["evaluation"].items():
->>>>>>> audit
         store.store(group="evaluation", name=f"base_{name}", node=node)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(overrides=[f"+evaluation=[{choice}]", f"++evaluation.{choice}.every=7"])
     section = config.evaluation[choice]
-<<<<<<< HEAD
     assert OmegaConf.get_type(section) in choices.values()
-=======
-    assert OmegaConf.get_type(section) in CHOICES["evaluation"].values()
->>>>>>> audit
     assert section.every == 7

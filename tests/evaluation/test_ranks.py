@@ -16,20 +16,15 @@ from tests.gloo import run_on_ranks
 def _evaluate(world, sizes):
     results = []
     for num_images in sizes:
-<<<<<<< HEAD
         kinds = [
             test_classify.make,
             test_retrieve.make,
+            test_group_audit.make,
             *(partial(test_choose.make, kind=k) for k in test_choose.KINDS),
         ]
         for make in kinds:
             result = make(num_images, world=world)[0].evaluate(ToyModel())
-            results.append((result.metrics, result.intervals, result.collapsed, result.predictions))
-=======
-        for kind in (test_classify, test_retrieve, test_group_audit):
-            result = kind.make(num_images, world=world)[0].evaluate(ToyModel())
             results.append((result.metrics, result.intervals, result.collapsed, result.warnings, result.predictions))
->>>>>>> audit
     return results
 
 

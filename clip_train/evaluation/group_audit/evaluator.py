@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clip_train.distributed.collectives import gather_objects
 from clip_train.errors import UserError
-from clip_train.evaluation.classify.evaluator import NUM_TOP, score
+from clip_train.evaluation.classify.scores import NUM_TOP, score
 from clip_train.evaluation.collapse import collapsed_tower
 from clip_train.evaluation.confidence import wilson_interval
 from clip_train.evaluation.evaluator import Evaluator, Setting
@@ -32,7 +32,7 @@ from clip_train.evaluation.group_audit.measures import (
     ndkl,
     strongest_associations,
 )
-from clip_train.evaluation.prompts.classifier import build_classifier, tokenize_prompts
+from clip_train.evaluation.prompts.classifier import ClassPrompts, build_classifier, tokenize_prompts
 from clip_train.evaluation.result import EvaluationResult, Part
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class GroupAudit(Evaluator):
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return the scores of all images, of every group in `parts`, and of the worst group of every column."""
         images = self.images
-        classifier = build_classifier(model, self._prompts, classnames=images.classnames, world=self.world)
+        classifier = build_classifier(model, self._prompts, world=self.world)
         features = encode_all_images(
             model, self.setting.read(images.source), num_images=len(images.source), world=self.world
         )
@@ -101,7 +101,7 @@ class GroupAudit(Evaluator):
         return result
 
     @cached_property
-    def _prompts(self) -> TokenizedTexts:
+    def _prompts(self) -> ClassPrompts:
         images = self.images
         return tokenize_prompts(self.setting.tokenizer, classnames=images.classnames, templates=images.templates)
 
