@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CPU_SECONDS = 10
-_WALL_SECONDS = 60.0  # for a process that waits instead of computing
+_WALL_SECONDS = 30.0  # for a process that waits instead of computing
 _EXTRA_BYTES = 4 << 30  # of address space; the largest picture that is allowed takes a third of it
 _MAX_REASON_BYTES = 1000
 
