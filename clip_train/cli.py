@@ -15,6 +15,7 @@ from clip_train.cli_shards import shards
 from clip_train.distributed.stop import follow_launcher
 from clip_train.errors import ClipTrainError, UserError
 from clip_train.exit_record import ended_before
+from clip_train.redact import redact
 from clip_train.tokenizer.config import Cleaning
 
 EXAMPLES = """\b
@@ -49,7 +50,7 @@ def main() -> None:
         code = app(args=arguments, standalone_mode=False)
     except ClipTrainError as error:
         if debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr, end="")
         _print_error(str(error))
         code = error.exit_code
     except KeyboardInterrupt:
@@ -67,7 +68,7 @@ def main() -> None:
 def _print_error(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = f" [rank {rank}]" if rank != "0" else ""
-    print(f"error{where}: {message}", file=sys.stderr)
+    print(f"error{where}: {redact(message)}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)

@@ -108,7 +108,17 @@ def _text(value: object) -> str:
         raise BadSampleError("caption_missing")
     if not isinstance(value, str):
         raise BadSampleError("caption_not_text")
+    if not value.isascii():
+        _require_characters(value)
     return _clean(value)
+
+
+def _require_characters(caption: str) -> None:
+    """JSON can spell halves of surrogate pairs, which no encoding has."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise BadSampleError("caption_not_utf8") from error
 
 
 def _decode(content: bytes, *, limit: int) -> str:
