@@ -159,7 +159,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             flops = training_flops(config.model, lengths=batch.lengths.tolist())
             metrics.add(measures(result), seconds_waiting=seconds_waiting, flops=flops)
             profiler.after(progress.step)
-            if health.after_step(result, step=progress.step):
+            if health.after_step(result, batch, step=progress.step):
                 # Every rank saw the same flag: weights go back, the data goes on after the bad batch.
                 health.rewound_to(rewind(checkpointer, progress=progress))
                 metrics.rewind(progress.step)

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from clip_train.distributed.world import write_newest_collectives
 from clip_train.errors import IntegrityError
+from clip_train.health.blame import blame
 from clip_train.health.doctor import Doctor, Facts
 from clip_train.health.events import Events
 from clip_train.health.measures import UpdateRatio, batch_measures, feature_measures
 from clip_train.health.nonfinite import NonfiniteSteps
 from clip_train.health.replicas import differing_ranks
 from clip_train.health.watchdog import Watchdog
+from clip_train.schema import OnNonfinite
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from clip_train.data.delivery import StepExchange
     from clip_train.data.stream import BatchStream
@@ -57,7 +59,7 @@ class RunHealth:
         self._updates = UpdateRatio(model)
         self._empty_length = tokenizer.encode_padded("")[1]
         self._events = Events(run_dir, rank=world.rank)
-        self._nonfinite = NonfiniteSteps(config.on_nonfinite)
+        self._nonfinite = NonfiniteSteps(config.on_nonfinite, found=self._not_finite)
         self._compared = -1  # step at which the ranks' weights were last compared
         self._watchdog = Watchdog(
             run_dir, rank=world.rank, ranks=world.size, seconds=config.watchdog_seconds, state=self._state,
@@ -74,7 +76,7 @@ class RunHealth:
     ) -> None:
         self._watchdog.__exit__(kind, error, trace)
 
-    def after_step(self, result: StepResult, *, step: int) -> bool:
+    def after_step(self, result: StepResult, batch: Batch, *, step: int) -> bool:
         """Judge the run after `step` steps; return whether it is to be rewound.
 
         Raises:
@@ -83,7 +85,7 @@ class RunHealth:
         """
         self._step = step
         self._watchdog.stepped(step)
-        if self._nonfinite.watch(result, step=step):
+        if self._nonfinite.watch(result, slots=batch.slots, step=step):
             self._watchdog.entered("going back to a checkpoint")
             return True
         self._updates.after_step(logged=step % self._config.logging.every == 0)
@@ -157,6 +159,15 @@ class RunHealth:
             TrainingFailed: it was not finite, and the run is to stop for that.
         """
         self._nonfinite.judge(last=True)
+
+    def _not_finite(self, step: int, result: StepResult, slots: Tensor) -> str:
+        where = blame(result, slots=slots, model=self._model, stream=self._stream, world=self._world)
+        message = f"loss or gradient is not finite at step {step}: {where}. `{self._replay(step)}` shows the batch"
+        if self._world.is_main:
+            action = self._config.on_nonfinite
+            tell = self._events.record if action is OnNonfinite.stop else self._events.warn
+            tell("nonfinite", message, step=step, action=action.value)
+        return message
 
     def _on_hang(self, message: str) -> None:
         self._events.record("hang", message, step=self._step)
