@@ -80,8 +80,9 @@ def train(config: TrainConfig) -> dict[str, float]:
         ema = config.optim.build_ema(model)
         micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world)
         config = replace(config, micro_batch_size=micro_batch_size)
+        loss_fn = config.build_loss(world=world)
         train_step = TrainStep(
-            model, wrapped=wrapped, loss_fn=config.build_loss(world=world), optimizer=optimizer, ema=ema, world=world,
+            model, wrapped=wrapped, loss_fn=loss_fn, optimizer=optimizer, ema=ema, world=world,
             seed=config.seed, precision=precision, max_grad_norm=config.optim.max_grad_norm,
             micro_batch_size=micro_batch_size,
         )  # fmt: skip
@@ -128,7 +129,7 @@ def train(config: TrainConfig) -> dict[str, float]:
 
         health = stack.enter_context(
             RunHealth(
-                config, run_dir=run_dir, world=world, model=model, stream=stream, exchange=exchange,
+                config, run_dir=run_dir, world=world, model=model, loss_fn=loss_fn, stream=stream, exchange=exchange,
                 tokenizer=tokenizer, total_steps=total_steps,
             )
         )  # fmt: skip
