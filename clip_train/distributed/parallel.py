@@ -204,7 +204,7 @@ def _shard(
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=ignored)
-    for method in ("encode_image", "encode_text"):
+    for method in ("encode_image", "encode_text", "pool_image"):
         register_fsdp_forward_method(model, method)
     return model
 
