@@ -21,6 +21,7 @@ from clip_train.evaluation.config import EvaluationConfig
 from clip_train.evaluation.group_audit.config import GroupAuditConfig
 from clip_train.evaluation.reject.config import RejectConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
+from clip_train.evaluation.scorecard.config import ScorecardConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
 from clip_train.model.config import ModelConfig
@@ -45,6 +46,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "group_audit": GroupAuditConfig,
         "reject": RejectConfig,
         "retrieve": RetrieveConfig,
+        "scorecard": ScorecardConfig,
     },
     "logging": {"default": LoggingConfig},
 }

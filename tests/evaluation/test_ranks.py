@@ -9,6 +9,7 @@ from tests.evaluation.choose import test_choose
 from tests.evaluation.classify import test_classify
 from tests.evaluation.group_audit import test_group_audit
 from tests.evaluation.retrieve import test_retrieve
+from tests.evaluation.scorecard import test_scorecard
 from tests.evaluation.toys import ToyModel
 from tests.gloo import run_on_ranks
 
@@ -22,8 +23,9 @@ def _evaluate(world, sizes):
             test_group_audit.make,
             *(partial(test_choose.make, kind=k) for k in test_choose.KINDS),
         ]
-        for make in kinds:
-            result = make(num_images, world=world)[0].evaluate(ToyModel())
+        evaluators = [make(num_images, world=world)[0] for make in kinds]
+        for evaluator in [*evaluators, test_scorecard.make(24, world=world)]:
+            result = evaluator.evaluate(ToyModel())
             results.append((result.metrics, result.intervals, result.collapsed, result.warnings, result.predictions))
     return results
 
