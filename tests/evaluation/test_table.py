@@ -43,4 +43,4 @@ def test_a_scorecard_has_a_table_of_its_own_with_verdicts():
     first, second = (part.splitlines() for part in text.split(" verdict"))
     assert any(line.startswith("shapes") for line in first) and not any("pitfall" in line for line in first)
     assert second[1].startswith("card") and second[1].rstrip().endswith("pitfall: acc1")
-    assert second[-1] == "card: what else"
+    assert "card: what else" in second
