@@ -12,7 +12,9 @@ import typer
 
 from clip_train import __version__
 from clip_train.cli_shards import shards
+from clip_train.distributed.stop import follow_launcher
 from clip_train.errors import ClipTrainError, UserError
+from clip_train.exit_record import ended_before
 from clip_train.tokenizer.config import Cleaning
 
 EXAMPLES = """\b
@@ -38,6 +40,7 @@ app.add_typer(tokenizers, name="tokenizer")
 
 def main() -> None:
     """Run the command line and exit with its code: 2 for a user's mistake, 3 for damaged data or checkpoints."""
+    follow_launcher()
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -85,6 +88,9 @@ def train(context: typer.Context) -> None:
     from clip_train.config import load
 
     config = load("train", overrides)
+    if record := ended_before(Path(config.run_dir)):
+        _print_error(f"not started again, this launch has ended: {record.reason}")
+        raise typer.Exit(record.code)
     from clip_train.evaluate import keep_calibration_of_training
     from clip_train.tools.report import write_report
     from clip_train.train import train as run
@@ -104,6 +110,10 @@ def evaluate(context: typer.Context) -> None:
     from clip_train.config import load
 
     config = load("evaluate", overrides)
+    if config.reference.python is not None:
+        from clip_train.tools.reference.check import check_reference
+
+        raise typer.Exit(check_reference(config))
     from clip_train.evaluate import evaluate as run
 
     run(config)

@@ -15,6 +15,9 @@ NEEDED = {  # what a choice leaves to the user
         f"evaluation=[{n}]": f"evaluation.{n}.path=x"
         for n in ("choose", "sugarcrepe", "winoground", "aro", "countbench")
     },
+    "evaluation=[classify]": "evaluation.classify.root=x",
+    "evaluation=[group_audit]": "evaluation.group_audit.root=x",
+    "evaluation=[probe]": "evaluation.probe.root=x",
     **{f"evaluation=[{n}]": f"evaluation.{n}.root=x" for n in ("calibrate", "classify", "group_audit", "reject")},
     "evaluation=[imagenet]": "evaluation.imagenet.root=x",
     "evaluation=[retrieve]": "evaluation.retrieve.shards=x",

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from clip_train.evaluation.features import Batches, Tokenizer
 
 
+@dataclass(slots=True, kw_only=True)
+class ReferenceConfig:
+    """Whether another tool confirms our numbers, in place of an evaluation."""
+
+    python: str | None = None
+    """A Python with clip-benchmark: it evaluates the exported model on generated sets, and every score must be ours to
+    1e-6. The sets and both results go to `output`, if that is given. null: evaluate."""
+    imagenet: bool = False
+    """Compare on generated pictures of ImageNet's 1,000 classes too: 80,000 prompts, minutes."""
+
+
 class Precision(StrEnum):
     auto = "auto"
     fp32 = "fp32"

@@ -69,6 +69,9 @@ class DualEncoder(Protocol):
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, D] of tokens [B, L]."""
 
+    def pool_image(self, images: Tensor) -> Tensor:
+        """Return features [B, W] of raw pixels before the projection to D dimensions."""
+
 
 class PrefixEncoder:
     """A model of which only the first dimensions are used, brought to unit length again.
@@ -102,6 +105,10 @@ class PrefixEncoder:
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, embed_dim] of tokens [B, L]."""
         return self._cut(self._model.encode_text(tokens, normalize=normalize), normalize)
+
+    def pool_image(self, images: Tensor) -> Tensor:
+        """Return features [B, W] before the projection, which are whole."""
+        return self._model.pool_image(images)
 
     def _cut(self, features: Tensor, normalize: bool) -> Tensor:
         features = features[:, : self._embed_dim]

@@ -73,8 +73,7 @@ def export_command(
     found = read_source(source, weights=weights, model=model_name)
     out = out or _default_out(source, name=found.config.name)
     check_replaceable(out)
-    model = _build(found)
-    model.calibration = calibration_of(model, source=found)
+    model = build_source(found)
     reasons = refusals(found.config, found.tensors, tokenizer=found.tokenizer, drop_logit_bias=drop_logit_bias)
     parts, absent = _plan(list(Part) if to == ALL else [Part(to)], reasons=reasons, named=named, int8=int8)
     refused = {check.target: reasons[check.target] for check in absent if check.status is Status.refused}
@@ -195,9 +194,11 @@ def _default_out(source: str, *, name: str) -> Path:
     return Path("exports") / name.replace("/", "-")
 
 
-def _build(source: Source) -> LoadedModel:
+def build_source(source: Source) -> LoadedModel:
+    """Return the model in float32, in eval mode, on the CPU."""
     model = empty_model(source.config, tokenizer=source.tokenizer)
     assign_weights(model, source.tensors, origin=str(source.origin))
+    model.calibration = calibration_of(model, source=source)
     return model.eval()
 
 

@@ -46,6 +46,9 @@ class ToyModel(torch.nn.Module):
         x = (images.flatten(1).float() - 128) @ self.image_weight
         return torch.nn.functional.normalize(x, dim=-1) if normalize else x
 
+    def pool_image(self, images):
+        return images.flatten(1).float() / 64 - 2
+
     def encode_text(self, tokens, *, normalize=True):
         places = torch.arange(tokens.shape[1])
         before_end = places <= (tokens == END).int().argmax(dim=1, keepdim=True)

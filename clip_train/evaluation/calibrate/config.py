@@ -44,10 +44,10 @@ class CalibrateConfig(ClassifyConfig):
         """Open the images and make the evaluator. Every rank reads the same list of images."""
         from clip_train.evaluation.calibrate.evaluator import Calibrate
         from clip_train.evaluation.classify.labelled_images import open_labelled_images
-        from clip_train.evaluation.retrieve.captioned_images import open_captioned_images
+        from clip_train.evaluation.retrieve.captioned_images import open_captioned_shards
 
         if not self.root:
-            return Calibrate(open_captioned_images(self.shards), setting=setting, data=str(self.shards))
+            return Calibrate(open_captioned_shards(self.shards), setting=setting, data=str(self.shards))
         images = open_labelled_images(
             self.root, split=self.split, classnames=self.classnames, templates=self.templates
         )  # fmt: skip

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import clip_train
 from clip_train.calibration import CALIBRATION_FILE, write_calibration
 from clip_train.errors import UserError
-from clip_train.evaluation.classify.evaluator import score
+from clip_train.evaluation.classify.scores import score
 from clip_train.evaluation.result import write_result
 from clip_train.interop.export.targets import Target
 from clip_train.interop.export.verify import Status, compare, find_libraries, verify
