@@ -14,11 +14,13 @@ from clip_train.checkpoint.config import EMA_SUFFIX, CheckpointConfig
 from clip_train.data.config import DataConfig, Reader
 from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
+from clip_train.evaluation.calibrate.config import CalibrateConfig
 from clip_train.evaluation.choose.config import ChooseConfig
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig, ReferenceConfig
 from clip_train.evaluation.group_audit.config import GroupAuditConfig
 from clip_train.evaluation.probe.config import ProbeConfig
+from clip_train.evaluation.reject.config import RejectConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
@@ -38,10 +40,12 @@ CHOICES: dict[str, dict[str, type]] = {
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
     "evaluation": {
+        "calibrate": CalibrateConfig,
         "choose": ChooseConfig,
         "classify": ClassifyConfig,
         "group_audit": GroupAuditConfig,
         "probe": ProbeConfig,
+        "reject": RejectConfig,
         "retrieve": RetrieveConfig,
     },
     "logging": {"default": LoggingConfig},
