@@ -180,6 +180,28 @@ def classify(
     raise typer.Exit(code)
 
 
+@app.command(epilog="clip-train prompts runs/demo shards/demo/classes")
+def prompts(
+    model: Annotated[str, typer.Argument(help="A run directory or anything that clip_train.load takes.")],
+    images: Annotated[Path, typer.Argument(help="A labelled set, as evaluation.classify.root.")],
+    split: Annotated[str, typer.Option(help="Part of the set.")] = "test",
+    templates: Annotated[str, typer.Option(help="Candidates: imagenet, simple, single or a file.")] = "imagenet",
+    classnames: Annotated[str, typer.Option(help="As evaluation.classify.classnames.")] = "auto",
+    most: Annotated[int, typer.Option(help="Templates to choose, at most.")] = 8,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the file in RUN/prompts/; the set's own if not given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write, instead of one in the run.")] = None,
+) -> None:
+    """Choose prompt templates on half of a labelled set and say what they gain on the other half."""
+    from clip_train.tools.prompts import prompts_command
+
+    lines = prompts_command(
+        model, images, split=split, templates=templates, classnames=classnames, most=most, name=name, out=out
+    )
+    print("\n".join(lines))
+
+
 @app.command(epilog="clip-train export runs/demo --to all --verify")
 def export(
     source: Annotated[str, typer.Argument(help="A run directory or anything that clip_train.load takes.")],
