@@ -14,7 +14,7 @@ from clip_train.errors import UserError
 from clip_train.evaluation.features import PrefixEncoder
 from clip_train.evaluation.result import write_result
 from clip_train.evaluation.samples import PICTURE_SIZE, save_samples
-from clip_train.evaluation.suite import require_some, summarize
+from clip_train.evaluation.suite import report_suite, require_some
 from clip_train.evaluation.table import print_results
 from clip_train.schema import EvaluateConfig, TrainConfig
 
@@ -116,7 +116,5 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             evaluators, encoder, world=world, out=out, name=config.checkpoint, weights=weights, samples=False
         )
         if config.suite and world.is_main:
-            summary = summarize(scores, suite=config.suite, names=list(evaluations), missing=missing)
-            summary.write(out / f"suite-{config.suite}.json")
-            print("\n".join(summary.lines()))
+            report_suite(config.suite, evaluations=evaluations, missing=missing, folder=out)
         return scores

@@ -55,9 +55,15 @@ def print_results(results: Mapping[str, EvaluationResult], *, console: Console |
                         f"{part.num_items:,}" if i == 0 else "",
                     )
         notes += [f"{name}: {warning}" for warning in result.warnings]
+    console = print_table(table, console=console)
+    for note in notes:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
+
+
+def print_table(table: Table, *, console: Console | None = None) -> Console:
+    """Print a table to the console, to standard output if None, and return where it went."""
     if console is None:
         # A file or a pipe has no width: rich would break names at 80 columns.
         console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     console.print(table)
-    for note in notes:
-        console.print(note, style="yellow", markup=False, soft_wrap=True)
+    return console
