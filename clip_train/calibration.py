@@ -79,8 +79,8 @@ class Rejection:
     num_fitted: int
     num_tested: int
     num_foreign: Mapping[str, int]
-    templates: Sequence[str]
-    """What the labels were put into."""
+    templates: Sequence[str] | None
+    """What the labels were put into; None if each had prompts of its own."""
     prompts_sha256: str
     """Of all prompts, see `hash_prompts`: the scores but `max_cosine` hold for exactly these."""
     date: str

@@ -12,7 +12,9 @@ import typer
 
 from clip_train import __version__
 from clip_train.cli_shards import shards
+from clip_train.distributed.stop import follow_launcher
 from clip_train.errors import ClipTrainError, UserError
+from clip_train.exit_record import ended_before
 from clip_train.tokenizer.config import Cleaning
 
 EXAMPLES = """\b
@@ -38,6 +40,7 @@ app.add_typer(tokenizers, name="tokenizer")
 
 def main() -> None:
     """Run the command line and exit with its code: 2 for a user's mistake, 3 for damaged data or checkpoints."""
+    follow_launcher()
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -85,11 +88,16 @@ def train(context: typer.Context) -> None:
     from clip_train.config import load
 
     config = load("train", overrides)
+    if record := ended_before(Path(config.run_dir)):
+        _print_error(f"not started again, this launch has ended: {record.reason}")
+        raise typer.Exit(record.code)
+    from clip_train.evaluate import keep_calibration_of_training
     from clip_train.tools.report import write_report
     from clip_train.train import train as run
 
     run(config)
     if os.environ.get("RANK", "0") == "0":
+        keep_calibration_of_training(Path(config.run_dir), names=config.evaluation)
         print(f"report: {write_report(Path(config.run_dir))}")
 
 
@@ -143,16 +151,30 @@ def help_key(key: Annotated[str, typer.Argument(help="A key such as optim.lr")])
 
 @app.command(epilog='clip-train classify cat.jpg --labels "a corgi,a cat" --model runs/demo')
 def classify(
-    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
-    labels: Annotated[str, typer.Option(help="Labels, separated by commas.")],
-    model: Annotated[str, typer.Option(help="A run directory or anything that clip_train.load takes.")],
+    images: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns, or - for paths on standard input.")],
+    labels: Annotated[str | None, typer.Option(help="Labels, separated by commas.")] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="Text file with one label per line.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A run directory or anything that clip_train.load takes; the newest run.")
+    ] = None,
+    templates: Annotated[
+        str,
+        typer.Option(help="none: labels are whole captions; single, simple, imagenet or a file put them into some."),
+    ] = "none",
+    min_similarity: Annotated[
+        str, typer.Option(help="Cosine below which the answer is unknown; auto: as measured with the model; off.")
+    ] = "auto",
     top: Annotated[int, typer.Option(help="Labels shown for each picture.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a picture.")] = False,
 ) -> None:
-    """Say which label fits each picture: probability and raw cosine."""
-    from clip_train.tools.classify import classify_command
+    """Say which label fits each picture: probability, raw cosine, or unknown and why."""
+    from clip_train.tools.classify_command import classify_command
 
-    raise typer.Exit(classify_command(images, labels=labels, model=model, top=top, as_json=as_json))
+    code = classify_command(
+        images, labels=labels, labels_file=labels_file, model=model, templates=templates,
+        min_similarity=min_similarity, top=top, as_json=as_json,
+    )  # fmt: skip
+    raise typer.Exit(code)
 
 
 @app.command(epilog="clip-train export runs/demo --to all --verify")

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_train.attempts import Attempt
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
 from clip_train.config import changes, to_yaml
 from clip_train.data.bad import LEDGER_FOLDER
@@ -51,10 +52,11 @@ def train(config: TrainConfig) -> dict[str, float]:
     """
     with ExitStack() as stack:
         # Build the parts. Every rank builds the same ones; only its device and its rows of a batch differ.
-        world = config.distributed.build(device=config.device)
-        stack.callback(stop_world)
-        stop = stack.enter_context(StopRequest(max_hours=config.max_hours))
         run_dir = Path(config.run_dir)
+        stop = stack.enter_context(StopRequest(max_hours=config.max_hours))
+        attempt = stack.enter_context(Attempt(run_dir))
+        world = attempt.join(config.distributed.build(device=config.device), config=config.distributed)
+        stack.callback(stop_world)
         tokenizer = config.tokenizer.build(
             context_length=config.model.text.context_length, kept_in=None if config.resume == "never" else run_dir
         )
@@ -102,6 +104,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         stack.callback(checkpointer.close)
         resumed = checkpointer.resume(config.resume)
+        attempt.begin(progress.step)
         cache_features(config, model=model, stream=stream, run_dir=run_dir, world=world)
         metrics = Metrics(
             run_dir, world=world, config=config.logging, name=config.name, total_steps=total_steps,
@@ -126,7 +129,12 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         stack.callback(exchange.close)
 
-        health = RunHealth(config, run_dir=run_dir, world=world, model=model)
+        health = stack.enter_context(
+            RunHealth(
+                config, run_dir=run_dir, world=world, model=model, stream=stream, exchange=exchange,
+                tokenizer=tokenizer, total_steps=total_steps,
+            )
+        )  # fmt: skip
 
         def save() -> None:
             health.before_save(progress.step)
@@ -151,6 +159,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             rate = config.optim.learning_rate(progress.step, total_steps=total_steps)
             result = train_step(batch, learning_rate=rate, step=progress.step)
             progress.advance(config.global_batch_size)
+            attempt.stepped(progress.step)
             flops = training_flops(config.model, lengths=batch.lengths.tolist())
             metrics.add(measures(result), seconds_waiting=seconds_waiting, flops=flops)
             profiler.after(progress.step)
@@ -163,8 +172,10 @@ def train(config: TrainConfig) -> dict[str, float]:
             # All ranks reach each of these at the same step; only rank 0 writes.
             if due(progress.step, every=config.logging.every, total=total_steps):
                 bad = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
-                values = {"train/learning_rate": rate, **health.counters(), **bad}
-                newest |= metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
+                values = {"train/learning_rate": rate, **health.measures(result, batch), **bad}
+                newest |= health.examine(
+                    metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
+                )
             chosen = {
                 n: e
                 for n, e in evaluators.items()
@@ -172,6 +183,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             }
             scores: dict[str, float] = {}
             if chosen:
+                health.entered("an evaluation")
                 scores = run_evaluations(
                     chosen, model, ema=ema, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
                     name=config.model.name, weights=f"{config.name}, step {progress.step}",
@@ -189,10 +201,11 @@ def train(config: TrainConfig) -> dict[str, float]:
             save()
         health.finish()
         checkpointer.wait()
-    if world.is_main:
-        say_end(progress, reason=reason, run_dir=run_dir)
-    if reason is StopReason.preempted:
-        raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
+        attempt.stopped(reason)
+        if world.is_main:
+            say_end(progress, reason=reason, run_dir=run_dir)
+        if reason is StopReason.preempted:
+            raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
     return newest
 
 

@@ -11,13 +11,13 @@ ROWS = [
     {"tools"},
     {"__init__"},
     {"train", "help"},
-    {"evaluate", "micro_batch", "starting_point", "initial_weights", "locked_tower", "health", "progress"},
+    {"evaluate", "micro_batch", "starting_point", "initial_weights", "locked_tower", "health", "progress", "attempts"},
     {"config", "step"},
     {"schema"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
     {"distributed", "storage", "calibration"},
-    {"types", "errors", "config_dir"},
+    {"types", "errors", "config_dir", "exit_record"},
 ]
 
 

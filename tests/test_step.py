@@ -101,7 +101,7 @@ def on_rank(world, cases):
         result, seen = recorded_step(
             world, model, draw_batch(32), strategy=strategy, siglip=siglip, micro_batch_size=micro_batch_size
         )
-        results.append(([t.item() for t in result], {n: g.numpy() for n, g in seen.items()}))
+        results.append(([t.item() for t in result if t.ndim == 0], {n: g.numpy() for n, g in seen.items()}))
     return results
 
 

@@ -17,6 +17,8 @@ from clip_train.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+LOCK_NAME = "lock"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
@@ -61,7 +63,7 @@ class RunLock:
         Raises:
             UserError: another process trains in this directory, or the directory cannot be written.
         """
-        self.path = run_dir / "lock"
+        self.path = run_dir / LOCK_NAME
         self.owner = Owner.this_process()
         with _one_at_a_time(run_dir):
             holder = self._read()
@@ -107,6 +109,16 @@ class RunLock:
             raise UserError(f"{self.path.parent} was just taken by {holder}") from None
         finally:
             private.unlink(missing_ok=True)
+
+
+def is_held_by_another(run_dir: Path) -> bool:
+    """Say whether a process that may be alive, other than this one, trains in `run_dir`."""
+    try:
+        holder = Owner(**json.loads((run_dir / LOCK_NAME).read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
+    this = Owner.this_process()
+    return holder != this and not holder.is_dead(seen_by=this)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from clip_train.data.activity import Doing
 from clip_train.data.audit import hash_samples
 from clip_train.data.bad import BadSample
 from clip_train.data.images.decode import BadSampleError, open_image
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from clip_train.data.activity import Activity
     from clip_train.data.captions import CaptionChooser
     from clip_train.data.features import FeatureTable
     from clip_train.data.order import SlotOrder
@@ -177,11 +179,12 @@ class SampleDataset(Dataset[TaskResult]):
         global_batch_size: decides which samples may substitute for others.
         substitute: replace unusable samples where possible, else mask them.
         filler: makes rows of samples.
+        activity: where this process notes what it does.
     """
 
     def __init__(
         self, sources: Sequence[Source], *, order: SlotOrder, global_batch_size: int, substitute: bool,
-        filler: RowFiller,
+        filler: RowFiller, activity: Activity,
     ) -> None:  # fmt: skip
         self._sources = tuple(sources)
         self._sids = np.array([source.sid for source in order.sources], dtype=np.uint64)
@@ -190,6 +193,7 @@ class SampleDataset(Dataset[TaskResult]):
         self._global_batch_size = global_batch_size
         self._substitute = substitute
         self._filler = filler
+        self._activity = activity
 
     def __getitem__(self, task: Task) -> TaskResult:
         """Return the rows of a task. What a worker raises travels as a value: only then is it told from a dead one."""
@@ -201,6 +205,8 @@ class SampleDataset(Dataset[TaskResult]):
             if get_worker_info() is None:
                 raise
             return TaskResult(task.consumed, TaskFailure(None, traceback.format_exc()))
+        finally:
+            self._activity.note(Doing.idle, worker=worker_number())
 
     def close(self) -> None:
         """Close the shards that this process opened."""
@@ -225,7 +231,10 @@ class SampleDataset(Dataset[TaskResult]):
         return TaskRows(rows.batch, id_hash, bad)
 
     def _fill(self, rows: Rows, row: int, place: Place) -> None:
+        worker = worker_number()
+        self._activity.note(Doing.reading, worker=worker, source=place.source, shard=place.shard)
         image, members = self._readers[place.source].read(place.shard, place.sample)
+        self._activity.note(Doing.decoding, worker=worker, source=place.source, shard=place.shard)
         self._filler.fill(rows, row, image, members, place)
 
     def use_features(self, table: FeatureTable) -> None:
@@ -248,6 +257,12 @@ class SampleDataset(Dataset[TaskResult]):
             except BadSampleError:
                 continue
         return None
+
+
+def worker_number() -> int:
+    """Return the number of this loader process, 0 in the trainer."""
+    worker = get_worker_info()
+    return 0 if worker is None else worker.id
 
 
 def _shared_zeros(*shape: int, dtype: torch.dtype) -> Tensor:

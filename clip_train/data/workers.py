@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
+from clip_train.distributed.stop import STOP_SIGNALS
 from clip_train.errors import TrainingFailed
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ logger = logging.getLogger(__name__)
 # Workers are forked from a server that has no threads, no CUDA and no process group; the trainer has all three.
 WORKER_START_METHOD = "forkserver"
 WORKER_POLL_SECONDS = 1.0  # between two looks at whether the workers live
-# A worker that is silent for so long hangs. Below the 300 s after which other ranks give up waiting for this one.
-WORKER_TIMEOUT_SECONDS = 240.0
+# A worker that is silent for so long hangs. Below the 120 s after which other ranks give up waiting for this one.
+WORKER_TIMEOUT_SECONDS = 100.0
 MAX_WORKER_FAILURES = 3  # within so many steps:
 WORKER_FAILURE_STEPS = 1000
 _PRELOADED = ["clip_train.data.dataset", "clip_train.data.sequential"]
@@ -35,12 +37,18 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 def start_worker_server() -> None:
     """Start the server that workers are forked from, once per process. Returns at once; its imports take seconds."""
     multiprocessing.set_forkserver_preload(_PRELOADED)
+    # A launcher or a terminal asks a whole process group to stop; the trainer still needs its workers to end the step.
+    # What is blocked here stays blocked in the server and in all that it forks.
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def start_worker(_: int) -> None:
-    """Prepare a loader process: it ends with its trainer, and its memory is tuned for pictures."""
+    """Prepare a loader process: it ends with its trainer or by its order, and its memory is tuned for pictures."""
     threading.Thread(target=_exit_with_trainer, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none, and there only kill ends a worker early
+        threading.Thread(target=_exit_by_order, daemon=True).start()
     _keep_freed_memory()
 
 
@@ -49,6 +57,15 @@ def _exit_with_trainer() -> None:
     trainer = multiprocessing.parent_process()
     assert trainer is not None
     trainer.join()
+    os._exit(1)
+
+
+def _exit_by_order() -> None:
+    """Obey the trainer's SIGTERM, which is blocked, and nobody else's."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
+        pass
     os._exit(1)
 
 
@@ -161,6 +178,7 @@ class WorkerFailures:
     """Decides whether a loader may be built once more after a failure."""
 
     def __init__(self) -> None:
+        self.total = 0
         self._steps: deque[int] = deque(maxlen=MAX_WORKER_FAILURES)
 
     def judge(self, failure: WorkerFailed, *, step: int, where: str) -> None:
@@ -175,4 +193,5 @@ class WorkerFailures:
                 f"time {where}: {failure}"
             ) from failure
         self._steps.append(step)
+        self.total += 1
         logger.warning("a loader worker failed %s and is replaced: %s", where, failure)

@@ -49,7 +49,9 @@ class All:
 
 def new_group(*, world: World) -> dist.ProcessGroup | None:
     """Return another process group of all ranks, whose collectives never queue behind those of the others."""
-    return dist.new_group() if world.size > 1 else None
+    if world.size == 1:
+        return None
+    return dist.new_group(timeout=world.timeout)  # of its own accord it would wait for half an hour
 
 
 def all_gather_async(rows: Tensor, *, world: World, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Work]:

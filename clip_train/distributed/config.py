@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clip_train.distributed.world import World
 
 
+START_FACTOR = 2.5  # of timeout_seconds until the first step is done
 _CPP_COMPILERS = ("g++", "clang++")
 
 
@@ -36,7 +37,8 @@ class Backend(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class DistributedConfig:
-    """How the ranks of one run work together. Ranks come from torchrun's environment variables."""
+    """How the ranks of one run work together. Ranks come from the environment of torchrun, srun or
+    mpirun."""
 
     strategy: Strategy = Strategy.ddp
     """`ddp`: every rank holds the whole model, gradients are averaged. `fsdp`: every rank holds a part of each
@@ -55,8 +57,9 @@ class DistributedConfig:
     traffic where a rank, or its micro-batch, has few images."""
     backend: Backend = Backend.auto
     """`auto` takes nccl on CUDA and gloo on CPU."""
-    timeout_seconds: float = 300.0
-    """A collective that waits longer than this fails, naming the ranks."""
+    timeout_seconds: float = 120.0
+    """A rank that waits longer than this for another in a step fails, naming the rank that is missing. Until the first
+    step is done, as ranks may start and compile at their own pace, it waits 2.5 times as long."""
 
     def __post_init__(self) -> None:
         if not self.timeout_seconds > 0:
@@ -73,7 +76,7 @@ class DistributedConfig:
         return start_world(
             device=device,
             backend=self.backend.value,
-            timeout_seconds=self.timeout_seconds,
+            timeout_seconds=START_FACTOR * self.timeout_seconds,
             host_tensors=self.cpu_offload,
         )
 

@@ -136,6 +136,11 @@ def whole(value: Tensor) -> Tensor:
     return cast("DTensor", value).full_tensor() if is_sharded(value) else value
 
 
+def own_part(value: Tensor) -> Tensor:
+    """Return what this rank holds of `value`."""
+    return cast("DTensor", value).to_local() if is_sharded(value) else value
+
+
 @torch.no_grad()
 def average_scalars(model: nn.Module, *, world: World, with_them: list[Tensor]) -> list[Tensor]:
     """Average the gradients of the model's scalars over the ranks in place, and the 0-d tensors `with_them` on the way.
@@ -199,7 +204,7 @@ def _shard(
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=ignored)
-    for method in ("encode_image", "encode_text"):
+    for method in ("encode_image", "encode_text", "pool_image"):
         register_fsdp_forward_method(model, method)
     return model
 

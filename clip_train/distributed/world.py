@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 
+from clip_train.distributed.launch import open_store, ranks_from_environment
+from clip_train.distributed.roll_call import RollCall
 from clip_train.distributed.stalls import Stalls
 from clip_train.errors import UserError
+
+# NCCL remembers its newest collectives and writes them to TORCH_FR_DUMP_TEMP_FILE + rank when one never ends.
+_FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +32,10 @@ class World:
     """Group for small messages between the hosts' processors, so that agreeing on something never waits for a GPU."""
     stalls: Stalls = field(default_factory=Stalls, compare=False, repr=False)
     """Time that this process waits for features and their gradient."""
+    timeout: timedelta = field(default=timedelta(minutes=5), compare=False, repr=False)
+    """How long a new process group lets its collectives wait."""
+    roll_call: RollCall | None = field(default=None, compare=False, repr=False)
+    """Tells which rank is missing when a collective fails; None without other ranks."""
 
     @property
     def is_main(self) -> bool:
@@ -35,56 +46,61 @@ class World:
 def start_world(
     *, device: str = "auto", backend: str = "auto", timeout_seconds: float = 300.0, host_tensors: bool = False
 ) -> World:
-    """Read torchrun's variables, choose this rank's device and join the process group.
+    """Read the launcher's variables, choose this rank's device and join the process group.
 
     Args:
         device: `auto` (CUDA if present, else CPU), `cpu`, `cuda` or `cuda:N`.
         backend: `auto`, `nccl` or `gloo`.
-        timeout_seconds: how long a collective may wait.
+        timeout_seconds: how long the ranks wait for each other, here and in a collective; see `set_timeout`.
         host_tensors: with nccl, let gloo exchange tensors in the host's memory.
 
     Raises:
-        UserError: CUDA was asked for and is absent, or the rank variables are missing or inconsistent.
+        UserError: CUDA was asked for and is absent, or the rank variables are missing or inconsistent, or not all ranks
+            were started.
     """
-    rank, size, local_rank = _ranks_from_environment()
-    chosen = _choose_device(device, local_rank)
+    ranks = ranks_from_environment()
+    chosen = _choose_device(device, ranks.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    host_group = None
-    if size > 1:
+    host_group, roll_call, timeout = None, None, timedelta(seconds=timeout_seconds)
+    if ranks.size > 1:
+        store = open_store(ranks, seconds=timeout_seconds)
+        roll_call = RollCall(store, ranks=ranks)
+        roll_call.check_in(seconds=timeout_seconds)
         name = backend if backend != "auto" else ("nccl" if chosen.type == "cuda" else "gloo")
+        if name == "nccl":
+            os.environ.update({**_FLIGHT_RECORDER, **os.environ})
         backends = "cpu:gloo,cuda:nccl" if host_tensors and name == "nccl" else name
         dist.init_process_group(
-            backends, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds),
-            device_id=chosen if name == "nccl" else None,
+            backends, store=PrefixStore("collectives", store), rank=ranks.rank, world_size=ranks.size,
+            timeout=timeout, device_id=chosen if name == "nccl" else None,
         )  # fmt: skip
-        host_group = dist.new_group(backend="gloo") if name == "nccl" else None
-    return World(rank=rank, size=size, local_rank=local_rank, device=chosen, host_group=host_group)
+        host_group = dist.new_group(backend="gloo", timeout=timeout) if name == "nccl" else None
+    return World(
+        rank=ranks.rank, size=ranks.size, local_rank=ranks.local_rank, device=chosen, host_group=host_group,
+        timeout=timeout, roll_call=roll_call,
+    )  # fmt: skip
+
+
+def set_timeout(seconds: float) -> None:
+    """Let collectives wait so long from now on, in all process groups of this rank."""
+    if dist.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def write_newest_collectives(path: Path) -> None:
+    """Write what NCCL's flight recorder remembers of this rank to `path`, for torch's `torchfrtrace`; else nothing."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
+
+        path.write_bytes(_dump_nccl_trace())
 
 
 def stop_world() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _ranks_from_environment() -> tuple[int, int, int]:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found or found == {"WORLD_SIZE": "1"}:
-        return 0, 1, 0
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise UserError(
-            f"{', '.join(found)} set but {', '.join(missing)} missing: start several processes with torchrun"
-        )
-    try:
-        rank, size, local_rank = (int(found[name]) for name in names)
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be integers, not {found}") from error
-    if not 0 <= rank < size:
-        raise UserError(f"RANK={rank} must lie in [0, WORLD_SIZE={size})")
-    return rank, size, local_rank
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

@@ -27,11 +27,11 @@ def print_results(results: Mapping[str, EvaluationResult], *, console: Console |
     table.add_column("metric", overflow="fold")
     for heading in ("score %", "95 % interval", "chance %", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
-    notes = []
+    notes, warnings = [], []
     for name, result in results.items():
         if result.collapsed:
             table.add_row(name, Text("collapsed", style="bold red"), "–", "–", "–", f"{result.num_items:,}")
-            notes.append(f"{name}: {result.collapsed}")
+            warnings.append(f"{name}: {result.collapsed}")
         for i, (metric, value) in enumerate(result.metrics.items()):
             interval = result.intervals.get(metric)
             table.add_row(
@@ -39,7 +39,7 @@ def print_results(results: Mapping[str, EvaluationResult], *, console: Console |
                 metric,
                 Text(f"{100 * value:.2f}", style="bold"),
                 f"{100 * interval[0]:.2f} – {100 * interval[1]:.2f}" if interval else "",
-                f"{100 * result.chance[metric]:.2f}",
+                f"{100 * result.chance[metric]:.2f}" if metric in result.chance else "",
                 f"{result.num_items:,}" if i == 0 else "",
             )
         if 1 < len(result.parts) <= MOST_PARTS:
@@ -54,10 +54,13 @@ def print_results(results: Mapping[str, EvaluationResult], *, console: Console |
                         f"{100 * part.chance[metric]:.2f}",
                         f"{part.num_items:,}" if i == 0 else "",
                     )
-        notes += [f"{name}: {warning}" for warning in result.warnings]
+        notes += [f"{name}: {note}" for note in result.notes]
+        warnings += [f"{name}: {warning}" for warning in result.warnings]
     console = print_table(table, console=console)
     for note in notes:
-        console.print(note, style="yellow", markup=False, soft_wrap=True)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    for warning in warnings:
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
 
 def print_table(table: Table, *, console: Console | None = None) -> Console:

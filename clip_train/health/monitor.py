@@ -2,40 +2,77 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
+from clip_train.distributed.world import write_newest_collectives
 from clip_train.errors import IntegrityError
+from clip_train.health.doctor import Doctor, Facts
 from clip_train.health.events import Events
+from clip_train.health.measures import UpdateRatio, batch_measures, feature_measures
 from clip_train.health.nonfinite import NonfiniteSteps
 from clip_train.health.replicas import differing_ranks
+from clip_train.health.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import TracebackType
 
     from torch import nn
 
+    from clip_train.data.delivery import StepExchange
+    from clip_train.data.stream import BatchStream
     from clip_train.distributed.world import World
     from clip_train.schema import TrainConfig
     from clip_train.step import StepResult
+    from clip_train.tokenizer.base import Tokenizer
+    from clip_train.types import Batch
 
 REPLICAS_EVERY = 500  # steps between two comparisons of the ranks' weights
 
 
 class RunHealth:
-    """Watches one run. Every rank makes one and calls each method at the same steps.
+    """Watches one run. Every rank makes one and calls each method at the same steps. A context manager.
 
     Args:
         config: the run's config.
         run_dir: gets `events.jsonl`.
         world: the ranks.
         model: what is trained, unwrapped.
+        stream: where batches come from.
+        exchange: what this rank waits for before a step.
+        tokenizer: says how long an empty caption is.
+        total_steps: length of the run.
     """
 
-    def __init__(self, config: TrainConfig, *, run_dir: Path, world: World, model: nn.Module) -> None:
-        self._run_dir, self._world, self._model = run_dir, world, model
+    def __init__(
+        self, config: TrainConfig, *, run_dir: Path, world: World, model: nn.Module, stream: BatchStream,
+        exchange: StepExchange, tokenizer: Tokenizer, total_steps: int,
+    ) -> None:  # fmt: skip
+        self._config, self._run_dir, self._world, self._model = config, run_dir, world, model
+        self._stream, self._exchange = stream, exchange
+        self._step = 0
+        self._doctor = Doctor(Facts.of(config, steps=total_steps))
+        self._updates = UpdateRatio(model)
+        self._empty_length = tokenizer.encode_padded("")[1]
         self._events = Events(run_dir, rank=world.rank)
         self._nonfinite = NonfiniteSteps(config.on_nonfinite)
         self._compared = -1  # step at which the ranks' weights were last compared
+        self._watchdog = Watchdog(
+            run_dir, rank=world.rank, ranks=world.size, seconds=config.watchdog_seconds, state=self._state,
+            loader=self._silence, on_hang=self._on_hang,
+            on_silence=lambda message: self._events.warn("silent_loader", message, step=self._step),
+        )  # fmt: skip
+
+    def __enter__(self) -> RunHealth:
+        self._watchdog.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watchdog.__exit__(kind, error, trace)
 
     def after_step(self, result: StepResult, *, step: int) -> bool:
         """Judge the run after `step` steps; return whether it is to be rewound.
@@ -44,8 +81,12 @@ class RunHealth:
             TrainingFailed: the step before was not finite, and the run is to stop for that.
             IntegrityError: see `compare_replicas`.
         """
+        self._step = step
+        self._watchdog.stepped(step)
         if self._nonfinite.watch(result, step=step):
+            self._watchdog.entered("going back to a checkpoint")
             return True
+        self._updates.after_step(logged=step % self._config.logging.every == 0)
         if step % REPLICAS_EVERY == 0:
             self.compare_replicas(step)
         return False
@@ -58,9 +99,24 @@ class RunHealth:
         """
         self._nonfinite.rewound_to(step)
 
-    def counters(self) -> dict[str, float]:
-        """Return the counts that are logged."""
-        return {"train/nonfinite_steps": self._nonfinite.total}
+    def measures(self, result: StepResult, batch: Batch) -> dict[str, float]:
+        """Return what is logged of the run's health with the newest step. It waits for the device."""
+        return {
+            "train/nonfinite_steps": self._nonfinite.total,
+            **batch_measures(batch, empty_length=self._empty_length, world=self._world),
+            **feature_measures(result.image_features, result.text_features),
+            **self._updates.take(),
+        }
+
+    def examine(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Look at a logged row, say what is wrong with the run if that has become clear, and return the row."""
+        for finding in self._doctor.examine({"step": self._step, **row}) if self._world.is_main else ():
+            self._events.warn("doctor", finding.message, step=self._step, signature=finding.number, name=finding.name)
+        return row
+
+    def entered(self, phase: str) -> None:
+        """Tell that something longer than a step begins, such as `an evaluation`; the next step ends it."""
+        self._watchdog.entered(phase)
 
     def before_save(self, step: int) -> None:
         """Check what is about to be saved.
@@ -68,6 +124,7 @@ class RunHealth:
         Raises:
             IntegrityError: see `compare_replicas`.
         """
+        self.entered("a save")
         if self._compared != step:
             self.compare_replicas(step)
 
@@ -100,3 +157,29 @@ class RunHealth:
             TrainingFailed: it was not finite, and the run is to stop for that.
         """
         self._nonfinite.judge(last=True)
+
+    def _on_hang(self, message: str) -> None:
+        self._events.record("hang", message, step=self._step)
+        with suppress(Exception):  # nothing may keep a process that hangs from ending
+            write_newest_collectives(self._run_dir / f"rank-{self._world.rank:03d}.collectives")
+
+    def _silence(self) -> tuple[float, str] | None:
+        """Return how long this rank has waited for its own batch and why, None if it does not. From any thread."""
+        since = self._exchange.loading_since
+        return None if since is None else (time.monotonic() - since, self._stream.describe_loader())
+
+    def _state(self) -> list[str]:
+        """Return what this rank is waiting for. From any thread, without the device, which may hang."""
+        gathering = self._exchange.gathering_since
+        if loading := self._silence():
+            now = f"no batch for {loading[0]:.0f} s: {loading[1]}"
+        elif gathering is not None:
+            now = f"its batch is ready, and for {time.monotonic() - gathering:.0f} s it has waited for the other ranks"
+        else:
+            now = "its batch is on the device: it computes or waits for the other ranks' numbers"
+        first = self._exchange.consumed
+        last = first + self._config.global_batch_size - 1
+        return [now, f"newest batch: samples {first:,} to {last:,}, `{self._replay(self._step)}` shows it"]
+
+    def _replay(self, step: int) -> str:
+        return f"clip-train shards replay {self._run_dir} --step {step}"

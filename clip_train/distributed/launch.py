@@ -1,0 +1,134 @@
+"""What the launcher says: which rank this process is, and where the ranks meet."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import NamedTuple
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from clip_train.errors import UserError
+
+
+class Ranks(NamedTuple):
+    """This process among those of a run."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+class _Launcher(NamedTuple):
+    name: str
+    rank: str
+    size: str
+    local_rank: str
+
+
+_TORCHRUN = _Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+# The batch script of a SLURM job also has SLURM_PROCID and SLURM_NTASKS; only srun sets the size of a step.
+_OTHERS = (
+    _Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    _Launcher("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+
+
+def ranks_from_environment() -> Ranks:
+    """Return which process this is by the variables of torchrun, else of srun, else of mpirun; alone without any.
+
+    Raises:
+        UserError: a variable is missing, is no number, or contradicts another.
+    """
+    found = {name: os.environ[name] for name in _TORCHRUN[1:] if name in os.environ}
+    others = [ranks for launcher in _OTHERS if (ranks := _read(launcher)).size > 1]
+    if not found or found == {"WORLD_SIZE": "1"}:
+        return others[0] if others else Ranks(0, 1, 0)
+    missing = [name for name in _TORCHRUN[1:] if name not in found]
+    if missing:
+        raise UserError(
+            f"{', '.join(found)} set but {', '.join(missing)} missing: start several processes with torchrun"
+        )
+    ranks = _read(_TORCHRUN)
+    by_hand = "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun itself may well be one task of srun
+    if by_hand and others and others[0] != ranks:
+        raise UserError(
+            f"the environment contradicts itself: {_TORCHRUN.name}'s variables say {ranks}, not {others[0]}"
+        )
+    return ranks
+
+
+def _read(launcher: _Launcher) -> Ranks:
+    found = {name: os.environ.get(name) for name in launcher[1:]}
+    if launcher is not _TORCHRUN and None in found.values():
+        return Ranks(0, 1, 0)
+    try:
+        ranks = Ranks(*(int(value or "") for value in found.values()))
+    except ValueError as error:
+        raise UserError(f"{', '.join(found)} must be integers, not {found}") from error
+    if not 0 <= ranks.rank < ranks.size:
+        raise UserError(f"{launcher.rank}={ranks.rank} must lie in [0, {launcher.size}={ranks.size})")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    if not 0 <= ranks.local_rank < here:
+        raise UserError(f"{launcher.local_rank}={ranks.local_rank} must lie in [0, {here}), the ranks of this machine")
+    return ranks
+
+
+def open_store(ranks: Ranks, *, seconds: float) -> Store:
+    """Return the key-value store over which the ranks find each other; rank 0 hosts it where torchrun does not.
+
+    Raises:
+        UserError: it is not told where the store is, or its port is taken, or nobody answers there in time.
+    """
+    address, port = _master()
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    opened: Future[Store] = Future()
+
+    def connect() -> None:
+        try:
+            opened.set_result(
+                TCPStore(
+                    address, port, is_master=ranks.rank == 0 and not hosted, timeout=timedelta(seconds=seconds),
+                    wait_for_workers=False, multi_tenant=not hosted,
+                )
+            )  # fmt: skip
+        except Exception as error:
+            opened.set_exception(error)
+
+    # In a thread, since a server that is no store may take the connection and then be silent for ever.
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        store = opened.result(timeout=seconds + 5)
+    except (DistError, TimeoutError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT={port} is in use on {socket.gethostname()}: choose another one, or start with "
+                "torchrun --standalone, which finds a free port"
+            ) from error
+        absent = "torchrun's agent" if hosted else "rank 0"
+        raise UserError(
+            f"{absent} is missing: no answer from it at MASTER_ADDR={address} MASTER_PORT={port} in {seconds:.0f} s"
+        ) from error
+    # On one machine torchrun may keep one store for all restarts; with several it makes a new one each time, and the
+    # machines may count restarts differently.
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "ranks", store)
+
+
+def _master() -> tuple[str, int]:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} missing: the host of rank 0 and a free port on it; torchrun sets them, and "
+            "scripts/slurm.sh shows how to with srun"
+        )
+    try:
+        port = int(os.environ["MASTER_PORT"])
+    except ValueError:
+        port = 0
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} must be a port from 1 to 65535")
+    return os.environ["MASTER_ADDR"], port

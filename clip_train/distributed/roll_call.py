@@ -1,0 +1,165 @@
+"""Know which rank is missing when a collective fails, which says no more than "connection closed by peer".
+
+Every rank writes a sign of life into the store of the process group each second, and when it leaves, why. The store
+works when collectives do not; a rank that waits in one gives signs of life, and one that is killed or stopped does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+import time
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
+
+from clip_train.errors import ClipTrainError, IntegrityError, TrainingFailed, UserError
+
+if TYPE_CHECKING:
+    from clip_train.distributed.launch import Ranks
+
+SECONDS_BETWEEN_SIGNS = 1.0
+SECONDS_OF_SILENCE = 4.0  # after which a rank counts as gone
+_ERRORS = {UserError.exit_code: UserError, IntegrityError.exit_code: IntegrityError}
+
+
+class _Sign(NamedTuple):
+    """What a rank wrote last."""
+
+    number: int
+    step: int | None
+    left: bool = False
+    code: int = 0
+    reason: str = ""
+    followed: bool = False  # it left because others were missing
+
+
+class RollCall:
+    """The signs of life of all ranks.
+
+    Args:
+        store: seen by all ranks.
+        ranks: which of them this process is.
+    """
+
+    def __init__(self, store: Store, *, ranks: Ranks) -> None:
+        self.step: int | None = None  # steps that this rank has done; the trainer keeps it
+        self._store, self._rank, self._size = store, ranks.rank, ranks.size
+        self._closed = threading.Event()
+        self._signs = threading.Thread(target=self._give_signs, name="signs of life", daemon=True)
+
+    def check_in(self, *, seconds: float) -> None:
+        """Return when all ranks are here.
+
+        Raises:
+            UserError: the ranks contradict each other, or some did not come within `seconds`.
+        """
+        keys = [f"here/{rank}" for rank in range(self._size)]
+        try:
+            if self._store.add(f"arrivals/{self._rank}", 1) > 1:
+                raise UserError(f"several processes have RANK={self._rank}, or another run uses this MASTER_PORT")
+            self._store.set(keys[self._rank], str(self._size))
+            self._store.wait(keys, timedelta(seconds=seconds))
+            sizes = [int(self._store.get(key)) for key in keys]
+        except DistError as error:
+            raise UserError(self._who_did_not_come(keys, seconds=seconds)) from error
+        if len(set(sizes)) > 1:
+            raise UserError(f"the ranks were started with different WORLD_SIZE: {sizes} of rank 0, 1, …")
+
+    def start(self) -> None:
+        """Give signs of life from now on."""
+        self._signs.start()
+
+    def leave(self, *, code: int, reason: str, followed: bool) -> None:
+        """Tell the other ranks that this one ends, why, and whether it only follows ranks that are missing."""
+        self._closed.set()
+        if self._signs.ident is not None:
+            self._signs.join(SECONDS_OF_SILENCE)
+        self._write(_Sign(-1, self.step, left=True, code=code, reason=reason, followed=followed))
+
+    def announce(self, name: str) -> None:
+        """Tell the other ranks that something is done."""
+        with contextlib.suppress(DistError):  # they do not depend on it
+            self._store.set(name, "")
+
+    def await_announcement(self, name: str, *, seconds: float) -> None:
+        """Wait until another rank has announced `name`, at most so long, and not for a rank that is gone."""
+        with contextlib.suppress(DistError):
+            self._store.wait([name], timedelta(seconds=seconds))
+
+    def explain(self, error: BaseException) -> ClipTrainError | None:
+        """Return which ranks are missing as the reason of a failed collective, None if `error` is something else."""
+        if not isinstance(error, DistError) and not re.search(r"/gloo/|NCCL", str(error)):
+            return None
+        timed_out = "timed out" in str(error).lower()
+        found: Future[ClipTrainError | None] = Future()
+
+        def look() -> None:
+            try:
+                found.set_result(self._find_missing(timed_out=timed_out))
+            except DistError:
+                found.set_result(TrainingFailed("rank 0 or the launcher is gone: the ranks' store no longer answers"))
+
+        threading.Thread(target=look, daemon=True).start()  # a store whose process is stopped never answers
+        try:
+            missing = found.result(timeout=3 * SECONDS_OF_SILENCE)
+        except TimeoutError:
+            missing = TrainingFailed("rank 0 or the launcher gives no sign of life: the ranks' store does not answer")
+        return missing or TrainingFailed(f"the ranks no longer reach each other: {str(error).splitlines()[0]}")
+
+    def _find_missing(self, *, timed_out: bool) -> ClipTrainError | None:
+        before = self._read()
+        deadline = time.monotonic() + SECONDS_OF_SILENCE
+        while True:
+            newest = self._read()
+            first = next(((rank, sign) for rank, sign in newest.items() if sign.left and not sign.followed), None)
+            if first is not None:
+                rank, sign = first
+                text = f"rank {rank} left {_at(sign.step)}" + (f": {sign.reason}" if sign.code else "")
+                return _ERRORS.get(sign.code, TrainingFailed)(text)
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.2)
+        silent = {rank: sign for rank, sign in newest.items() if sign == before[rank] and not sign.left}
+        if not silent:
+            return None
+        whom = " and ".join(f"rank {rank}, last seen {_at(sign.step)}," for rank, sign in silent.items())
+        what = "no sign of life: stopped or hanging" if timed_out else "gone: killed, out of memory, or cut off"
+        return TrainingFailed(f"{whom} {'gives' if timed_out else 'is'} {what}")
+
+    def _give_signs(self) -> None:
+        count = 0
+        while not self._closed.wait(SECONDS_BETWEEN_SIGNS if count else 0):
+            count += 1
+            self._write(_Sign(count, self.step))
+
+    def _write(self, sign: _Sign) -> None:
+        try:
+            self._store.set(f"sign/{self._rank}", json.dumps(sign))
+        except DistError:
+            self._closed.set()  # the store is gone, and a collective will tell
+
+    def _read(self) -> dict[int, _Sign]:
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        known = [rank for rank in others if self._store.check([f"sign/{rank}"])]
+        signs = {rank: _Sign(*json.loads(self._store.get(f"sign/{rank}"))) for rank in known}
+        return {rank: signs.get(rank, _Sign(0, None)) for rank in others}
+
+    def _who_did_not_come(self, keys: list[str], *, seconds: float) -> str:
+        try:
+            absent = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+        except DistError:
+            absent = ["0"]  # it took the store with it
+        ranks = f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(absent)}"
+        return (
+            f"{ranks} of WORLD_SIZE={self._size} did not come within {seconds:.0f} s: start every rank, or one process "
+            "without RANK and WORLD_SIZE"
+        )
+
+
+def _at(step: int | None) -> str:
+    return "before the first step" if step is None else f"at step {step:,}"
