@@ -173,7 +173,7 @@ def write_lines(
     for name, result in results.items():
         published = evaluations[name].benchmark
         metrics = {**result["metrics"], "main_metric": scores[name]}
-        line = {"key": published.key or name, "dataset": published.title or name, "metrics": metrics}
+        line = {"key": published.task or name, "dataset": published.title or name, "metrics": metrics}
         lines.append(json.dumps(line) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -30,7 +30,7 @@ def test_every_set_is_looked_for_below_the_root(tmp_path):
 
 def test_datacomp_has_38_sets_in_its_means():
     config = suite_in("/data", suite="datacomp")
-    published = {one.benchmark.key: one.benchmark for one in config.evaluation.values()}
+    published = {one.benchmark.task: one.benchmark for one in config.evaluation.values()}
     assert len(published) == len(config.evaluation) == 38
     sizes = {name: sum(name in one.part_of for one in published.values()) for name in ("ImageNet", "shifts", "VTAB")}
     assert sizes == {"ImageNet": 1, "shifts": 6, "VTAB": 13}
