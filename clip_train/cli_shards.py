@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from clip_train.errors import IntegrityError
+from clip_train.data.shards.layouts import Layout
+from clip_train.errors import IntegrityError, UserError
 
 CORES = os.cpu_count() or 1
 
@@ -59,11 +60,33 @@ def shards_make(
     seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
     jobs: Jobs = CORES,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show five pairs and write nothing.")] = False,
+    layout: Annotated[
+        Layout, typer.Option(help="train; or eval: a set in clip-benchmark's layout, in the input's order.")
+    ] = Layout.train,
+    split: Annotated[str, typer.Option(help="Of --layout eval: which part is read and written.")] = "test",
+    classnames: Annotated[str, typer.Option(help="Of --layout eval, as evaluation.NAME.classnames.")] = "auto",
+    templates: Annotated[str, typer.Option(help="Of --layout eval, as evaluation.NAME.templates.")] = "auto",
 ) -> None:
     """Turn pictures and captions into shuffled, indexed WebDataset shards.
 
     A run that was killed continues when it is started again with the same arguments.
     """
+    if layout is Layout.eval:
+        for option, given in (
+            ("--val", val), ("--image-col", image_col), ("--caption-col", caption_col), ("--sep", sep),
+            ("--template", template), ("--resize", resize), ("--dry-run", dry_run), ("--no-shuffle", not shuffle),
+        ):  # fmt: skip
+            if given:
+                raise UserError(f"{option} means nothing for --layout eval, which keeps pictures and order as they are")
+        from clip_train.tools.evaluation_set import make_evaluation_set
+
+        print(
+            make_evaluation_set(
+                source, out, split=split, images=images, classnames=classnames, templates=templates,
+                samples_per_shard=shard_size,
+            )
+        )  # fmt: skip
+        return
     from clip_train.data.shards.inputs.pair import InputOptions
     from clip_train.data.shards.make import MakeOptions, make_shards
     from clip_train.data.shards.preview import preview_pairs

@@ -8,17 +8,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.config import EMA_SUFFIX, CheckpointConfig
 from clip_train.data.config import DataConfig, Reader
 from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
+from clip_train.evaluation.calibrate.config import CalibrateConfig
 from clip_train.evaluation.choose.config import ChooseConfig
 from clip_train.evaluation.classify.config import ClassifyConfig
-from clip_train.evaluation.config import EvaluationConfig
+from clip_train.evaluation.config import EvaluationConfig, ReferenceConfig
 from clip_train.evaluation.group_audit.config import GroupAuditConfig
+from clip_train.evaluation.probe.config import ProbeConfig
+from clip_train.evaluation.reject.config import RejectConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
+from clip_train.evaluation.scorecard.config import ScorecardConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
 from clip_train.model.config import ModelConfig
@@ -37,10 +42,14 @@ CHOICES: dict[str, dict[str, type]] = {
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
     "evaluation": {
+        "calibrate": CalibrateConfig,
         "choose": ChooseConfig,
         "classify": ClassifyConfig,
         "group_audit": GroupAuditConfig,
+        "probe": ProbeConfig,
+        "reject": RejectConfig,
         "retrieve": RetrieveConfig,
+        "scorecard": ScorecardConfig,
     },
     "logging": {"default": LoggingConfig},
 }
@@ -52,7 +61,7 @@ NAMED = ("tokenizer", "loss", "optim")
 
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
-    "profile", "data.train", "data.workers", "data.cache", "data.on_change",
+    "profile", "watchdog_seconds", "data.train", "data.workers", "data.cache", "data.on_change",
     "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
@@ -102,6 +111,10 @@ class TrainConfig:
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """When a loss or gradient is NaN or infinite: `stop`; `skip_step`, at most 10 in a row; or `rewind` to the newest
     checkpoint and on with the data after the bad batch, at most 3 times to one. Weights stay finite in any case."""
+    watchdog_seconds: float | None = 270.0
+    """Seconds without a step after which a process counts as hung: it writes the stacks of its threads to
+    `rank-NNN.stacks.txt` in run_dir and ends with code 70. The first step, evaluations and saves may take 12 times as
+    long, and no step counts as hung before 10 times the longest one so far. null: never."""
     profile: str | None = None
     """Steps to trace, as FIRST:LAST or one number, counted from 1: `profile=10:13` writes torch profiler traces to
     `profile/` in run_dir. null: none."""
@@ -118,6 +131,7 @@ class TrainConfig:
     too if `optim.ema_decay` keeps one, as NAME_ema."""
 
     def __post_init__(self) -> None:
+        self.run_dir = str(Path(self.run_dir).expanduser())
         if isinstance(self.micro_batch_size, str):
             if self.micro_batch_size != "auto":
                 raise UserError(f"micro_batch_size={self.micro_batch_size} must be a number, auto or null")
@@ -128,7 +142,7 @@ class TrainConfig:
                 )
         elif self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise UserError(f"micro_batch_size={self.micro_batch_size} must be positive")
-        for key in ("global_batch_size", "steps", "samples", "epochs", "max_hours"):
+        for key in ("global_batch_size", "steps", "samples", "epochs", "max_hours", "watchdog_seconds"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UserError(f"{key}={value} must be positive")
@@ -233,10 +247,11 @@ class EvaluateConfig:
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
     """Evaluations by name; empty: those that the run was trained with."""
     suite: str | None = None
-    """A list of evaluations under configs/suite/, such as `imagenet_shifts`: those whose data are there are run, the
+    """A list of evaluations under configs/suite/, such as `imagenet`: those whose data are there are run, the
     others are listed. null: none."""
     evaluation_root: str | None = None
     """Folder that holds a suite's evaluation sets."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     def __post_init__(self) -> None:
         if self.suite is not None and self.evaluation_root is None:

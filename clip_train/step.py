@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from clip_train.distributed.batch_norm import batch_norms, uncounted
-from clip_train.distributed.parallel import average_scalars, gradient_sync, is_sharded, whole
+from clip_train.distributed.parallel import average_scalars, gradient_sync
+from clip_train.distributed.shards import is_sharded, own_part, whole
 from clip_train.errors import UserError
 from clip_train.loss.captions import caption_ids
 from clip_train.types import Batch, Features
@@ -40,6 +41,9 @@ class StepResult(NamedTuple):
     logit_scale: Tensor  # [] after the update, a logarithm
     skipped: Tensor  # [] bool, equal on all ranks: the update was dropped, weights and optimizer are as before
     finite: Tensor  # [] bool, equal on all ranks: False for a fault; float16 overflow skips but is none
+    grad_norms: Tensor  # [P] of each parameter's gradient, as `trained_names` orders them; of its own part if sharded
+    image_features: Tensor  # [B, D] of this rank's rows, unit length
+    text_features: Tensor  # [B, D]
 
 
 class TrainStep:
@@ -84,10 +88,11 @@ class TrainStep:
             UserError: the batch cannot be cut into equal micro-batches.
         """
         self._wrapped.train()
+        self._world.stalls.begin_step(device=self._world.device)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         loss = self.backward(batch, step=step)
-        grad_norm, skipped, finite = self._update(loss)
+        grad_norm, grad_norms, skipped, finite = self._update(loss)
         self._model.clamp_logit_scale_()
         if self._ema is not None:
             self._ema.update()
@@ -99,6 +104,9 @@ class TrainStep:
             logit_scale=self._model.logit_scale.detach().clone(),
             skipped=skipped,
             finite=finite,
+            grad_norms=grad_norms,
+            image_features=self._features[0],
+            text_features=self._features[1],
         )
 
     def backward(self, batch: Batch, *, step: int) -> Tensor:
@@ -121,6 +129,7 @@ class TrainStep:
             attached = self._forward(parts[last], step=step, j=last, on_text=start_gather)
             images = [*(_leaf(features.image, like=attached.image) for features in cached), attached.image]
             joined = attached._replace(image=torch.cat(images) if last else attached.image, text=ported[0])
+            self._features = joined.image.detach(), joined.text.detach()
             loss = self._loss(joined, batch)
             (loss * self.loss_scale.value).backward()
         for j in range(last):
@@ -146,11 +155,12 @@ class TrainStep:
             losses = self._loss_fn(features, valid=batch.valid, caption_ids=ids)
         return torch.stack(list(losses.values())).sum()
 
-    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Clip and apply the gradient, unless something is not finite; decided on the device, alike on all ranks."""
         (bad_loss,) = average_scalars(self._model, world=self._world, with_them=[~loss.isfinite()])
         scale = self.loss_scale.value
-        norm = _gradient_norm(self._model) / scale
+        norms, total = _gradient_norms(self._model)
+        norm = total / scale
         finite_loss = bad_loss == 0
         skipped = ~(norm.isfinite() & finite_loss)
         shrink = torch.ones_like(norm)
@@ -163,7 +173,7 @@ class TrainStep:
         self._optimizer.step()
         finite = finite_loss & (~skipped | self.loss_scale.may_shrink())
         self.loss_scale.update(overflow=skipped)
-        return norm, skipped, finite
+        return norm, norms / scale, skipped, finite
 
     def _cut(self, batch: Batch) -> list[Batch]:
         rows = len(batch.images)
@@ -211,12 +221,27 @@ def _leaf(features: Tensor, *, like: Tensor) -> Tensor:
     return features.detach().requires_grad_(like.requires_grad)
 
 
-def _gradient_norm(model: CLIP) -> Tensor:
-    """Return the 2-norm [] of all gradients together. Called by every rank: parts of sharded ones are summed."""
+def trained_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that get gradients, in the order of `StepResult.grad_norms`."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [name for kind in (True, False) for name, p in trained if is_sharded(p) is kind]
+
+
+def _gradient_norms(model: CLIP) -> tuple[Tensor, Tensor]:
+    """Return the 2-norms [P] of the gradients and the norm [] of all, for which ranks sum up their parts."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    kinds = [[g for g in gradients if is_sharded(g) is kind] for kind in (True, False)]
-    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
-    return torch.stack([norm.to(model.logit_scale.device) for norm in norms]).norm()  # sharded ones may be offloaded
+    device = model.logit_scale.device  # sharded ones may be offloaded
+    each: list[Tensor] = []
+    totals: list[Tensor] = []
+    if sharded := [g for g in gradients if is_sharded(g)]:
+        norms = [torch.linalg.vector_norm(g) for g in sharded]
+        totals.append(whole(torch.linalg.vector_norm(torch.stack(norms))).to(device))
+        each += [own_part(norm).to(device) for norm in norms]
+    if plain := [g for g in gradients if not is_sharded(g)]:
+        norms = list(torch._foreach_norm(plain))
+        totals.append(torch.linalg.vector_norm(torch.stack(norms)))
+        each += norms
+    return torch.stack(each), torch.stack(totals).norm()
 
 
 def _random_seed(*parts: int) -> int:

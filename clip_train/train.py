@@ -34,7 +34,7 @@ from clip_train.model.finetune import layers_above
 from clip_train.model.flops import training_flops
 from clip_train.progress import Progress, rewind
 from clip_train.schema import TrainConfig
-from clip_train.starting_point import suited_to
+from clip_train.starting_point import require_precision, suited_to
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         attempt = stack.enter_context(Attempt(run_dir))
         world = attempt.join(config.distributed.build(device=config.device), config=config.distributed)
         stack.callback(stop_world)
+        require_precision(config.precision.value, device=world.device)
         tokenizer = config.tokenizer.build(
             context_length=config.model.text.context_length, kept_in=None if config.resume == "never" else run_dir
         )
@@ -82,8 +83,9 @@ def train(config: TrainConfig) -> dict[str, float]:
         ema = config.optim.build_ema(model)
         micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world)
         config = replace(config, micro_batch_size=micro_batch_size)
+        loss_fn = config.build_loss(world=world)
         train_step = TrainStep(
-            model, wrapped=wrapped, loss_fn=config.build_loss(world=world), optimizer=optimizer, ema=ema, world=world,
+            model, wrapped=wrapped, loss_fn=loss_fn, optimizer=optimizer, ema=ema, world=world,
             seed=config.seed, precision=precision, max_grad_norm=config.optim.max_grad_norm,
             micro_batch_size=micro_batch_size,
         )  # fmt: skip
@@ -129,7 +131,12 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         stack.callback(exchange.close)
 
-        health = RunHealth(config, run_dir=run_dir, world=world, model=model)
+        health = stack.enter_context(
+            RunHealth(
+                config, run_dir=run_dir, world=world, model=model, loss_fn=loss_fn, stream=stream, exchange=exchange,
+                tokenizer=tokenizer, total_steps=total_steps,
+            )
+        )  # fmt: skip
 
         def save() -> None:
             health.before_save(progress.step)
@@ -158,7 +165,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             flops = training_flops(config.model, lengths=batch.lengths.tolist())
             metrics.add(measures(result), seconds_waiting=seconds_waiting, flops=flops)
             profiler.after(progress.step)
-            if health.after_step(result, step=progress.step):
+            if health.after_step(result, batch, step=progress.step):
                 # Every rank saw the same flag: weights go back, the data goes on after the bad batch.
                 health.rewound_to(rewind(checkpointer, progress=progress))
                 metrics.rewind(progress.step)
@@ -167,8 +174,10 @@ def train(config: TrainConfig) -> dict[str, float]:
             # All ranks reach each of these at the same step; only rank 0 writes.
             if due(progress.step, every=config.logging.every, total=total_steps):
                 bad = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
-                values = {"train/learning_rate": rate, **health.counters(), **bad}
-                newest |= metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
+                values = {"train/learning_rate": rate, **health.measures(result, batch), **bad}
+                newest |= health.examine(
+                    metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
+                )
             chosen = {
                 n: e
                 for n, e in evaluators.items()
@@ -176,6 +185,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             }
             scores: dict[str, float] = {}
             if chosen:
+                health.entered("an evaluation")
                 scores = run_evaluations(
                     chosen, model, ema=ema, world=world, out=run_dir / "evaluation" / f"step-{progress.step:08d}",
                     name=config.model.name, weights=f"{config.name}, step {progress.step}",

@@ -8,6 +8,7 @@ does each show. All of them then train, stop or fail, at the same step. No rank 
 from __future__ import annotations
 
 import struct
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -43,6 +44,12 @@ class StepExchange:
         run_dir: the run's directory.
         world: the ranks.
         step, consumed: steps done and samples seen; what an earlier attempt wrote of later ones is dropped.
+
+    Attributes:
+        loading_since: while this rank waits for its own batch, when that began on the monotonic clock; else None.
+        gathering_since: while it has its batch and waits for the other ranks' word, when that began; else None.
+        seconds_loading: how long it waited for its own batches so far.
+        consumed: first slot of the newest batch.
     """
 
     def __init__(
@@ -54,6 +61,10 @@ class StepExchange:
             cut_ledgers(run_dir, consumed=consumed)
             self._audit = AuditTrail(run_dir, step=step)
         self._ledger = BadLedger(run_dir, rank=world.rank)
+        self.loading_since: float | None = None
+        self.gathering_since: float | None = None
+        self.seconds_loading = 0.0
+        self.consumed = consumed
 
     def next(self, *, step: int, stop: StopReason) -> Delivery:
         """Return the rows of a step, counted from 1, unless a rank asks to `stop`. Every rank calls it.
@@ -64,15 +75,19 @@ class StepExchange:
         """
         batch: Batch | None = None
         error: Exception | None = None
+        self.loading_since = asked = time.monotonic()
         try:
             batch = next(self._batches)
         except Exception as raised:  # whatever it is, the other ranks must hear of it
             error = raised
+        self.loading_since = None
+        self.seconds_loading += time.monotonic() - asked
         report = None if error else self._stream.take_report()
         ranks = self._exchange(report, stop=stop)
         if any(not row.delivered for row in ranks):
             self._raise(error)
         assert report is not None
+        self.consumed = report.consumed
         if any(row.consumed != report.consumed for row in ranks):
             raise TrainingFailed(f"the ranks stand at different samples: {[row.consumed for row in ranks]}")
         reason = max(row.stop for row in ranks)
@@ -92,7 +107,9 @@ class StepExchange:
 
     def _exchange(self, report: StepReport | None, *, stop: StopReason) -> list[_Words]:
         words = [int(stop), 0, 0, 0, 0] if report is None else [int(stop), 1, *_as_words(report)]
+        self.gathering_since = time.monotonic()
         ranks = all_gather(torch.tensor([words]), world=self._world, group=self._world.host_group)
+        self.gathering_since = None
         return [
             _Words(StopReason(level), bool(delivered), consumed, _unsigned(id_hash), num_bad)
             for level, delivered, consumed, id_hash, num_bad in ranks.tolist()

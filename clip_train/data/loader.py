@@ -24,13 +24,15 @@ from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
 from clip_train.data.remote.spool import Spool, check_room
 from clip_train.data.segments import Segment, SegmentSource, continued, differences
 from clip_train.data.stream import BatchStream, StepReport
-from clip_train.data.workers import WorkerFailed, WorkerFailures, WorkerTasks, open_loader, start_worker_server
+from clip_train.data.workers import BATCHES_UNDER_WAY, WorkerFailed, WorkerTasks, open_loader, start_worker_server
 from clip_train.errors import IntegrityError, UserError
 from clip_train.types import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from clip_train.data.dataset import RowFiller
@@ -78,13 +80,12 @@ class TrainStream(BatchStream):
             )
         super().__init__(
             num_samples=samples - samples % global_batch_size if drop_last else samples,
-            global_batch_size=global_batch_size, max_bad_fraction=max_bad_fraction,
+            global_batch_size=global_batch_size, max_bad_fraction=max_bad_fraction, workers=workers,
         )  # fmt: skip
         self.sources = tuple(sources)
         self._weights = weights
         self._world = world
         self._seed = seed
-        self._workers = workers
         self._lanes, self._window = lanes, window
         self._drop_last, self._new_segment = drop_last, new_segment
         self._source_orders = [
@@ -99,6 +100,7 @@ class TrainStream(BatchStream):
         self._warn_of_duplicates_in_a_batch()
         self._dataset = SampleDataset(
             sources, order=self.order, global_batch_size=global_batch_size, substitute=substitute, filler=filler,
+            activity=self._activity,
         )  # fmt: skip
         self._spool: Spool | None = None
         check_room(sources, lanes=lanes, window=window, world=world)
@@ -127,7 +129,6 @@ class TrainStream(BatchStream):
         return self._batches
 
     def _generate(self, consumed: int) -> Generator[Batch, None, None]:
-        failures = WorkerFailures()
         while True:  # once, and again after each failure of a worker
             sampler = TaskSampler(
                 self.order, world=self._world, global_batch_size=self._global_batch_size, start=consumed
@@ -145,7 +146,18 @@ class TrainStream(BatchStream):
                         if self._spool is not None:
                             self._spool.advance(consumed)
             except WorkerFailed as failure:
-                failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
+                self._failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
+                # Whatever ended the worker is among the batches under way.
+                self._dataset.careful_until = consumed + BATCHES_UNDER_WAY * self._global_batch_size
+
+    def sample_names(self, slots: NDArray[np.int64]) -> list[str]:
+        """Return shard and number of the samples at `slots`; where one was bad, another stood in for it."""
+        places = zip(*(column.tolist() for column in self.order.locate(slots)), strict=True)
+        return [f"({self.shard_name(source, shard)}, sample {index})" for source, shard, index in places]
+
+    def shard_name(self, source: int, shard: int) -> str:
+        """Return the name of a shard below its source."""
+        return self.sources[source].shard_name(shard)
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
         """Return what identifies the stream and its place, alike on all ranks: all a resume has to compare."""

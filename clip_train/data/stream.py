@@ -6,10 +6,15 @@ from abc import ABC, abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from clip_train.data.activity import Activity
 from clip_train.data.bad import BadSamples
+from clip_train.data.workers import WorkerFailures
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from clip_train.data.bad import BadSample
     from clip_train.types import Batch
@@ -30,9 +35,12 @@ class BatchStream(ABC):
         num_samples: samples of an epoch.
     """
 
-    def __init__(self, *, num_samples: int, global_batch_size: int, max_bad_fraction: float) -> None:
+    def __init__(self, *, num_samples: int, global_batch_size: int, max_bad_fraction: float, workers: int) -> None:
         self.num_samples = num_samples
         self._global_batch_size = global_batch_size
+        self._workers = workers
+        self._activity = Activity(workers)
+        self._failures = WorkerFailures()
         self._bad = BadSamples(max_bad_fraction)
         self._reports: deque[StepReport] = deque()
         self._batches: Generator[Batch, None, None] | None = None
@@ -51,6 +59,23 @@ class BatchStream(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was called. Before the first batch."""
+
+    @abstractmethod
+    def shard_name(self, source: int, shard: int) -> str:
+        """Return the name of a shard, for messages."""
+
+    def sample_names(self, slots: NDArray[np.int64]) -> list[str]:
+        """Return which samples stand at `slots`, for messages; empty names where that cannot be known any more."""
+        return [""] * len(slots)
+
+    def describe_loader(self) -> str:
+        """Return what the loader of this rank is doing now, such as `4 of 4 workers reading 00012.tar for 61 s`."""
+        return self._activity.describe(self.shard_name)
+
+    @property
+    def loader_rebuilds(self) -> int:
+        """How often workers of this rank were replaced in this process."""
+        return self._failures.total
 
     def take_report(self) -> StepReport:
         """Return what the oldest batch that was yielded and not yet asked about consists of."""

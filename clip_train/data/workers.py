@@ -28,6 +28,7 @@ WORKER_START_METHOD = "forkserver"
 WORKER_POLL_SECONDS = 1.0  # between two looks at whether the workers live
 # A worker that is silent for so long hangs. Below the 120 s after which other ranks give up waiting for this one.
 WORKER_TIMEOUT_SECONDS = 100.0
+BATCHES_UNDER_WAY = 4  # at most: the one that is waited for, two ahead, and the pieces of another
 MAX_WORKER_FAILURES = 3  # within so many steps:
 WORKER_FAILURE_STEPS = 1000
 _PRELOADED = ["clip_train.data.dataset", "clip_train.data.sequential"]
@@ -178,6 +179,7 @@ class WorkerFailures:
     """Decides whether a loader may be built once more after a failure."""
 
     def __init__(self) -> None:
+        self.total = 0
         self._steps: deque[int] = deque(maxlen=MAX_WORKER_FAILURES)
 
     def judge(self, failure: WorkerFailed, *, step: int, where: str) -> None:
@@ -192,4 +194,5 @@ class WorkerFailures:
                 f"time {where}: {failure}"
             ) from failure
         self._steps.append(step)
+        self.total += 1
         logger.warning("a loader worker failed %s and is replaced: %s", where, failure)

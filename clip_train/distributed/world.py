@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,9 @@ from clip_train.distributed.launch import open_store, ranks_from_environment
 from clip_train.distributed.roll_call import RollCall
 from clip_train.distributed.stalls import Stalls
 from clip_train.errors import UserError
+
+# NCCL remembers its newest collectives and writes them to TORCH_FR_DUMP_TEMP_FILE + rank when one never ends.
+_FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,8 @@ def start_world(
         roll_call = RollCall(store, ranks=ranks)
         roll_call.check_in(seconds=timeout_seconds)
         name = backend if backend != "auto" else ("nccl" if chosen.type == "cuda" else "gloo")
+        if name == "nccl":
+            os.environ.update({**_FLIGHT_RECORDER, **os.environ})
         backends = "cpu:gloo,cuda:nccl" if host_tensors and name == "nccl" else name
         dist.init_process_group(
             backends, store=PrefixStore("collectives", store), rank=ranks.rank, world_size=ranks.size,
@@ -80,6 +87,14 @@ def set_timeout(seconds: float) -> None:
     if dist.is_initialized():
         for group in list(distributed_c10d._world.pg_map):
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def write_newest_collectives(path: Path) -> None:
+    """Write what NCCL's flight recorder remembers of this rank to `path`, for torch's `torchfrtrace`; else nothing."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
+
+        path.write_bytes(_dump_nccl_trace())
 
 
 def stop_world() -> None:

@@ -56,6 +56,10 @@ class DualEncoder(Protocol):
 
     training: bool
 
+    @property
+    def logit_scale(self) -> Tensor:
+        """[] log of the factor that turns cosines into logits."""
+
     def train(self, mode: bool = True) -> DualEncoder:
         """Set training or evaluation mode."""
 
@@ -64,6 +68,9 @@ class DualEncoder(Protocol):
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, D] of tokens [B, L]."""
+
+    def pool_image(self, images: Tensor) -> Tensor:
+        """Return features [B, W] of raw pixels before the projection to D dimensions."""
 
 
 class PrefixEncoder:
@@ -80,6 +87,11 @@ class PrefixEncoder:
         self._model, self._embed_dim = model, embed_dim
         self.training = model.training
 
+    @property
+    def logit_scale(self) -> Tensor:
+        """The model's own."""
+        return self._model.logit_scale
+
     def train(self, mode: bool = True) -> PrefixEncoder:
         """Set training or evaluation mode of the model."""
         self._model.train(mode)
@@ -93,6 +105,10 @@ class PrefixEncoder:
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, embed_dim] of tokens [B, L]."""
         return self._cut(self._model.encode_text(tokens, normalize=normalize), normalize)
+
+    def pool_image(self, images: Tensor) -> Tensor:
+        """Return features [B, W] before the projection, which are whole."""
+        return self._model.pool_image(images)
 
     def _cut(self, features: Tensor, normalize: bool) -> Tensor:
         features = features[:, : self._embed_dim]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from clip_train.distributed.collectives import gather_objects
-from clip_train.distributed.parallel import is_sharded
+from clip_train.distributed.shards import is_sharded, own_part
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,9 +55,8 @@ def differing_ranks(model: nn.Module, *, world: World) -> Differing | None:
     names, hashes, shared_by = [], [], []
     for name, parameter in model.named_parameters():
         names.append(name)
-        sharded = is_sharded(parameter)
-        shared_by.append(_part_of(parameter) if sharded else ())
-        hashes.append(bit_hash(cast("Any", parameter).to_local() if sharded else parameter).to(world.device))
+        shared_by.append(_part_of(parameter) if is_sharded(parameter) else ())
+        hashes.append(bit_hash(own_part(parameter)).to(world.device))
     ours = torch.stack(hashes).tolist()
     copied, parts = (_total(ours, shared_by, sharded=kind) for kind in (False, True))
     place = next(filter(None, shared_by), ())

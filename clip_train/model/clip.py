@@ -76,6 +76,14 @@ class CLIP(TextTransformer):
         """
         return images if images.ndim == 2 else _finish(self.visual(images), normalize)
 
+    def pool_image(self, images: Tensor) -> Tensor:
+        """Return the image tower's features before the projection to the shared embedding, [B, W] in float32.
+
+        Args:
+            images: uint8 [B, H, W, 3] or float [B, 3, H, W], see `encode_image`.
+        """
+        return _finish(self.visual.pool(images), normalize=False)
+
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Embed captions int64 [B, L], zero-padded after the end token, to [B, D], by default of unit length."""
         return _finish(self.embed_text(tokens), normalize)

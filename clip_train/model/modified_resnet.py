@@ -46,7 +46,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attend from the mean of the grid to the mean and the grid: [B, C, h, w] to [B, D]."""
+    """Attend from the mean of the grid to the mean and the grid, then project: [B, C, h, w] to [B, D]."""
 
     def __init__(self, grid: int, width: int, *, heads: int, embed_dim: int) -> None:
         super().__init__()
@@ -60,13 +60,17 @@ class AttentionPool(nn.Module):
             nn.init.normal_(projection.weight, std=width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.attend(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Return what is projected, [B, C]."""
         x = x.flatten(2).transpose(1, 2)  # [B, h * w, C]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
         q, k, v = (
             projection(rows).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, C / heads]
             for projection, rows in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
         )
-        return self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
 
 
 class ModifiedResNet(nn.Module):
@@ -102,6 +106,13 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images: uint8 [B, H, W, 3] raw pixels or float [B, 3, H, W] already normalised, to [B, D]."""
+        return self.attnpool(self._grid(images))
+
+    def pool(self, images: Tensor) -> Tensor:
+        """Return the features [B, W] before the projection; `images` as for `forward`."""
+        return self.attnpool.attend(self._grid(images))
+
+    def _grid(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
             images = torch.addcmul(self.pixel_shift, images, self.pixel_scale).permute(0, 3, 1, 2)
         x = images.to(self.conv1.weight.dtype)
@@ -110,4 +121,4 @@ class ModifiedResNet(nn.Module):
         x = F.avg_pool2d(x, 2)
         for stage in ("layer1", "layer2", "layer3", "layer4"):
             x = self.get_submodule(stage)(x)
-        return self.attnpool(x)
+        return x

@@ -73,11 +73,23 @@ class TimmEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images: uint8 [B, H, W, 3] raw pixels or float [B, 3, H, W] already normalised, to [B, D]."""
+        features: Tensor = self.head(self._encode(images))
+        return features
+
+    def pool(self, images: Tensor) -> Tensor:
+        """Return the features [B, W] before the projection; `images` as for `forward`."""
+        features = self._encode(images)
+        for name, layer in self.head.named_children():
+            if name == "pool":
+                features = layer(features)
+        return features
+
+    def _encode(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
             images = torch.addcmul(self.pixel_shift, images, self.pixel_scale).permute(0, 3, 1, 2)
         if self.recomputes:
             self._recompute(self.training and torch.is_grad_enabled())
-        features: Tensor = self.head(self.trunk(images.to(next(self.parameters()).dtype)))
+        features: Tensor = self.trunk(images.to(next(self.parameters()).dtype))
         return features
 
     def load_pretrained(self) -> None:

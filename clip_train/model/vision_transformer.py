@@ -49,6 +49,10 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images: uint8 [B, H, W, 3] raw pixels or float [B, 3, H, W] already normalised, to [B, D]."""
+        return self.pool(images) @ self.proj
+
+    def pool(self, images: Tensor) -> Tensor:
+        """Return the features [B, W] before the projection; `images` as for `forward`."""
         raw = images.dtype == torch.uint8
         if not raw:
             images = images.permute(0, 2, 3, 1)
@@ -65,7 +69,7 @@ class VisionTransformer(nn.Module):
         first = (self.class_embedding + self.positional_embedding[0]).to(x.dtype)
         x = torch.cat([first.expand(x.shape[0], 1, -1), x], dim=1)  # [B, T, width]
         x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x) @ self.proj
+        return self.ln_post(x)
 
     def _patches(self, images: Tensor) -> Tensor:
         batch, height, width, _ = images.shape

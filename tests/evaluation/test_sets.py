@@ -14,7 +14,7 @@ from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.classify.labelled_images import open_labelled_images
 from clip_train.evaluation.prompts.files import imagenet_classnames, imagenet_wnids
 from clip_train.evaluation.result import read_result, write_result
-from clip_train.evaluation.retrieve.captioned_images import open_captioned_images
+from clip_train.evaluation.retrieve.captioned_images import open_captioned_shards
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.evaluation.samples import load_samples, save_samples
 from tests.evaluation.toys import ToyModel, ToyTokenizer, image_features_float64, text_feature_float64
@@ -125,15 +125,25 @@ def test_numbered_folders_without_names_are_refused(tmp_path):
 def test_several_captions_per_picture_are_one_per_line(tmp_path):
     samples = [("a", {"png": png(0), "txt": b"a cup\n\n an old cup \n"}), ("b", {"png": png(1), "txt": b"a boat"})]
     write_shard(tmp_path / "0.tar", samples)
-    images = open_captioned_images(str(tmp_path / "*.tar"))
+    images = open_captioned_shards(str(tmp_path / "*.tar"))
     assert list(images.captions) == ["a cup", "an old cup", "a boat"]
     assert images.owner.tolist() == [0, 0, 1]
+
+
+def test_captions_in_json_belong_to_their_picture_too(tmp_path):
+    members = {"png": png(0), "txt": b"a cup", "json": b'{"alts": ["one cup", "blue cup"]}'}
+    write_shard(tmp_path / "0.tar", [("0", members), ("1", {**members, "json": b'{"alts": "a boat"}'})])
+    images = open_captioned_shards(str(tmp_path), caption=["json:alts", "txt"])
+    assert images.captions == ["one cup", "blue cup", "a cup", "a boat", "a cup"]
+    assert images.owner.tolist() == [0, 0, 0, 1, 1]
+    with pytest.raises(IntegrityError, match=r"0\.tar/0 has no caption: caption_missing"):
+        open_captioned_shards(str(tmp_path), caption="json:title")
 
 
 def test_a_picture_without_caption_is_refused_by_name(tmp_path):
     write_shard(tmp_path / "0.tar", [("a", {"png": png(0), "txt": b" \n"})])
     with pytest.raises(IntegrityError, match=r"0\.tar/a has no caption"):
-        open_captioned_images(str(tmp_path))
+        open_captioned_shards(str(tmp_path))
 
 
 def test_shards_are_searched_through_the_config(tmp_path):

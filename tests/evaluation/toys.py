@@ -38,12 +38,16 @@ class ToyModel(torch.nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.image_weight = torch.randn(size * size * 3, dim, generator=generator)
         self.text_weight = torch.randn(1000, dim, generator=generator)
+        self.logit_scale = torch.tensor(3.0)
         self.seen_modes = []
 
     def encode_image(self, images, *, normalize=True):
         self.seen_modes.append(self.training)
         x = (images.flatten(1).float() - 128) @ self.image_weight
         return torch.nn.functional.normalize(x, dim=-1) if normalize else x
+
+    def pool_image(self, images):
+        return images.flatten(1).float() / 64 - 2
 
     def encode_text(self, tokens, *, normalize=True):
         places = torch.arange(tokens.shape[1])
@@ -92,6 +96,7 @@ def toy_setting(pixels: np.ndarray, *, world: World, **reader) -> Setting:
         world=world,
         tokenizer=ToyTokenizer(),
         read=lambda source: lambda: toy_batches(pixels, world=world, **reader),
+        image_size=pixels.shape[1],
     )
 
 

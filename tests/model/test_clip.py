@@ -67,6 +67,18 @@ def test_raw_pixels_are_normalised_by_the_model():
     assert torch.allclose(raw, model.encode_image(reference.normalized(pixels).float()), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-rn"])
+def test_pooled_features_are_those_that_are_projected(name):
+    model = create_model(name, seed=1).eval()
+    images = random_pixels(2, size=model.config.vision.image_size)
+    tower = model.visual
+    with torch.no_grad():
+        pooled, projected = model.pool_image(images), model.encode_image(images, normalize=False)
+        expected = pooled @ tower.proj if name == "tiny" else tower.attnpool.c_proj(pooled)
+    assert pooled.shape[1] != projected.shape[1] and pooled.dtype == torch.float32
+    torch.testing.assert_close(projected, expected)
+
+
 def test_features_are_float32_and_of_unit_length_also_under_autocast():
     model = small_model().float()
     tokens = reference.random_captions(LENGTHS, vocab_size=200)

@@ -9,10 +9,9 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import webdataset
-
 from clip_train.data.scenes.pictures import LabelledScene, ScenePair, held_out_pair, labelled_scene, training_pair
 from clip_train.data.scenes.vocabulary import COMBINATIONS, HELD_OUT, TEMPLATES
+from clip_train.data.shards.benchmark import Kind, LabelledPicture, write_layout
 from clip_train.data.shards.writer import ShardSetWriter
 from clip_train.errors import UserError
 
@@ -90,12 +89,10 @@ def _distinct(pairs: Iterator[ScenePair], number: int) -> Iterator[ScenePair]:
 
 def write_classes(folder: Path, pictures: Iterator[LabelledScene]) -> None:
     """Write one shard of labelled pictures and the files that clip-benchmark's `wds` reader expects beside it."""
-    (folder / "test").mkdir(parents=True)
-    names = "".join(f"{combination.class_name}\n" for combination in COMBINATIONS)
-    (folder / "classnames.txt").write_text(names, encoding="utf-8")
-    templates = "".join(f"{template.replace('{}', '{c}')}\n" for template in TEMPLATES)
-    (folder / "zeroshot_classification_templates.txt").write_text(templates, encoding="utf-8")
-    (folder / "test" / "nshards.txt").write_text("1\n", encoding="utf-8")
-    with webdataset.TarWriter(str(folder / "test" / "0.tar"), encoder=False, mtime=0) as shard:
-        for index, picture in enumerate(pictures):
-            shard.write({"__key__": f"{index:08d}", "png": picture.png, "cls": str(picture.label).encode()})
+    write_layout(
+        folder,
+        (LabelledPicture("", picture.png, str(picture.label).encode()) for picture in pictures),
+        kind=Kind.classification,
+        classnames=[combination.class_name for combination in COMBINATIONS],
+        templates=TEMPLATES,
+    )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from clip_train.data.loader import MAX_TASK_ROWS, join, report_of, rows_of
 from clip_train.data.stream import BatchStream
 from clip_train.data.streaming.pipeline import SHUFFLE_BUFFER, Place, StreamedTask, StreamingDataset, Team
-from clip_train.data.workers import WorkerFailed, WorkerFailures, WorkerTasks, open_loader, start_worker_server
+from clip_train.data.workers import WorkerFailed, WorkerTasks, open_loader, start_worker_server
 from clip_train.distributed.collectives import gather_objects
 from clip_train.errors import IntegrityError, UserError
 
@@ -60,14 +60,14 @@ class StreamingTrainStream(BatchStream):
         if num_samples < global_batch_size:
             raise UserError(f"global_batch_size={global_batch_size} must not exceed data.num_samples={num_samples}")
         super().__init__(
-            num_samples=num_samples, global_batch_size=global_batch_size, max_bad_fraction=max_bad_fraction
-        )
+            num_samples=num_samples, global_batch_size=global_batch_size, max_bad_fraction=max_bad_fraction,
+            workers=workers,
+        )  # fmt: skip
         self._urls = tuple(urls)
         self._captions = captions
         self._filler = filler
         self._world = world
         self._seed = seed
-        self._workers = workers
         self._place = Place(0, 0)  # of what has been trained on
         self._delivered: deque[tuple[int, Place]] = deque()  # slot after each batch, and this rank's place there
         if world.is_main:
@@ -92,6 +92,10 @@ class StreamingTrainStream(BatchStream):
         self._delivered.clear()
         self._batches = self._generate(consumed)
         return self._batches
+
+    def shard_name(self, source: int, shard: int) -> str:
+        """Return the URL of a shard; there is one source."""
+        return self._urls[shard]
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
         """Return where a resume begins, alike on all ranks, which must all call it."""
@@ -125,14 +129,13 @@ class StreamingTrainStream(BatchStream):
     def _generate(self, consumed: int) -> Generator[Batch, None, None]:
         rows = self._global_batch_size // self._world.size
         task_rows = [min(MAX_TASK_ROWS, rows - start) for start in range(0, rows, MAX_TASK_ROWS)]
-        failures = WorkerFailures()
         place = self._place
         while True:  # once, and again after each failure of a worker
             unfinished = [place] * max(1, self._workers)
             dataset = StreamingDataset(
                 self._urls, captions=self._captions, filler=self._filler, team=Team(self._world.rank, self._world.size),
                 seed=self._seed, start=place, consumed=consumed, global_batch_size=self._global_batch_size,
-                task_rows=task_rows,
+                task_rows=task_rows, activity=self._activity,
             )  # fmt: skip
             loader = open_loader(dataset, workers=self._workers, tasks_per_batch=len(task_rows))
             number = 0
@@ -151,4 +154,4 @@ class StreamingTrainStream(BatchStream):
                         self._delivered.append((consumed, place))
                         yield join(parts, world=self._world)
             except WorkerFailed as failure:
-                failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
+                self._failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")

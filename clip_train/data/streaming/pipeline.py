@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from clip_train.data.activity import Doing
 from clip_train.data.audit import hash_samples
 from clip_train.data.bad import MAX_BAD_IN_A_ROW, BadSample
-from clip_train.data.dataset import RowFiller, TaskFailure, TaskResult, TaskRows
+from clip_train.data.dataset import RowFiller, TaskFailure, TaskResult, TaskRows, worker_number
 from clip_train.data.images.decode import BadSampleError
 from clip_train.data.index.files import IMAGE_EXTENSIONS
 from clip_train.data.order import SHARD, key, permutation, source_id
@@ -31,6 +32,8 @@ from clip_train.errors import ClipTrainError, IntegrityError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from clip_train.data.activity import Activity
 
 SHUFFLE_BUFFER = 1000  # samples
 SOURCE = "train"
@@ -81,11 +84,12 @@ class StreamingDataset(IterableDataset[StreamedTask]):
         consumed: first slot of the first batch.
         global_batch_size: slots of a batch.
         task_rows: rows of each task of a batch, in order.
+        activity: where a loader process notes what it does.
     """
 
     def __init__(
         self, urls: Sequence[str], *, captions: tuple[str, ...], filler: RowFiller, team: Team, seed: int, start: Place,
-        consumed: int, global_batch_size: int, task_rows: Sequence[int],
+        consumed: int, global_batch_size: int, task_rows: Sequence[int], activity: Activity,
     ) -> None:  # fmt: skip
         self._urls = tuple(urls)
         self._captions = captions
@@ -96,6 +100,7 @@ class StreamingDataset(IterableDataset[StreamedTask]):
         self._consumed = consumed
         self._global_batch_size = global_batch_size
         self._task_rows = tuple(task_rows)
+        self._activity = activity
 
     def __iter__(self) -> Iterator[StreamedTask]:
         """Yield this worker's tasks. What it raises travels as a value, as for indexed shards."""
@@ -104,6 +109,7 @@ class StreamingDataset(IterableDataset[StreamedTask]):
         shards = _WorkerShards(
             self._urls, captions=self._captions, seed=self._seed, start=self._start,
             first=self._team.rank + self._team.ranks * number, step=self._team.ranks * workers,
+            activity=self._activity,
         )  # fmt: skip
         samples = shards.samples()
         for task in itertools.count(number, workers):
@@ -119,6 +125,7 @@ class StreamingDataset(IterableDataset[StreamedTask]):
                 if worker is None:
                     raise
                 outcome = TaskFailure(None, traceback.format_exc())
+            self._activity.note(Doing.idle, worker=number)
             yield StreamedTask(TaskResult(consumed, outcome), shards.unfinished())
             if isinstance(outcome, TaskFailure):
                 return
@@ -127,10 +134,11 @@ class StreamingDataset(IterableDataset[StreamedTask]):
         rows = self._filler.new_rows(slots)
         shown: list[Found] = []
         bad: list[BadSample] = []
-        in_a_row = 0
+        in_a_row, worker = 0, worker_number()
         while len(shown) < len(slots):
             sample, slot = next(samples), int(slots[len(shown)])
             try:
+                self._activity.note(Doing.decoding, worker=worker, shard=sample.shard)
                 self._filler.fill(rows, len(shown), sample.image, sample.members)
                 shown.append(sample)
                 in_a_row = 0
@@ -155,16 +163,19 @@ class _WorkerShards:
         seed: seed of the run.
         start: where the first epoch begins.
         first, step: from its beginning, an epoch's shards number `first`, `first + step` … are this worker's.
+        activity: where it notes what it reads.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, captions: tuple[str, ...], seed: int, start: Place, first: int, step: int
-    ) -> None:
+        self, urls: Sequence[str], *, captions: tuple[str, ...], seed: int, start: Place, first: int, step: int,
+        activity: Activity,
+    ) -> None:  # fmt: skip
         self._urls = urls
         self._captions = captions
         self._seed = seed
         self._start = start
         self._first, self._step = first, step
+        self._activity = activity
         self._waiting: Counter[Place] = Counter()  # samples in the shuffle buffer by their shard's place
         self._reading = start
         self._passed = 0
@@ -205,7 +216,8 @@ class _WorkerShards:
     def _read(self, places: Sequence[Place], order: NDArray[np.intp]) -> Iterator[Found]:
         for place in places:
             self._reading = place
-            shard = int(order[place.floor])
+            shard, worker = int(order[place.floor]), worker_number()
+            self._activity.note(Doing.reading, worker=worker, shard=shard)
             for number, sample in enumerate(_samples_of(self._urls[shard])):
                 extension = next((e for e in IMAGE_EXTENSIONS if e in sample), None)
                 if extension is None or not sample.keys() >= set(self._captions):
@@ -215,6 +227,7 @@ class _WorkerShards:
                 self._waiting[place] += 1
                 members = [sample[e] for e in self._captions]
                 yield Found(place, shard, number, sample["__key__"], sample[extension], members)
+                self._activity.note(Doing.reading, worker=worker, shard=shard)
 
 
 def _samples_of(url: str) -> Iterator[dict[str, Any]]:

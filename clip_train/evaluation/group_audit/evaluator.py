@@ -67,7 +67,7 @@ class GroupAudit(Evaluator):
         setting: Setting,
     ) -> None:
         super().__init__(setting)
-        if images.labels.ndim != 1:
+        if images.multilabel:
             raise UserError("group_audit needs one class per image; this set has several")
         self.images, self.columns = images, columns
         self._queries, self._skew_k = queries, skew_k
@@ -86,7 +86,7 @@ class GroupAudit(Evaluator):
                 for rows in features.split(1024)
             ]
         )
-        result = score(images.labels, top, num_classes=len(images.classnames))
+        result = score(images.labels, top, num_classes=len(images.classnames), classnames=images.classnames)
         texts = (
             classifier.vectors if self._texts is None else encode_texts(model, self._texts, world=self.world).features
         )
@@ -97,7 +97,7 @@ class GroupAudit(Evaluator):
         result.predictions = {"top": top, "label": images.labels}
         result.predictions |= {f"group_{column.name}": column.of_image for column in self.columns}
         result.collapsed = collapsed_tower(image=features, text=texts)
-        result.warnings.append(CAVEAT)
+        result.warnings += [*images.warnings, CAVEAT]
         return result
 
     @cached_property

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CHUNK_ELEMENTS = 2**24  # similarities held at once: 64 MiB
 NUM_TOP = 5  # nearest captions kept for the pictures of the report
 NUM_PAIRS = 16  # rows of the report's similarity matrix
+RSUM = {f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)}
 
 
 class Retrieve(Evaluator):
@@ -193,6 +194,9 @@ def score(image_ranks: Ranks, text_ranks: Ranks, *, owner: np.ndarray, recall_k:
             "captions": num_texts,
             "image_retrieval_median_rank": float(np.median(image_ranks.twice_rank)) / 2,
             "text_retrieval_median_rank": float(np.median(text_ranks.twice_rank)) / 2,
+            "image_retrieval_mean_rank": float(np.mean(image_ranks.twice_rank)) / 2,
+            "text_retrieval_mean_rank": float(np.mean(text_ranks.twice_rank)) / 2,
+            "rsum": 100 * sum(metrics[name] for name in RSUM) if metrics.keys() >= RSUM else None,
             "image_retrieval_tied": float(image_ranks.tied.mean()),
             "text_retrieval_tied": float(text_ranks.tied.mean()),
         },

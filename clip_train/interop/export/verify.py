@@ -135,7 +135,7 @@ def find_libraries(pythons: Sequence[Path]) -> dict[Target, tuple[Path, str]]:
         try:
             done = subprocess.run(
                 [python, PEERS / "versions.py"],
-                capture_output=True, text=True, check=True, timeout=TIMEOUT_SECONDS, env=_environment(),
+                capture_output=True, text=True, check=True, timeout=TIMEOUT_SECONDS, env=isolated_environment(),
             )  # fmt: skip
         except (OSError, subprocess.SubprocessError) as error:
             raise UserError(f"--verify-python {python}: it does not run as a Python ({error})") from error
@@ -226,7 +226,7 @@ def _run(target: Target, *, python: Path, folder: Path, work: Path) -> str | Non
     try:
         done = subprocess.run(
             [python, script, folder.resolve(), work],
-            capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS, env=_environment(), cwd=work,
+            capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS, env=isolated_environment(), cwd=work,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"no answer within {TIMEOUT_SECONDS} s"
@@ -236,8 +236,8 @@ def _run(target: Target, *, python: Path, folder: Path, work: Path) -> str | Non
     return None
 
 
-def _environment() -> dict[str, str]:
-    """Return the environment of a check: offline, without GPUs, and without this package's own paths."""
+def isolated_environment() -> dict[str, str]:
+    """Return the environment of another tool: offline, without GPUs, and without this package's own paths."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 

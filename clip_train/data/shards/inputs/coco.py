@@ -40,7 +40,7 @@ def read_coco(path: Path, *, options: InputOptions) -> Input:
     by_name: dict[str, list[str]] = {name: [] for name in names.values()}
     for name, caption in rows:
         by_name[name].append(str(caption).strip())
-    return Input(kind=kind, pairs=pairs_of_rows(by_name.items(), images=images))
+    return Input(kind=kind, pairs=pairs_of_rows(by_name.items(), images=images, keep_repeats=options.keep_repeats))
 
 
 def _folder_of(name: str, *, path: Path) -> Path:

@@ -67,6 +67,8 @@ class InputOptions:
     """Folder from which the picture paths of tables and COCO files start."""
     template: str | None = None
     """Caption of the pictures of a class, with {} for the name of the class' folder."""
+    keep_repeats: bool = False
+    """Keep a caption that one picture has several times: an evaluation counts every caption, training wants it once."""
 
     def refuse_except(self, *used: str, kind: str) -> None:
         """Check that only options which mean something for a kind of input are set.
@@ -79,18 +81,23 @@ class InputOptions:
                 raise UserError(f"--{name.replace('_', '-')} means nothing for {kind}")
 
 
-def pairs_of_rows(rows: Iterable[tuple[str, list[str]]], *, images: Path) -> list[Pair]:
+def pairs_of_rows(
+    rows: Iterable[tuple[str, list[str]]], *, images: Path, keep_repeats: bool = False
+) -> list[Pair]:  # fmt: skip
     """Return one pair per picture of rows (picture path, captions), in order of first appearance.
 
-    A picture that several rows name gets the captions of all of them, each different one once.
+    A picture that several rows name gets the captions of all of them, each different one once unless `keep_repeats`.
 
     Raises:
         UserError: a picture is given by its address in the web.
     """
-    by_image: dict[str, dict[str, None]] = {}
+    by_image: dict[str, list[str]] = {}
     for image, captions in rows:
-        by_image.setdefault(image, {}).update(dict.fromkeys(captions))
+        by_image.setdefault(image, []).extend(captions)
     web = next((image for image in by_image if image.startswith(("http://", "https://"))), None)
     if web is not None:
         raise UserError(f"{web} is in the web: fetch the pictures first, for example with img2dataset")
-    return [Pair(image, Content(images / image), tuple(captions)) for image, captions in by_image.items()]
+    return [
+        Pair(image, Content(images / image), tuple(captions if keep_repeats else dict.fromkeys(captions)))
+        for image, captions in by_image.items()
+    ]

@@ -35,7 +35,9 @@ def read_table(path: Path, *, options: InputOptions) -> Input:
         rows = list(_rows(path, options=options))
     if not rows:
         raise UserError(f"{path} holds no rows")
-    return Input(kind=kind, pairs=pairs_of_rows(rows, images=options.images or path.parent))
+    return Input(
+        kind=kind, pairs=pairs_of_rows(rows, images=options.images or path.parent, keep_repeats=options.keep_repeats)
+    )
 
 
 @contextmanager
