@@ -130,15 +130,12 @@ def leave_early(world, run_dir, error):
         return type(heard), str(heard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
         (None, (TrainingFailed, "rank 1 left at step 20")),
-        pytest.param(
-            IntegrityError("a.tar is damaged"),
-            (IntegrityError, "rank 1 left at step 20: a.tar is damaged"),
-            marks=pytest.mark.slow,
-        ),
+        (IntegrityError("a.tar is damaged"), (IntegrityError, "rank 1 left at step 20: a.tar is damaged")),
     ],
 )
 def test_a_rank_that_leaves_early_is_named_by_the_others(tmp_path, error, expected):
