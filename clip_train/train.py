@@ -203,7 +203,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             save()
         health.finish()
         checkpointer.wait()
-        attempt.stopped(reason)
+        attempt.finish(reason)
         if world.is_main:
             say_end(progress, reason=reason, run_dir=run_dir)
         if reason is StopReason.preempted:
