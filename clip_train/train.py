@@ -133,7 +133,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         health = stack.enter_context(
             RunHealth(
                 config, run_dir=run_dir, world=world, model=model, loss_fn=loss_fn, stream=stream, exchange=exchange,
-                tokenizer=tokenizer, total_steps=total_steps,
+                tokenizer=tokenizer, total_steps=total_steps, record_end=attempt.record_end,
             )
         )  # fmt: skip
 

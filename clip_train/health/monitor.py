@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ from clip_train.health.nonfinite import NonfiniteSteps
 from clip_train.health.replicas import differing_ranks
 from clip_train.health.selftest import gather_error
 from clip_train.health.stragglers import Stragglers
-from clip_train.health.watchdog import Watchdog
+from clip_train.health.watchdog import EXIT_CODE, Watchdog
 from clip_train.schema import OnNonfinite
 
 if TYPE_CHECKING:
@@ -43,6 +43,12 @@ OUTLIER_EVERY = 1000  # steps between two outliers that are shown
 REPLICAS_EVERY = 500  # steps between two comparisons of the ranks' weights
 
 
+class RecordEnd(Protocol):
+    """Writes `exit.json`."""
+
+    def __call__(self, *, code: int, reason: str) -> None: ...
+
+
 class RunHealth:
     """Watches one run. Every rank makes one and calls each method at the same steps. A context manager.
 
@@ -56,15 +62,17 @@ class RunHealth:
         exchange: what this rank waits for before a step.
         tokenizer: says how long an empty caption is.
         total_steps: length of the run.
+        record_end: writes down how the run ended, on rank 0.
     """
 
     def __init__(
         self, config: TrainConfig, *, run_dir: Path, world: World, model: CLIP, loss_fn: Loss,
         stream: BatchStream, exchange: StepExchange, tokenizer: Tokenizer, total_steps: int,
+        record_end: RecordEnd,
     ) -> None:  # fmt: skip
         self._config, self._run_dir, self._world, self._model = config, run_dir, world, model
         self._loss_fn, self._stream, self._exchange = loss_fn, stream, exchange
-        self._step = 0
+        self._step, self._record_end = 0, record_end
         self._doctor = Doctor(Facts.of(config, steps=total_steps))
         self._updates = UpdateRatio(model)
         self._gradients = GradientNorms()
@@ -233,6 +241,8 @@ class RunHealth:
 
     def _on_hang(self, message: str) -> None:
         self._events.record("hang", message, step=self._step)
+        if self._world.is_main:
+            self._record_end(code=EXIT_CODE, reason=message)
         with suppress(Exception):  # nothing may keep a process that hangs from ending
             write_newest_collectives(self._run_dir / f"rank-{self._world.rank:03d}.collectives")
 
