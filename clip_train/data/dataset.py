@@ -194,6 +194,7 @@ class SampleDataset(Dataset[TaskResult]):
         self._substitute = substitute
         self._filler = filler
         self._activity = activity
+        self._retries_counted = 0
 
     def __getitem__(self, task: Task) -> TaskResult:
         """Return the rows of a task. What a worker raises travels as a value: only then is it told from a dead one."""
@@ -206,7 +207,10 @@ class SampleDataset(Dataset[TaskResult]):
                 raise
             return TaskResult(task.consumed, TaskFailure(None, traceback.format_exc()))
         finally:
-            self._activity.note(Doing.idle, worker=worker_number())
+            worker, retries = worker_number(), sum(reader.retries for reader in self._readers)
+            self._activity.count_retries(retries - self._retries_counted, worker=worker)
+            self._retries_counted = retries
+            self._activity.note(Doing.idle, worker=worker)
 
     def close(self) -> None:
         """Close the shards that this process opened."""

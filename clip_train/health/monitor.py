@@ -78,6 +78,7 @@ class RunHealth:
         self._gradients = GradientNorms()
         self._stragglers = Stragglers(world=world, exchange=exchange)
         self._gather_error: float | None = None  # until it is measured
+        self._saved = time.monotonic()
         self._outlier_told = -OUTLIER_EVERY
         self._empty_length = tokenizer.encode_padded("")[1]
         self._events = Events(run_dir, rank=world.rank)
@@ -142,10 +143,11 @@ class RunHealth:
             self._events.warn("straggler", warning, step=self._step)
         return {
             "train/nonfinite_steps": self._nonfinite.total,
+            "perf/seconds_since_save": time.monotonic() - self._saved,
             **batch_measures(batch, empty_length=self._empty_length, world=self._world),
             **feature_measures(result.image_features, result.text_features),
             **self._updates.take(),
-            **self._rank_disagreement(result),
+            **self._over_ranks(result),
             **zscore,
             **times,
         }
@@ -167,6 +169,7 @@ class RunHealth:
             IntegrityError: see `compare_replicas`.
         """
         self.entered("a save")
+        self._saved = time.monotonic()
         if self._compared != step:
             self.compare_replicas(step)
 
@@ -200,22 +203,26 @@ class RunHealth:
         """
         self._nonfinite.judge(last=True)
 
-    def _rank_disagreement(self, result: StepResult) -> dict[str, float]:
-        """Return how far the ranks are apart where they should agree: norm of the gradient, and loss of a test batch.
+    def _over_ranks(self, result: StepResult) -> dict[str, float]:
+        """Return what loaders had to do again, and how far the ranks are apart where they should agree.
 
-        The gradients are averages, the same on all ranks even if each saw its own negatives only. Hence the test, once.
+        That is in the norm of the gradient, and in the loss of a test batch, taken once: gradients are averages, the
+        same on all ranks even if each saw its own negatives only.
         """
+        own = [result.grad_norm.item(), self._stream.loader_rebuilds, self._stream.transport_retries]
+        gathered = all_gather(torch.tensor([own]).double(), world=self._world, group=self._world.host_group)
+        norms, rebuilds, retries = gathered.unbind(1)
+        counts = {"data/loader_rebuilds": rebuilds.sum().item(), "data/transport_retries": retries.sum().item()}
         if self._world.size == 1:
-            return {}
+            return counts
         if self._gather_error is None:
             alone = self._config.build_loss(world=World(device=self._world.device))
             self._gather_error = gather_error(
                 self._loss_fn, alone=alone, world=self._world, embed_dim=self._model.config.embed_dim,
                 has_bias=self._model.logit_bias is not None,
             )  # fmt: skip
-        norms = all_gather(result.grad_norm.double().cpu()[None], world=self._world, group=self._world.host_group)
         apart = float((norms.max() - norms.min()) / norms.max()) if bool(norms.isfinite().all()) else 0.0
-        return {"health/rank_disagreement": max(apart, self._gather_error)}
+        return counts | {"health/rank_disagreement": max(apart, self._gather_error)}
 
     def _tell_outliers(self, outliers: list[Outlier]) -> None:
         """Note every outlier, and show one in so many steps."""
