@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from clip_train.distributed.batch_norm import batch_norms, uncounted
-from clip_train.distributed.parallel import average_scalars, gradient_sync, is_sharded, own_part, whole
+from clip_train.distributed.parallel import average_scalars, gradient_sync
+from clip_train.distributed.shards import is_sharded, own_part, whole
 from clip_train.errors import UserError
 from clip_train.loss.captions import caption_ids
 from clip_train.types import Batch, Features

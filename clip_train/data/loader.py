@@ -24,7 +24,7 @@ from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
 from clip_train.data.remote.spool import Spool, check_room
 from clip_train.data.segments import Segment, SegmentSource, continued, differences
 from clip_train.data.stream import BatchStream, StepReport
-from clip_train.data.workers import WorkerFailed, WorkerTasks, open_loader, start_worker_server
+from clip_train.data.workers import BATCHES_UNDER_WAY, WorkerFailed, WorkerTasks, open_loader, start_worker_server
 from clip_train.errors import IntegrityError, UserError
 from clip_train.types import Batch
 
@@ -147,6 +147,8 @@ class TrainStream(BatchStream):
                             self._spool.advance(consumed)
             except WorkerFailed as failure:
                 self._failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
+                # Whatever ended the worker is among the batches under way.
+                self._dataset.careful_until = consumed + BATCHES_UNDER_WAY * self._global_batch_size
 
     def sample_names(self, slots: NDArray[np.int64]) -> list[str]:
         """Return shard and number of the samples at `slots`; where one was bad, another stood in for it."""
