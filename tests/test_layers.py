@@ -17,7 +17,7 @@ ROWS = [
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
     {"distributed", "storage", "calibration", "overrides"},
-    {"types", "errors", "config_dir", "exit_record", "redact"},
+    {"types", "errors", "config_dir", "exit_record", "redact", "requirements"},
 ]
 
 

@@ -33,18 +33,21 @@ Templates = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Return the non-empty lines of a UTF-8 text file.
+    """Return the lines of a UTF-8 text file, without blank ones at its end.
 
     Raises:
-        UserError: the file cannot be read or holds no line.
+        UserError: the file cannot be read, holds no line, or an empty one between others: entries are counted.
     """
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a text file: {error}") from error
-    lines = [line for line in lines if line]
+    while lines and not lines[-1]:
+        lines.pop()
     if not lines:
         raise UserError(f"{path} is empty; one entry per line is needed")
+    if "" in lines:
+        raise UserError(f"{path}: line {lines.index('') + 1} is empty; one entry per line is needed")
     return lines
 
 
