@@ -23,6 +23,7 @@ from clip_train.evaluation.group_audit.config import GroupAuditConfig
 from clip_train.evaluation.probe.config import ProbeConfig
 from clip_train.evaluation.reject.config import RejectConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
+from clip_train.evaluation.scorecard.config import ScorecardConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
 from clip_train.model.config import ModelConfig
@@ -48,6 +49,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "probe": ProbeConfig,
         "reject": RejectConfig,
         "retrieve": RetrieveConfig,
+        "scorecard": ScorecardConfig,
     },
     "logging": {"default": LoggingConfig},
 }
@@ -245,7 +247,7 @@ class EvaluateConfig:
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
     """Evaluations by name; empty: those that the run was trained with."""
     suite: str | None = None
-    """A list of evaluations under configs/suite/, such as `imagenet_shifts`: those whose data are there are run, the
+    """A list of evaluations under configs/suite/, such as `imagenet`: those whose data are there are run, the
     others are listed. null: none."""
     evaluation_root: str | None = None
     """Folder that holds a suite's evaluation sets."""

@@ -38,6 +38,8 @@ from clip_train.types import Batch
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from clip_train.data.dataset import RowFiller
@@ -156,6 +158,11 @@ class TrainStream(BatchStream):
                 self._failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
                 # Whatever ended the worker is among the batches under way.
                 self._dataset.careful_until = consumed + BATCHES_UNDER_WAY * self._global_batch_size
+
+    def sample_names(self, slots: NDArray[np.int64]) -> list[str]:
+        """Return shard and number of the samples at `slots`; where one was bad, another stood in for it."""
+        places = zip(*(column.tolist() for column in self.order.locate(slots)), strict=True)
+        return [f"({self.shard_name(source, shard)}, sample {index})" for source, shard, index in places]
 
     def shard_name(self, source: int, shard: int) -> str:
         """Return the name of a shard below its source."""
