@@ -32,6 +32,8 @@ class CardScore:
     interval: str
     chance: str
     num_items: str
+    verdict: str = ""
+    """What the score means; only a scorecard's have one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,8 @@ def model_card(
         architecture=_architecture(config),
         data=_data(run),
         recipe=[(key, value) for key in RECIPE_KEYS if (value := _select(run, key)) is not None],
-        scores=provenance.scores,
+        scores=[score for score in provenance.scores if not score.verdict],
+        pitfalls=[score for score in provenance.scores if score.verdict],
         calibration=None,
         folder=folder,
         served=[target.value for target in served],
