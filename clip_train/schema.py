@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.config import EMA_SUFFIX, CheckpointConfig
@@ -130,6 +131,7 @@ class TrainConfig:
     too if `optim.ema_decay` keeps one, as NAME_ema."""
 
     def __post_init__(self) -> None:
+        self.run_dir = str(Path(self.run_dir).expanduser())
         if isinstance(self.micro_batch_size, str):
             if self.micro_batch_size != "auto":
                 raise UserError(f"micro_batch_size={self.micro_batch_size} must be a number, auto or null")
