@@ -46,6 +46,7 @@ def make(num_known, *, world=None, lexicon=("zebra", "Cat", "stone", "bread"), *
     setting = Setting(
         world=world,
         tokenizer=ToyTokenizer(),
+        image_size=4,
         read=lambda source: lambda: toy_batches(source.pixels, world=world, **{"batch_size": 4, **reader}),
     )
     return Reject(images, foreign=foreign, lexicon=lexicon, setting=setting, data="toys"), images, foreign
