@@ -139,7 +139,7 @@ def test_a_collapsed_model_gets_a_reason_and_no_score():
 def test_sets_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "classes" / "cat").mkdir(parents=True)
     (tmp_path / "classes" / "cat" / "a.png").write_bytes(b"")
-    setting = Setting(world=World(), tokenizer=ToyTokenizer(), read=lambda source: lambda: iter(()))
+    setting = Setting(world=World(), tokenizer=ToyTokenizer(), image_size=4, read=lambda source: lambda: iter(()))
     cases = [
         ({}, "at least two classes"),
         ({"foreign": {"music": "generated"}}, "only blank, noise, text, shapes can be generated"),
