@@ -247,7 +247,7 @@ class EvaluateConfig:
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
     """Evaluations by name; empty: those that the run was trained with."""
     suite: str | None = None
-    """A list of evaluations under configs/suite/, such as `imagenet_shifts`: those whose data are there are run, the
+    """A list of evaluations under configs/suite/, such as `imagenet`: those whose data are there are run, the
     others are listed. null: none."""
     evaluation_root: str | None = None
     """Folder that holds a suite's evaluation sets."""

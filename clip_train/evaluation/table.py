@@ -25,19 +25,25 @@ def print_results(results: Mapping[str, EvaluationResult], *, console: Console |
         results: by name of the evaluation.
         console: where to; standard output if None.
     """
-    if console is None:
-        # A file or a pipe has no width: rich would break names at 80 columns.
-        console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     judged = {name: result for name, result in results.items() if result.verdicts}
     plain = {name: result for name, result in results.items() if name not in judged}
     for group in ([plain] if plain else []) + [{name: result} for name, result in judged.items()]:
-        console.print(_table(group))
+        console = print_table(_table(group), console=console)
         for name, result in group.items():
             for note in result.notes:
                 console.print(f"{name}: {note}", markup=False, highlight=False, soft_wrap=True)
         for name, result in group.items():
             for warning in [*([result.collapsed] if result.collapsed else []), *result.warnings]:
                 console.print(f"{name}: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def print_table(table: Table, *, console: Console | None = None) -> Console:
+    """Print a table to the console, to standard output if None, and return where it went."""
+    if console is None:
+        # A file or a pipe has no width: rich would break names at 80 columns.
+        console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    console.print(table)
+    return console
 
 
 def _table(results: Mapping[str, EvaluationResult]) -> Table:
