@@ -15,6 +15,7 @@ from clip_train.cli_shards import shards
 from clip_train.distributed.stop import follow_launcher
 from clip_train.errors import ClipTrainError, UserError
 from clip_train.exit_record import ended_before
+from clip_train.redact import redact
 from clip_train.tokenizer.config import Cleaning
 
 EXAMPLES = """\b
@@ -36,6 +37,8 @@ app = typer.Typer(
 app.add_typer(shards, name="shards")
 tokenizers = typer.Typer(help="Learn a vocabulary.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tokenizers, name="tokenizer")
+tests = typer.Typer(help="Prove promises on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tests, name="selftest")
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
         code = app(args=arguments, standalone_mode=False)
     except ClipTrainError as error:
         if debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr, end="")
         _print_error(str(error))
         code = error.exit_code
     except KeyboardInterrupt:
@@ -65,7 +68,7 @@ def main() -> None:
 def _print_error(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = f" [rank {rank}]" if rank != "0" else ""
-    print(f"error{where}: {message}", file=sys.stderr)
+    print(f"error{where}: {redact(message)}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
@@ -177,6 +180,28 @@ def classify(
     raise typer.Exit(code)
 
 
+@app.command(epilog="clip-train prompts runs/demo shards/demo/classes")
+def prompts(
+    model: Annotated[str, typer.Argument(help="A run directory or anything that clip_train.load takes.")],
+    images: Annotated[Path, typer.Argument(help="A labelled set, as evaluation.classify.root.")],
+    split: Annotated[str, typer.Option(help="Part of the set.")] = "test",
+    templates: Annotated[str, typer.Option(help="Candidates: imagenet, simple, single or a file.")] = "imagenet",
+    classnames: Annotated[str, typer.Option(help="As evaluation.classify.classnames.")] = "auto",
+    most: Annotated[int, typer.Option(help="Templates to choose, at most.")] = 8,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the file in RUN/prompts/; the set's own if not given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write, instead of one in the run.")] = None,
+) -> None:
+    """Choose prompt templates on half of a labelled set and say what they gain on the other half."""
+    from clip_train.tools.prompts import prompts_command
+
+    lines = prompts_command(
+        model, images, split=split, templates=templates, classnames=classnames, most=most, name=name, out=out
+    )
+    print("\n".join(lines))
+
+
 @app.command(epilog="clip-train export runs/demo --to all --verify")
 def export(
     source: Annotated[str, typer.Argument(help="A run directory or anything that clip_train.load takes.")],
@@ -228,6 +253,17 @@ def tokenizer_train(
     from clip_train.tools.train_tokenizer import train_tokenizer
 
     print(train_tokenizer(source, out, vocab_size=vocab_size, cleaning=cleaning, caption=caption))
+
+
+@tests.command(name="reliability", epilog="clip-train selftest reliability")
+def selftest_reliability(
+    seed: Annotated[int | None, typer.Option(help="Break the same things at the same moments again.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep what the checks write in this folder.")] = None,
+) -> None:
+    """Kill runs, damage checkpoints and fill a disk on this machine; print what held. Takes some minutes."""
+    from clip_train.tools.selftest.command import selftest
+
+    raise typer.Exit(selftest(seed=seed, keep=keep))
 
 
 @app.command(epilog="clip-train report runs/demo")

@@ -113,7 +113,11 @@ class EvaluationConfig:
                 workers=self.workers,
             )
 
-        return self.open(Setting(world=world, tokenizer=tokenizer, read=read, precision=self.precision.value))
+        return self.open(
+            Setting(
+                world=world, tokenizer=tokenizer, read=read, image_size=image_size, precision=self.precision.value
+            )
+        )  # fmt: skip
 
     def open(self, setting: Setting) -> Evaluator:
         """Open the set. Every rank reads the same list of images."""
