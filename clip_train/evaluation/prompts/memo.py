@@ -75,5 +75,5 @@ def _digest(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         digest.update(f"{local.dtype} {list(local.shape)}".encode())
-        digest.update(memoryview(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
