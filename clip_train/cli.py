@@ -15,6 +15,7 @@ from clip_train.cli_shards import shards
 from clip_train.distributed.stop import follow_launcher
 from clip_train.errors import ClipTrainError, UserError
 from clip_train.exit_record import ended_before
+from clip_train.redact import redact
 from clip_train.tokenizer.config import Cleaning
 
 EXAMPLES = """\b
@@ -36,6 +37,8 @@ app = typer.Typer(
 app.add_typer(shards, name="shards")
 tokenizers = typer.Typer(help="Learn a vocabulary.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tokenizers, name="tokenizer")
+tests = typer.Typer(help="Prove promises on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tests, name="selftest")
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
         code = app(args=arguments, standalone_mode=False)
     except ClipTrainError as error:
         if debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr, end="")
         _print_error(str(error))
         code = error.exit_code
     except KeyboardInterrupt:
@@ -65,7 +68,7 @@ def main() -> None:
 def _print_error(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = f" [rank {rank}]" if rank != "0" else ""
-    print(f"error{where}: {message}", file=sys.stderr)
+    print(f"error{where}: {redact(message)}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
@@ -250,6 +253,17 @@ def tokenizer_train(
     from clip_train.tools.train_tokenizer import train_tokenizer
 
     print(train_tokenizer(source, out, vocab_size=vocab_size, cleaning=cleaning, caption=caption))
+
+
+@tests.command(name="reliability", epilog="clip-train selftest reliability")
+def selftest_reliability(
+    seed: Annotated[int | None, typer.Option(help="Break the same things at the same moments again.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep what the checks write in this folder.")] = None,
+) -> None:
+    """Kill runs, damage checkpoints and fill a disk on this machine; print what held. Takes some minutes."""
+    from clip_train.tools.selftest.command import selftest
+
+    raise typer.Exit(selftest(seed=seed, keep=keep))
 
 
 @app.command(epilog="clip-train report runs/demo")

@@ -22,7 +22,7 @@ from clip_train.errors import UserError
 from clip_train.evaluation.features import PrefixEncoder
 from clip_train.evaluation.result import read_result, write_result
 from clip_train.evaluation.samples import PICTURE_SIZE, save_samples
-from clip_train.evaluation.suite import require_some, summarize
+from clip_train.evaluation.suite import report_suite, require_some
 from clip_train.evaluation.table import print_results
 from clip_train.interop.weights import weights_sha256
 from clip_train.schema import EvaluateConfig, TrainConfig
@@ -130,9 +130,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             results = [out / f"{name}.json" for name in evaluators]
             keep_calibration(results, model=model, folder=run, name=f"{config.checkpoint}{step}")
         if config.suite and world.is_main:
-            summary = summarize(scores, suite=config.suite, names=list(evaluations), missing=missing)
-            summary.write(out / f"suite-{config.suite}.json")
-            print("\n".join(summary.lines()))
+            report_suite(config.suite, evaluations=evaluations, missing=missing, folder=out)
         return scores
 
 

@@ -11,7 +11,7 @@ from clip_train.data.features import FeatureTable, MissingPictures
 from clip_train.data.loader import TrainStream
 from clip_train.data.sequential import evaluation_batches
 from clip_train.distributed.agree import on_main
-from clip_train.distributed.parallel import whole
+from clip_train.distributed.shards import whole
 from clip_train.evaluation.features import encode_images, evaluating, to_numpy
 from clip_train.metrics.panel import say
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.config import EMA_SUFFIX, CheckpointConfig
@@ -22,6 +23,7 @@ from clip_train.evaluation.group_audit.config import GroupAuditConfig
 from clip_train.evaluation.probe.config import ProbeConfig
 from clip_train.evaluation.reject.config import RejectConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
+from clip_train.evaluation.scorecard.config import ScorecardConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
 from clip_train.model.config import ModelConfig
@@ -47,6 +49,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "probe": ProbeConfig,
         "reject": RejectConfig,
         "retrieve": RetrieveConfig,
+        "scorecard": ScorecardConfig,
     },
     "logging": {"default": LoggingConfig},
 }
@@ -128,6 +131,7 @@ class TrainConfig:
     too if `optim.ema_decay` keeps one, as NAME_ema."""
 
     def __post_init__(self) -> None:
+        self.run_dir = str(Path(self.run_dir).expanduser())
         if isinstance(self.micro_batch_size, str):
             if self.micro_batch_size != "auto":
                 raise UserError(f"micro_batch_size={self.micro_batch_size} must be a number, auto or null")
@@ -243,7 +247,7 @@ class EvaluateConfig:
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
     """Evaluations by name; empty: those that the run was trained with."""
     suite: str | None = None
-    """A list of evaluations under configs/suite/, such as `imagenet_shifts`: those whose data are there are run, the
+    """A list of evaluations under configs/suite/, such as `imagenet`: those whose data are there are run, the
     others are listed. null: none."""
     evaluation_root: str | None = None
     """Folder that holds a suite's evaluation sets."""

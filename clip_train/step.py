@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from clip_train.distributed.batch_norm import batch_norms, uncounted
-from clip_train.distributed.parallel import average_scalars, gradient_sync, is_sharded, own_part, whole
+from clip_train.distributed.parallel import average_scalars, gradient_sync
+from clip_train.distributed.shards import is_sharded, own_part, whole
 from clip_train.errors import UserError
 from clip_train.loss.captions import caption_ids
 from clip_train.types import Batch, Features
@@ -87,6 +88,7 @@ class TrainStep:
             UserError: the batch cannot be cut into equal micro-batches.
         """
         self._wrapped.train()
+        self._world.stalls.begin_step(device=self._world.device)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         loss = self.backward(batch, step=step)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from clip_train.distributed.parallel import parallelize
+from clip_train.distributed.shards import whole
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.loss.clip import ClipLoss
@@ -260,7 +261,7 @@ def train_on_rank(world):
     for strategy in ("ddp", "fsdp"):
         weights, results, ema = trained(world, strategy=strategy, max_grad_norm=0.5, damage=(1, 1), ema_decay=0.9)
         flags = [(r.skipped.item(), r.finite.item()) for r in results]
-        averages = ema.state_dict()
+        averages = {n: whole(v) for n, v in ema.state_dict().items()}
         runs.append(({n: v.numpy() for n, v in weights.items()}, {n: v.numpy() for n, v in averages.items()}, flags))
     return runs
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clip_train.checkpoint.best import Score, read_best, write_best
+from clip_train.checkpoint.best import Score, read_best
 from clip_train.checkpoint.choose import choose
+from clip_train.checkpoint.commit import MAX_FAILURES, Commits
 from clip_train.checkpoint.copies import RemoteCopies
 from clip_train.checkpoint.load import (
     TRAIN_STATE_NAME,
@@ -19,25 +20,21 @@ from clip_train.checkpoint.load import (
     load_train_state,
 )
 from clip_train.checkpoint.lock import RunLock
-from clip_train.checkpoint.manifest import Manifest, git_commit, verify
-from clip_train.checkpoint.publish import clear_leftovers, explain, publish, require_space
-from clip_train.checkpoint.retention import checkpoint_path, prune
-from clip_train.checkpoint.snapshot import take_snapshot
+from clip_train.checkpoint.manifest import Manifest
+from clip_train.checkpoint.publish import FREE_FACTOR, clear_leftovers, explain, require_space
+from clip_train.checkpoint.retention import checkpoint_path
+from clip_train.checkpoint.snapshot import num_bytes, take_snapshot, texts_of
+from clip_train.checkpoint.tensors import is_shared
 from clip_train.distributed.agree import on_main
-from clip_train.errors import ClipTrainError, IntegrityError, UserError
+from clip_train.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from clip_train.checkpoint.config import CheckpointConfig
-    from clip_train.checkpoint.files import FileRecord
-    from clip_train.checkpoint.snapshot import Snapshot
     from clip_train.checkpoint.state import Stateful
     from clip_train.distributed.world import World
-
-MAX_FAILURES = 3  # failed saves in a row that end training
-FREE_FACTOR = 1.3  # of the checkpoint's size must be free before a save begins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,18 +78,16 @@ class Checkpointer:
         self.config = config
         self._tensors = tensors
         self._state = state
-        self._say = say or (lambda line: print(line, flush=True))
+        self._say = (say or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
         self._copies = RemoteCopies(config.remote, run_dir=self.run_dir, say=self._say) if config.remote else None
         self._lock: RunLock | None = None
         self._saving: threading.Thread | None = None
-        self._error: Exception | None = None  # of the newest finished save
-        self._failures = 0  # in a row
-        self._verified: set[Path] = set()
-        self._resumed: set[Path] = set()
-        self._challenger: Score | None = None  # to be named best when its checkpoint stands
-        self._origin: str | None = None
-        self._commit_id = git_commit() if world.is_main else None
-        self._leftovers = on_main(self._prepare, world=self.world)
+        held = [v for part in tensors.values() for v in part.state_dict().values() if isinstance(v, torch.Tensor)]
+        self._commits = Commits(
+            self.run_dir, world=world, config=config, copies=self._copies, say=self._say, is_shared=is_shared(held)
+        )
+        needed = int(FREE_FACTOR * num_bytes(held))
+        self._leftovers = on_main(lambda: self._prepare(needed), world=self.world)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -116,8 +111,8 @@ class Checkpointer:
 
         def judge() -> bool:
             score = Score.of(metrics, metric=metric, step=step)
-            self._challenger = score if score and score.beats(read_best(self.run_dir)) else None
-            return self._challenger is not None
+            self._commits.challenger = score if score and score.beats(read_best(self.run_dir)) else None
+            return self._commits.challenger is not None
 
         return on_main(judge, world=self.world)
 
@@ -137,19 +132,19 @@ class Checkpointer:
                 next call.
         """
         self._settle()
-        tensors = {name: dict(part.state_dict()) for name, part in self._tensors.items()}
-        state = {name: dict(part.state_dict()) for name, part in self._state.items()}
-
-        def begin() -> None:
-            texts = {**files, "config.yaml": config_yaml.encode()}
-            snapshot = take_snapshot(tensors, state, step=step, consumed=consumed, files=texts)
-            if self.config.asynchronous:
-                self._saving = threading.Thread(target=self._commit, args=(snapshot,), name="checkpoint", daemon=True)
-                self._saving.start()
-            else:
-                self._commit(snapshot)
-
-        on_main(begin, world=self.world)
+        parts = {name: part.state_dict() for name, part in self._tensors.items()}
+        state = {name: part.state_dict() for name, part in self._state.items()}
+        texts = {**files, "config.yaml": config_yaml.encode()} if self.world.is_main else {}
+        on_main(lambda: texts.update(texts_of(parts, state, step=step, consumed=consumed)), world=self.world)
+        snapshot = take_snapshot(parts, texts=texts, step=step, consumed=consumed, world=self.world)
+        if not self.config.asynchronous and self.world.size == 1:
+            self._commits.commit(snapshot)
+        elif snapshot.is_shared or self.world.is_main:
+            # In a thread also where training waits: the ranks that wait hear from this one in `_settle`.
+            self._saving = threading.Thread(
+                target=self._commits.commit, args=(snapshot,), name="checkpoint", daemon=True
+            )
+            self._saving.start()
         if not self.config.asynchronous:
             self._settle()
         return checkpoint_path(self.run_dir, step=step)
@@ -168,11 +163,9 @@ class Checkpointer:
             self._saving.join(timeout_seconds)
             if self._saving.is_alive():
                 self._say(f"{self.run_dir}: the last checkpoint was not written within {timeout_seconds:.0f} s")
-        if self._error is not None:
-            self._say(f"the last save failed: {self._error}")
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        if self._commits.error is not None:
+            self._say(f"the last save failed: {self._commits.error}")
+        self._release()
 
     def resume(self, mode: str) -> ResumedFrom | None:
         """Load every part and say from where, or return None for a fresh start. Every rank calls this.
@@ -198,24 +191,25 @@ class Checkpointer:
             raise UserError(f"{chosen}: {error}") from error
         return ResumedFrom(step=manifest.step, path=chosen, consumed=manifest.consumed)
 
-    def _prepare(self) -> list[str]:
+    def _prepare(self, needed: int) -> list[str]:
         folder = self.run_dir / "checkpoints"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(self.run_dir, say=self._say)
-            return clear_leftovers(folder)
+            leftovers = clear_leftovers(folder)
+            require_space(folder, needed=needed)
         except OSError as error:
-            self.close()
-            raise UserError(f"run_dir={self.run_dir} cannot be written: {error}") from error
+            self._release()
+            reason = explain(error, folder=self.run_dir, needed=needed)
+            raise UserError(f"run_dir={self.run_dir} cannot be written: {reason}") from error
+        return leftovers
 
     def _choose(self, mode: str) -> Path | None:
         """Choose and verify what to load, on rank 0."""
         start = choose(self.run_dir, mode=mode, copies=self._copies, leftovers=self._leftovers, say=self._say)
         if start is None:
             return None
-        self._origin = start.origin
-        self._verified.add(start.path)
-        self._resumed = {start.path}
+        self._commits.start_from(start)
         return start.path
 
     def _load(self, chosen: Path) -> None:
@@ -228,82 +222,22 @@ class Checkpointer:
         for name, part in self._state.items():
             part.load_state_dict(train_state[name])
 
-    def _commit(self, snapshot: Snapshot) -> None:
-        """Publish on rank 0, perhaps in the saving thread, and note how it went."""
-        path = checkpoint_path(self.run_dir, step=snapshot.step)
-        needed = int(FREE_FACTOR * snapshot.num_bytes)
-        try:
-            snapshot.require_finite()
-            require_space(self.run_dir, needed=needed)
-            publish(path, contents=snapshot.contents(), describe=lambda files: self._describe(snapshot, files))
-        except OSError as error:
-            self._failures += 1
-            self._error = ClipTrainError(f"{path} was not saved: {explain(error, folder=self.run_dir, needed=needed)}")
-            self._say(f"{self._error}; older checkpoints stay (failure {self._failures} of {MAX_FAILURES} in a row)")
-        except Exception as error:
-            self._failures = MAX_FAILURES
-            self._error = error
-        else:
-            self._failures = 0
-            self._error = None
-            self._verified.add(path)
-            self._keep_best(path)
-            self._prune()
-            if self._copies is not None:
-                self._copies.mirror()
-
-    def _keep_best(self, path: Path) -> None:
-        score, self._challenger = self._challenger, None
-        if score is None or checkpoint_path(self.run_dir, step=score.step) != path:
-            return
-        try:
-            write_best(self.run_dir, score)
-        except OSError as error:
-            self._say(f"{path} is best by {score.metric}, but that could not be written down ({error})")
-
-    def _prune(self) -> None:
-        try:
-            best = read_best(self.run_dir)
-            prune(
-                self.run_dir,
-                keep=self.config.keep,
-                milestone_every=self.config.milestone_every,
-                protected=self._resumed | ({checkpoint_path(self.run_dir, step=best.step)} if best else set()),
-                is_verified=self._is_verified,
-            )
-        except (OSError, IntegrityError) as error:
-            self._say(f"{self.run_dir}: an old checkpoint could not be deleted ({error})")
-
-    def _is_verified(self, path: Path) -> bool:
-        if path not in self._verified:
-            try:
-                verify(path)
-            except ClipTrainError:
-                return False
-            self._verified.add(path)
-        return True
-
-    def _describe(self, snapshot: Snapshot, files: dict[str, FileRecord]) -> Manifest:
-        return Manifest(
-            files=files,
-            step=snapshot.step,
-            consumed=snapshot.consumed,
-            world=self.world.size,
-            torch=torch.__version__,
-            git=self._commit_id,
-            origin=self._origin,
-        )
-
     def _settle(self, *, failures_allowed: int = MAX_FAILURES - 1) -> None:
         """Join the save under way and raise on every rank if it failed once too often."""
 
         def join() -> None:
             if self._saving is not None:
                 self._saving.join()
-                self._saving = None
-            error = self._error
-            if error is not None and self._failures > failures_allowed:
-                self._error = None  # told once; a later save may do better
-                raise error
+            self._commits.require_success(failures_allowed=failures_allowed)
 
-        on_main(join, world=self.world)
+        try:
+            on_main(join, world=self.world)
+        finally:
+            if self._saving is not None:
+                self._saving.join()  # other ranks: their thread ends when that of rank 0 has heard from all
+                self._saving = None
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    Chunks = Iterable[bytes | memoryview]
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -41,7 +44,7 @@ class FileRecord:
     sha256: str
 
 
-def write_file(path: Path, *, chunks: Iterable[bytes | memoryview]) -> FileRecord:
+def write_file(path: Path, *, chunks: Chunks) -> FileRecord:
     """Write a new file, flush it to the disk and return its size and hash.
 
     Raises:
@@ -63,6 +66,15 @@ def write_file(path: Path, *, chunks: Iterable[bytes | memoryview]) -> FileRecor
     return FileRecord(bytes=size, sha256=digest.hexdigest())
 
 
+def write_files(folder: Path, *, contents: Mapping[str, Chunks]) -> dict[str, FileRecord]:
+    """Write new files into `folder`, given as pieces by name; return their records.
+
+    Raises:
+        OSError: see `write_file`.
+    """
+    return {name: write_file(folder / name, chunks=chunks) for name, chunks in contents.items()}
+
+
 def hash_file(path: Path) -> FileRecord:
     """Read a file and return its size and hash."""
     with path.open("rb") as file:
@@ -79,7 +91,9 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def safetensors_chunks(
+    tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[bytes | memoryview]:
     """Yield a safetensors file of CPU tensors piece by piece.
 
     The library's own writer flushes nothing, hashes nothing and hides the error number; the format is one JSON header
@@ -87,7 +101,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
     """
     # Wide types first keeps every tensor aligned to its own element.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].nbytes

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
-
 from clip_train.checkpoint.manifest import MANIFEST_NAME, verify
 from clip_train.checkpoint.retention import list_checkpoints
+from clip_train.checkpoint.tensors import open_tensors
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:
@@ -63,16 +62,21 @@ def load_tensors(checkpoint_dir: Path, part: str) -> dict[str, Tensor]:
 
     Raises:
         UserError: the checkpoint has no such part.
+        IntegrityError: some of it is missing.
     """
-    path = checkpoint_dir / f"{part}.safetensors"
-    if not path.exists():
-        raise UserError(f"{checkpoint_dir}: no {path.name} in this checkpoint")
-    return load_file(path)
+    return {name: tensor[...] for name, tensor in open_tensors(checkpoint_dir, part).items()}
 
 
 def load_part(checkpoint_dir: Path, part: str) -> dict[str, Any]:
-    """Return what the part's `state_dict()` was: tensors and the rest. Verify the checkpoint first."""
-    values: dict[str, Any] = {**load_tensors(checkpoint_dir, part)}
+    """Return what the part's `state_dict()` was, with tensors that are read when rows of them are asked for.
+
+    Verify the checkpoint first.
+
+    Raises:
+        UserError: the checkpoint has no such part.
+        IntegrityError: some of it is missing.
+    """
+    values: dict[str, Any] = {**open_tensors(checkpoint_dir, part)}
     rest = checkpoint_dir / f"{part}.json"
     if rest.exists():
         values.update(json.loads(rest.read_text()))

@@ -13,7 +13,7 @@ from typing import Any
 from clip_train.checkpoint.files import FileRecord, hash_file
 from clip_train.errors import IntegrityError, UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no sharded tensors; it is still read
 MANIFEST_NAME = "MANIFEST.json"
 
 

@@ -8,34 +8,43 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_train.checkpoint.files import sync_directory, write_file
+from clip_train.checkpoint.files import sync_directory, write_file, write_files
 from clip_train.checkpoint.manifest import MANIFEST_NAME, Manifest, verify
 from clip_train.errors import ClipTrainError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
-    from clip_train.checkpoint.files import FileRecord
+    from clip_train.checkpoint.files import Chunks, FileRecord
+    from clip_train.checkpoint.writers import Writers
 
-    Chunks = Iterable[bytes | memoryview]
+
+FREE_FACTOR = 1.3  # of a checkpoint's size must be free before it is written
 
 
 def publish(
-    target: Path, *, contents: Mapping[str, Chunks], describe: Callable[[dict[str, FileRecord]], Manifest]
+    target: Path,
+    *,
+    contents: Mapping[str, Chunks],
+    describe: Callable[[dict[str, FileRecord]], Manifest],
+    writers: Writers,
 ) -> None:
     """Write `contents` (file name -> pieces) as the checkpoint `target`.
 
     Everything is first written and flushed under a name that no reader looks at, the manifest last; one rename makes
     it visible. A `target` with the same contents stays as it is; one that differs (after a rewind) makes room first.
+    Each of the `writers` calls this with files of its own and fails if any of them does; rank 0 publishes.
 
     Raises:
         OSError: nothing was published, and what stood at `target` still does.
     """
     part = private_name(target, kind="part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
     try:
-        records = {name: write_file(part / name, chunks=chunks) for name, chunks in contents.items()}
+        part = writers.agree(lambda: _make(part) if writers.world.is_main else part)[0]
+        written = writers.agree(lambda: write_files(part, contents=contents))
+        if not writers.world.is_main:
+            return
+        records = {name: record for files in written for name, record in files.items()}
         write_file(part / MANIFEST_NAME, chunks=[describe(records).to_bytes()])
         sync_directory(part)
         if _holds(target, records):
@@ -43,7 +52,8 @@ def publish(
             return
         _replace(part, target)
     except OSError:
-        shutil.rmtree(part, ignore_errors=True)
+        if writers.world.is_main:  # all have written, or failed to
+            shutil.rmtree(part, ignore_errors=True)
         raise
 
 
@@ -87,6 +97,12 @@ def explain(error: OSError, *, folder: Path, needed: int) -> str:
         return str(error)
     free = shutil.disk_usage(folder).free
     return f"No space left: {needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free"
+
+
+def _make(part: Path) -> Path:
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    return part
 
 
 def _replace(part: Path, target: Path) -> None:

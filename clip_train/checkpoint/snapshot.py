@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clip_train.checkpoint.files import safetensors_chunks
 from clip_train.checkpoint.load import TRAIN_STATE_NAME
+from clip_train.checkpoint.tensors import TensorFile, is_shared, own_files, part_of
 from clip_train.errors import ClipTrainError
 
 if TYPE_CHECKING:
@@ -17,25 +17,23 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from clip_train.distributed.world import World
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What one checkpoint will hold."""
+    """What this rank will write of one checkpoint."""
 
     step: int
     consumed: int  # samples seen
-    tensors: dict[str, dict[str, Tensor]]  # by part
-    texts: dict[str, bytes]  # by file name
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the checkpoint, headers and manifest left out."""
-        tensors = sum(t.nbytes for part in self.tensors.values() for t in part.values())
-        return tensors + sum(len(text) for text in self.texts.values())
+    files: dict[str, TensorFile]  # by name
+    texts: dict[str, bytes]  # by file name; on rank 0
+    is_shared: bool  # other ranks write files of it, too
+    num_bytes: int  # of the checkpoint as all ranks write it, headers and manifest left out
 
     def contents(self) -> dict[str, Iterable[bytes | memoryview]]:
         """Return the pieces of each file by its name."""
-        tensors = {f"{name}.safetensors": safetensors_chunks(part) for name, part in self.tensors.items()}
+        tensors = {name: file.chunks() for name, file in self.files.items()}
         return {**tensors, **{name: [text] for name, text in self.texts.items()}}
 
     def require_finite(self) -> None:
@@ -45,9 +43,9 @@ class Snapshot:
             ClipTrainError: a tensor holds NaN or Inf; the message lists the first ten.
         """
         names = [
-            f"{part}: {name}"
-            for part, tensors in self.tensors.items()
-            for name, tensor in tensors.items()
+            f"{part_of(file)}: {name}"
+            for file, content in self.files.items()
+            for name, tensor in content.tensors.items()
             if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor)
         ]
         if names:
@@ -56,22 +54,52 @@ class Snapshot:
 
 
 def take_snapshot(
-    tensors: Mapping[str, Mapping[str, Any]],
-    state: Mapping[str, Mapping[str, Any]],
-    *,
-    step: int,
-    consumed: int,
-    files: Mapping[str, bytes],
+    parts: Mapping[str, Mapping[str, Any]], *, texts: Mapping[str, bytes], step: int, consumed: int, world: World
 ) -> Snapshot:
-    """Split the parts into tensors and text, which is made now: the parts go on changing. `files` join the texts."""
-    texts = {**files, TRAIN_STATE_NAME: _to_json({"step": step, "consumed": consumed, **state})}
-    by_part = {}
-    for part, values in tensors.items():
-        by_part[part] = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        rest = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+    """Copy to CPU memory what this rank is to write of the parts, which go on changing. Every rank calls this.
+
+    Args:
+        parts: values of each part that has tensors.
+        texts: what rank 0 writes besides, by file name.
+        step: updates made.
+        consumed: samples seen.
+        world: the ranks that write together.
+    """
+    tensors = {part: _tensors_of(values) for part, values in parts.items()}
+    files: dict[str, TensorFile] = {}
+    for part, own in tensors.items():
+        files |= own_files(part, own, world=world)
+    all_tensors = [tensor for own in tensors.values() for tensor in own.values()]
+    return Snapshot(
+        step=step,
+        consumed=consumed,
+        files=files,
+        texts=dict(texts) if world.is_main else {},
+        is_shared=is_shared(all_tensors),
+        num_bytes=num_bytes(all_tensors) + sum(len(text) for text in texts.values()),
+    )
+
+
+def texts_of(
+    parts: Mapping[str, Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]], *, step: int, consumed: int
+) -> dict[str, bytes]:
+    """Return train_state.json, which has `state`, and for each part a PART.json with what is no tensor."""
+    texts = {TRAIN_STATE_NAME: _to_json({"step": step, "consumed": consumed, **state})}
+    for part, values in parts.items():
+        tensors = _tensors_of(values)
+        rest = {name: value for name, value in values.items() if name not in tensors}
         if rest:
             texts[f"{part}.json"] = _to_json(rest)
-    return Snapshot(step=step, consumed=consumed, tensors=by_part, texts=texts)
+    return texts
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the size of tensors with the rows of all ranks."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # of a sharded one: of the whole
+
+
+def _tensors_of(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def _to_json(values: Mapping[str, Any]) -> bytes:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from clip_train.checkpoint.tensors import SavedTensor
+from clip_train.distributed.shards import fill, laid_out
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
+
+    from clip_train.distributed.shards import Sliceable
 
 # Names that wrappers put before those of the model.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -25,16 +26,15 @@ _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 class Stateful(Protocol):
     """A part that survives a restart.
 
-    `state_dict()` is called on every rank and read on rank 0. What it returns must not change afterwards: the
-    checkpoint is written while training goes on. A part under `tensors` returns a flat dict of CPU tensors and JSON
-    values, a part under `state` JSON values only.
+    `state_dict()` is called on every rank; what it returns is copied before anything else happens. A part under
+    `tensors` returns a flat dict of tensors, sharded or not, and JSON values, a part under `state` JSON values only.
     """
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return what is needed to continue."""
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> object:
-        """Continue from `state_dict`, which is the same on every rank."""
+        """Continue from `state_dict`, which is the same on every rank. Its tensors may still be on disk."""
 
 
 class ModelState:
@@ -44,23 +44,20 @@ class ModelState:
         self.model = model
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return whole CPU copies under native names on rank 0, possibly nothing elsewhere."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        tensors = cast("dict[str, Tensor]", get_model_state_dict(self.model, options=options))
-        on_cpu = any(p.device.type == "cpu" for p in self.model.parameters())
-        # On the CPU these are the model's own tensors, and training goes on changing them.
-        return {name: t.clone() for name, t in tensors.items()} if on_cpu else tensors
+        """Return the model's own tensors under native names."""
+        return {_native_name(self.model, name): tensor for name, tensor in self.model.state_dict().items()}
 
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Sliceable], /) -> None:
         """Copy the tensors into the model, each rank its share.
 
         Raises:
             UserError: names or shapes are not those of the model; the message lists the first ten.
         """
-        current = cast("dict[str, Tensor]", get_model_state_dict(self.model))  # sharded tensors know their whole shape
+        current = self.state_dict()  # sharded tensors know their whole shape
         shapes = {name: list(t.shape) for name, t in current.items()}
         require_same({name: list(t.shape) for name, t in state_dict.items()}, shapes, owner="model")
-        set_model_state_dict(self.model, dict(state_dict), options=StateDictOptions(full_state_dict=True))
+        for name, tensor in current.items():
+            fill(tensor, state_dict[name])
 
 
 class OptimizerState:
@@ -75,8 +72,7 @@ class OptimizerState:
         self.optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `state.PARAMETER.KEY` -> whole CPU copy (on rank 0), the groups by names, and the class name."""
-        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        """Return `state.PARAMETER.KEY` -> the optimizer's own tensor, the groups by names, and the class name."""
         names = _native_names(self.model)
         values: dict[str, Any] = {"optimizer": type(self.optimizer).__name__, "param_groups": []}
         for group in self.optimizer.param_groups:
@@ -84,9 +80,7 @@ class OptimizerState:
             values["param_groups"].append({**settings, "params": [names[p] for p in group["params"]]})
             for parameter in group["params"]:
                 for key, value in self.optimizer.state.get(parameter, {}).items():
-                    whole = value.full_tensor() if isinstance(value, DTensor) else value  # every rank takes part
-                    if is_main:
-                        values[f"state.{names[parameter]}.{key}"] = _cpu_copy(whole)
+                    values[f"state.{names[parameter]}.{key}"] = value
         return values
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
@@ -153,25 +147,22 @@ def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], *, owner:
 
 
 def _native_names(model: nn.Module) -> dict[Tensor, str]:
-    names: dict[Tensor, str] = {}
-    for name, parameter in model.named_parameters():
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            name = name.removeprefix("module.")
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        names[parameter] = name
-    return names
+    return {parameter: _native_name(model, name) for name, parameter in model.named_parameters()}
 
 
-def _cpu_copy(value: object) -> object:
-    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+def _native_name(model: nn.Module, name: str) -> str:
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        name = name.removeprefix("module.")
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _share(value: object, parameter: Tensor) -> object:
-    """Return this rank's share of a whole state tensor, sharded as its parameter is."""
-    if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return value
+    """Return this rank's share of a state tensor, sharded as its parameter is; counters are whole everywhere."""
+    if not isinstance(value, torch.Tensor | SavedTensor):
+        return value
+    return laid_out(value, like=parameter) if value.shape == parameter.shape else value[...]
 
 
 def _plain(value: object) -> object:

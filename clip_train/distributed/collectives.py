@@ -108,12 +108,13 @@ def broadcast(values: Tensor, *, world: World) -> Tensor:
     return values
 
 
-def broadcast_object(value: Any, *, world: World) -> Any:
+def broadcast_object(value: Any, *, world: World, group: dist.ProcessGroup | None = None) -> Any:
     """Return rank 0's `value` on every rank."""
     if world.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=_object_device(world))
+    device = world.device if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    dist.broadcast_object_list(box, src=0, group=group, device=device)
     return box[0]
 
 
@@ -130,7 +131,3 @@ def barrier(*, world: World) -> None:
     """Wait until every rank is here."""
     if world.size > 1:
         dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
-
-
-def _object_device(world: World) -> torch.device:
-    return world.device if dist.get_backend() == "nccl" else torch.device("cpu")

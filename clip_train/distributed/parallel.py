@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clip_train.distributed.batch_norm import synchronize_batch_norms
 from clip_train.distributed.collectives import all_reduce, broadcast
+from clip_train.distributed.shards import is_sharded
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
     from clip_train.distributed.world import World
     from clip_train.types import Features
@@ -126,21 +126,6 @@ def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> AbstractContextManage
     return nullcontext()
 
 
-def is_sharded(value: Tensor) -> bool:
-    """Return whether `value` is spread over ranks, a DTensor. Asks without importing its class, which takes seconds."""
-    return hasattr(value, "full_tensor")
-
-
-def whole(value: Tensor) -> Tensor:
-    """Return `value` with the parts of all ranks. Called by every rank."""
-    return cast("DTensor", value).full_tensor() if is_sharded(value) else value
-
-
-def own_part(value: Tensor) -> Tensor:
-    """Return what this rank holds of `value`."""
-    return cast("DTensor", value).to_local() if is_sharded(value) else value
-
-
 @torch.no_grad()
 def average_scalars(model: nn.Module, *, world: World, with_them: list[Tensor]) -> list[Tensor]:
     """Average the gradients of the model's scalars over the ranks in place, and the 0-d tensors `with_them` on the way.
@@ -152,14 +137,6 @@ def average_scalars(model: nn.Module, *, world: World, with_them: list[Tensor]) 
     for gradient, value in zip(gradients, mean, strict=False):
         gradient.copy_(value)
     return list(mean[len(gradients) :])
-
-
-def scattered(value: Tensor, *, like: Tensor) -> Tensor:
-    """Return this rank's part of `value`, laid out as the sharded `like`. Called by every rank, with equal values."""
-    from torch.distributed.tensor import distribute_tensor
-
-    layout = cast("DTensor", like)
-    return distribute_tensor(value, layout.device_mesh, layout.placements)
 
 
 def _scalars(model: nn.Module) -> list[str]:

@@ -43,6 +43,8 @@ class EvaluationResult:
     """What guessing would score on average, for each metric that has such a level."""
     intervals: dict[str, tuple[float, float]]
     """95 % intervals: Wilson for accuracies, bootstrap over images for the rest."""
+    verdicts: dict[str, str] = field(default_factory=dict)
+    """What a score means, by metric; empty where an evaluation leaves that to the reader."""
     parts: dict[str, Part] = field(default_factory=dict)
     """Scores of the items with each tag; empty when collapsed."""
     collapsed: str | None = None
@@ -94,6 +96,7 @@ def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: s
                 if name in result.metrics and name not in LOWER_IS_BETTER
             },
             "seconds": round(result.seconds, 3),
+            **({"verdicts": result.verdicts} if result.verdicts else {}),
             **({"parts": {tag: _part(part) for tag, part in result.parts.items()}} if result.parts else {}),
             **result.details,
         },

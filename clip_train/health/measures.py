@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from clip_train.distributed.collectives import all_gather
-from clip_train.distributed.parallel import own_part
+from clip_train.distributed.shards import own_part
 from clip_train.evaluation.collapse import FEWEST_FOR_RANK, effective_rank, mean_pairwise_cosine
 from clip_train.loss.captions import caption_ids
 

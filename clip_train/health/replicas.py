@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from clip_train.distributed.collectives import gather_objects
-from clip_train.distributed.parallel import is_sharded, own_part
+from clip_train.distributed.shards import is_sharded, own_part
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -177,8 +177,9 @@ def is_average(checkpoint: Path, *, weights: str) -> bool:
         UserError: they should be, but the run keeps none.
     """
     from clip_train.checkpoint.best import read_best
+    from clip_train.checkpoint.tensors import has_part
 
-    has_average = (checkpoint / "ema.safetensors").is_file()
+    has_average = has_part(checkpoint, "ema")
     if weights == "ema" and not has_average:
         raise UserError(f"{checkpoint}: weights=ema, but the run keeps no moving average (optim.ema_decay)")
     if weights == "best" and (best := read_best(checkpoint.parent.parent)) is not None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from clip_train.distributed.parallel import is_sharded, scattered, whole
+from clip_train.distributed.shards import fill
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from clip_train.distributed.shards import Sliceable
 
 
 class Ema:
@@ -43,12 +49,11 @@ class Ema:
             self._swap()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the whole averages on the CPU. Called by every rank: sharded ones are gathered."""
-        return {name: whole(average).to("cpu", copy=True) for name, average in self._averages.items()}
+        """Return the averages themselves, laid out as the parameters are."""
+        return dict(self._averages)
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned, on any number of ranks.
+    def load_state_dict(self, state: Mapping[str, Sliceable]) -> None:
+        """Copy averages with all their rows, each rank its share.
 
         Raises:
             KeyError: a tensor is missing or unknown.
@@ -56,10 +61,7 @@ class Ema:
         if state.keys() != self._averages.keys():
             raise KeyError(f"averages and model differ in {sorted(state.keys() ^ self._averages.keys())}")
         for name, average in self._averages.items():
-            value = state[name].to(average.device)
-            if is_sharded(average):
-                value = scattered(value, like=average)
-            average.copy_(value)
+            fill(average, state[name])
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -77,7 +77,7 @@ class Fixed:
 
     def load_state_dict(self, state_dict):
         for name, tensor in self.tensors.items():
-            tensor.copy_(state_dict[name])
+            tensor.copy_(state_dict[name][...])
 
 
 def open_fixed(run_dir: Path, *, lines: list[str] | None = None, size: int = 1000, world=None, **config):
@@ -103,7 +103,9 @@ def save_steps(run_dir: Path, *steps: int, size: int = 1000, **config) -> None:
             checkpointer.save(step=step, consumed=8 * step, config_yaml="steps: 9\n")
 
 
-def open_training(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, world=None, **config):
+def open_training(
+    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, world=None, say=lambda line: None, **config
+):
     """Return a checkpointer of a model and its optimizer."""
     return Checkpointer(
         run_dir,
@@ -111,5 +113,5 @@ def open_training(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimi
         config=CheckpointConfig(**config),
         tensors={"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)},
         state={"counter": Counter(3)},
-        say=lambda line: None,
+        say=say,
     )

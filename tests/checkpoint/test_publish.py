@@ -210,5 +210,5 @@ def test_a_checkpoint_holds_the_files_of_the_layout_and_says_where_it_came_from(
     assert (path / "config.yaml").read_text() == "steps: 9\n"
     manifest = json.loads((path / "MANIFEST.json").read_text())
     assert manifest["files"].keys() == names
-    assert (manifest["format"], manifest["step"], manifest["consumed"], manifest["world"]) == (1, 12, 96, 1)
+    assert (manifest["format"], manifest["step"], manifest["consumed"], manifest["world"]) == (2, 12, 96, 1)
     assert manifest["torch"] == torch.__version__

@@ -11,6 +11,7 @@ from tests.evaluation.classify import test_classify
 from tests.evaluation.group_audit import test_group_audit
 from tests.evaluation.reject import test_reject
 from tests.evaluation.retrieve import test_retrieve
+from tests.evaluation.scorecard import test_scorecard
 from tests.evaluation.toys import ToyModel
 from tests.gloo import run_on_ranks
 
@@ -27,8 +28,9 @@ def _evaluate(world, sizes):
             test_calibrate.make_pairs,
             *(partial(test_choose.make, kind=k) for k in test_choose.KINDS),
         ]
-        for make in kinds:
-            result = make(num_images, world=world)[0].evaluate(ToyModel())
+        evaluators = [make(num_images, world=world)[0] for make in kinds]
+        for evaluator in [*evaluators, test_scorecard.make(24, world=world)]:
+            result = evaluator.evaluate(ToyModel())
             results.append((result.metrics, result.intervals, result.collapsed, result.warnings, result.predictions))
     return results
 

@@ -96,6 +96,7 @@ def toy_setting(pixels: np.ndarray, *, world: World, **reader) -> Setting:
         world=world,
         tokenizer=ToyTokenizer(),
         read=lambda source: lambda: toy_batches(pixels, world=world, **reader),
+        image_size=pixels.shape[1],
     )
 
 

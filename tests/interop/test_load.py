@@ -1,18 +1,20 @@
 import json
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import clip_train
 from clip_train.checkpoint.best import Score, write_best
 from clip_train.checkpoint.checkpointer import Checkpointer
 from clip_train.checkpoint.config import CheckpointConfig
+from clip_train.checkpoint.files import hash_file
+from clip_train.checkpoint.manifest import MANIFEST_NAME, Manifest
 from clip_train.checkpoint.state import ModelState
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
@@ -218,6 +220,26 @@ def test_the_best_checkpoint_is_loaded_rather_than_the_newest(tmp_path):
     write_best(tmp_path, Score(step=5, metric="val/acc1", value=0.5))
     assert same_weights(clip_train.load(tmp_path, device="cpu", weights="best")[0], models[5])
     assert same_weights(clip_train.load(tmp_path, device="cpu")[0], models[10])
+
+
+def test_a_checkpoint_of_sharded_tensors_loads_like_a_whole_one(tmp_path):
+    model = files.small_model()
+    checkpoint = write_run(tmp_path, model, ema=files.small_model(seed=1))
+    for part in ("model", "ema"):
+        tensors = load_file(checkpoint / f"{part}.safetensors")
+        rows = {name: (0, (len(t) + 1) // 2, len(t)) for name, t in tensors.items() if t.ndim}
+        first = {name: t[: rows[name][1]] if t.ndim else t for name, t in tensors.items()}
+        second = {name: tensors[name][half:] for name, (_, half, count) in rows.items() if half < count}
+        places = [{n: [0, rows[n][2]] for n in rows}, {n: [rows[n][1], rows[n][2]] for n in second}]
+        for i, chunk in enumerate((first, second)):
+            metadata = {"format": "pt", "rows": json.dumps(places[i])}
+            save_file(chunk, checkpoint / f"{part}-{i + 1:05d}-of-00002.safetensors", metadata=metadata)
+        (checkpoint / f"{part}.safetensors").unlink()
+    manifest = Manifest.read(checkpoint)
+    records = {path.name: hash_file(path) for path in checkpoint.iterdir() if path.name != MANIFEST_NAME}
+    (checkpoint / MANIFEST_NAME).write_bytes(replace(manifest, files=records).to_bytes())
+    assert same_weights(clip_train.load(tmp_path, device="cpu", weights="raw")[0], model)
+    assert same_weights(clip_train.load(tmp_path, device="cpu")[0], files.small_model(seed=1))
 
 
 def test_best_are_the_weights_that_its_metric_was_measured_on(tmp_path):

@@ -118,8 +118,9 @@ def calibration(*, temperature=None, thresholds=None, prompts=()):
             value=temperature, data="toys", num_fitted=1, num_tested=1, before=reliability, after=reliability, date=""
         ),
         rejection=thresholds and Rejection(
-            thresholds=thresholds, known_passing={}, foreign_passing={}, data="toys", num_fitted=1, num_tested=1,
-            num_foreign={}, templates=[], prompts_sha256=hash_prompts(prompts), date="",
+            thresholds=thresholds, known_passing={}, foreign_passing={}, auroc={}, coverages=[], risks=[],
+            data="toys", num_fitted=1, num_tested=1, num_foreign={}, templates=[],
+            prompts_sha256=hash_prompts(prompts), date="",
         ),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import numpy as np
 from clip_train.calibration import Rejection, RejectScore, hash_prompts
 from clip_train.evaluation.prompts.files import Templates, prompts_of
 from clip_train.evaluation.reject import metrics
-from clip_train.evaluation.result import EvaluationResult, Part, two_halves
+from clip_train.evaluation.result import EvaluationResult, Part, evenly_spaced, two_halves
 
 MAIN_SCORE = RejectScore.max_cosine
 """Whose metrics stand in the table: it holds for any list of labels."""
@@ -50,7 +50,7 @@ def judge(known: Scored, foreign: Mapping[str, Scored], *, of: KnownSet) -> Eval
         of: the classes.
     """
     wrong = known.top[:, 0] != of.labels
-    rejection = fit_thresholds(known, foreign, of=of)
+    rejection = fit_thresholds(known, foreign, wrong=wrong, of=of)
     everything = {score: np.concatenate([one.scores[score] for one in foreign.values()]) for score in known.scores}
     details = {
         score.value: {
@@ -74,7 +74,6 @@ def judge(known: Scored, foreign: Mapping[str, Scored], *, of: KnownSet) -> Eval
             "templates": len(of.templates),
             "main_score": MAIN_SCORE.value,
             "scores": details,
-            "risk_coverage": _curve(known.scores[MAIN_SCORE], wrong),
             "rejection": asdict(rejection),
         },
         predictions=_predictions(known, foreign) | {"label": of.labels},
@@ -85,7 +84,7 @@ def judge(known: Scored, foreign: Mapping[str, Scored], *, of: KnownSet) -> Eval
     return result
 
 
-def fit_thresholds(known: Scored, foreign: Mapping[str, Scored], *, of: KnownSet) -> Rejection:
+def fit_thresholds(known: Scored, foreign: Mapping[str, Scored], *, wrong: np.ndarray, of: KnownSet) -> Rejection:
     """Return the threshold of every score that 95 % of one half of the known pictures reach, and who else does."""
     fitted, tested = two_halves(len(of.labels))
     thresholds = {score: metrics.threshold_at_95_tpr(values[fitted]) for score, values in known.scores.items()}
@@ -93,10 +92,18 @@ def fit_thresholds(known: Scored, foreign: Mapping[str, Scored], *, of: KnownSet
     def passing(scores: Mapping[RejectScore, np.ndarray], places: np.ndarray | slice) -> dict[RejectScore, float]:
         return {score: float((scores[score][places] >= value).mean()) for score, value in thresholds.items()}
 
+    risk = metrics.risk_coverage(known.scores[MAIN_SCORE], wrong)
+    places = evenly_spaced(len(risk), count=NUM_CURVE_POINTS)
     return Rejection(
         thresholds=thresholds,
         known_passing=passing(known.scores, tested),
         foreign_passing={name: passing(one.scores, slice(None)) for name, one in foreign.items()},
+        auroc={
+            name: {score: metrics.auroc(values, one.scores[score]) for score, values in known.scores.items()}
+            for name, one in foreign.items()
+        },
+        coverages=((places + 1) / len(risk)).tolist(),
+        risks=risk[places].tolist(),
         data=of.name,
         num_fitted=len(fitted),
         num_tested=len(tested),
@@ -122,13 +129,6 @@ def _part(known: np.ndarray, foreign: np.ndarray) -> Part:
         chance={"auroc": 0.5, "aupr": len(known) / (len(known) + len(foreign)), "fpr_at_95_tpr": 0.95},
         intervals=metrics.intervals(known, foreign),
     )
-
-
-def _curve(scores: np.ndarray, wrong: np.ndarray) -> dict[str, list[float]]:
-    """Return risk over coverage at up to 100 places."""
-    risk = metrics.risk_coverage(scores, wrong)
-    places = np.unique(np.linspace(0, len(risk) - 1, min(NUM_CURVE_POINTS, len(risk))).round().astype(np.int64))
-    return {"coverage": ((places + 1) / len(risk)).tolist(), "risk": risk[places].tolist()}
 
 
 def _predictions(known: Scored, foreign: Mapping[str, Scored]) -> dict[str, np.ndarray]:

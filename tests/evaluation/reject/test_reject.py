@@ -92,7 +92,7 @@ def test_every_score_is_in_the_predictions_and_its_figures_in_the_details():
     assert set(result.details["scores"]["mcm"]) == {"all", "far", "near", "aurc"}
     wrong = cosines.argmax(axis=1) != images.labels
     curve = [wrong[np.argsort(-cosines.max(axis=1))[:k]].mean() for k in range(1, 41)]
-    np.testing.assert_allclose(result.details["risk_coverage"]["risk"], curve)
+    np.testing.assert_allclose(result.details["rejection"]["risks"], curve)
     assert result.details["scores"]["max_cosine"]["aurc"] == pytest.approx(np.mean(curve))
 
 
