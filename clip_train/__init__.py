@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from clip_train.model.zoo import available_models, create_model
     from clip_train.tokenizer.bpe import tokenize
 
-__all__ = ["Run", "available_models", "create_model", "load", "tokenize"]
+__all__ = ["Run", "available_models", "classify", "create_model", "load", "tokenize"]
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "Run": "clip_train.tools.run",  # a tool, and so above this file: only its name is known here
     "available_models": "clip_train.model.zoo",
+    "classify": "clip_train.tools.classify",  # a tool as well
     "create_model": "clip_train.model.zoo",
     "load": "clip_train.interop.load",
     "tokenize": "clip_train.tokenizer.bpe",

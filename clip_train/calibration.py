@@ -74,13 +74,19 @@ class Rejection:
     """Share of the other half of the known pictures that reach each threshold."""
     foreign_passing: Mapping[str, Mapping[RejectScore, float]]
     """Share of the pictures of each foreign set that do."""
+    auroc: Mapping[str, Mapping[RejectScore, float]]
+    """Chance that a known picture scores above one of each foreign set."""
+    coverages: Sequence[float]
+    """Shares of the known pictures, those with the highest cosines first, up to all of them."""
+    risks: Sequence[float]
+    """Share of wrong labels among as many."""
     data: str
     """The known set."""
     num_fitted: int
     num_tested: int
     num_foreign: Mapping[str, int]
-    templates: Sequence[str]
-    """What the labels were put into."""
+    templates: Sequence[str] | None
+    """What the labels were put into; None if each had prompts of its own."""
     prompts_sha256: str
     """Of all prompts, see `hash_prompts`: the scores but `max_cosine` hold for exactly these."""
     date: str
@@ -152,15 +158,26 @@ def calibration_from_json(content: object, *, origin: str) -> Calibration:
 
 def temperature_from_json(content: Mapping[str, Any]) -> Temperature:
     """Return what `asdict` made of a temperature."""
-    both = {key: Reliability(**content[key]) for key in ("before", "after")}
-    return Temperature(**{**content, **both})
+    both = {key: _reliability(content[key]) for key in ("before", "after")}
+    return Temperature(**{**content, **both, "value": float(content["value"])})
 
 
 def rejection_from_json(content: Mapping[str, Any]) -> Rejection:
     """Return what `asdict` made of a rejection."""
-    by_set = {name: _by_score(shares) for name, shares in content["foreign_passing"].items()}
     by_score = {key: _by_score(content[key]) for key in ("thresholds", "known_passing")}
-    return Rejection(**{**content, **by_score, "foreign_passing": by_set})
+    by_set = {
+        key: {name: _by_score(values) for name, values in content[key].items()} for key in ("foreign_passing", "auroc")
+    }
+    return Rejection(**{**content, **by_score, **by_set})
+
+
+def _reliability(content: Mapping[str, Any]) -> Reliability:
+    means = {
+        key: [None if value is None else float(value) for value in content[key]]
+        for key in ("confidences", "accuracies")
+    }
+    numbers = {key: float(content[key]) for key in ("ece", "nll", "brier", "accuracy")}
+    return Reliability(**{**content, **means, **numbers, "counts": [int(count) for count in content["counts"]]})
 
 
 def _by_score(values: Mapping[str, float]) -> dict[RejectScore, float]:

@@ -15,6 +15,7 @@ from clip_train.cli_shards import shards
 from clip_train.distributed.stop import follow_launcher
 from clip_train.errors import ClipTrainError, UserError
 from clip_train.exit_record import ended_before
+from clip_train.redact import redact
 from clip_train.tokenizer.config import Cleaning
 
 EXAMPLES = """\b
@@ -49,7 +50,7 @@ def main() -> None:
         code = app(args=arguments, standalone_mode=False)
     except ClipTrainError as error:
         if debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr, end="")
         _print_error(str(error))
         code = error.exit_code
     except KeyboardInterrupt:
@@ -67,7 +68,7 @@ def main() -> None:
 def _print_error(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = f" [rank {rank}]" if rank != "0" else ""
-    print(f"error{where}: {message}", file=sys.stderr)
+    print(f"error{where}: {redact(message)}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
@@ -93,11 +94,13 @@ def train(context: typer.Context) -> None:
     if record := ended_before(Path(config.run_dir)):
         _print_error(f"not started again, this launch has ended: {record.reason}")
         raise typer.Exit(record.code)
+    from clip_train.evaluate import keep_calibration_of_training
     from clip_train.tools.report import write_report
     from clip_train.train import train as run
 
     run(config)
     if os.environ.get("RANK", "0") == "0":
+        keep_calibration_of_training(Path(config.run_dir), names=config.evaluation)
         print(f"report: {write_report(Path(config.run_dir))}")
 
 
@@ -151,16 +154,52 @@ def help_key(key: Annotated[str, typer.Argument(help="A key such as optim.lr")])
 
 @app.command(epilog='clip-train classify cat.jpg --labels "a corgi,a cat" --model runs/demo')
 def classify(
-    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
-    labels: Annotated[str, typer.Option(help="Labels, separated by commas.")],
-    model: Annotated[str, typer.Option(help="A run directory or anything that clip_train.load takes.")],
+    images: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns, or - for paths on standard input.")],
+    labels: Annotated[str | None, typer.Option(help="Labels, separated by commas.")] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="Text file with one label per line.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A run directory or anything that clip_train.load takes; the newest run.")
+    ] = None,
+    templates: Annotated[
+        str,
+        typer.Option(help="none: labels are whole captions; single, simple, imagenet or a file put them into some."),
+    ] = "none",
+    min_similarity: Annotated[
+        str, typer.Option(help="Cosine below which the answer is unknown; auto: as measured with the model; off.")
+    ] = "auto",
     top: Annotated[int, typer.Option(help="Labels shown for each picture.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a picture.")] = False,
 ) -> None:
-    """Say which label fits each picture: probability and raw cosine."""
-    from clip_train.tools.classify import classify_command
+    """Say which label fits each picture: probability, raw cosine, or unknown and why."""
+    from clip_train.tools.classify_command import classify_command
 
-    raise typer.Exit(classify_command(images, labels=labels, model=model, top=top, as_json=as_json))
+    code = classify_command(
+        images, labels=labels, labels_file=labels_file, model=model, templates=templates,
+        min_similarity=min_similarity, top=top, as_json=as_json,
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
+@app.command(epilog="clip-train prompts runs/demo shards/demo/classes")
+def prompts(
+    model: Annotated[str, typer.Argument(help="A run directory or anything that clip_train.load takes.")],
+    images: Annotated[Path, typer.Argument(help="A labelled set, as evaluation.classify.root.")],
+    split: Annotated[str, typer.Option(help="Part of the set.")] = "test",
+    templates: Annotated[str, typer.Option(help="Candidates: imagenet, simple, single or a file.")] = "imagenet",
+    classnames: Annotated[str, typer.Option(help="As evaluation.classify.classnames.")] = "auto",
+    most: Annotated[int, typer.Option(help="Templates to choose, at most.")] = 8,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the file in RUN/prompts/; the set's own if not given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write, instead of one in the run.")] = None,
+) -> None:
+    """Choose prompt templates on half of a labelled set and say what they gain on the other half."""
+    from clip_train.tools.prompts import prompts_command
+
+    lines = prompts_command(
+        model, images, split=split, templates=templates, classnames=classnames, most=most, name=name, out=out
+    )
+    print("\n".join(lines))
 
 
 @app.command(epilog="clip-train export runs/demo --to all --verify")

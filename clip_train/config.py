@@ -13,6 +13,8 @@ from typing import Any, get_args, get_type_hints
 
 from clip_train.config_dir import config_dir
 from clip_train.errors import UserError
+from clip_train.overrides import readable, refuse_code_and_secrets
+from clip_train.redact import redact
 from clip_train.schema import CHOICES, MAY_CHANGE_ON_RESUME, NAMED, ROOTS, TrainConfig
 
 
@@ -43,16 +45,25 @@ def compose(command: str, overrides: list[str]) -> Any:
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import MarkedYAMLError, YAMLError
 
     for override in overrides:
-        _refuse_code_and_secrets(override)
+        key, _, value = override.partition("=")
+        refuse_code_and_secrets(key, value)
+    overrides = readable(overrides)
     register()
     try:
         with initialize_config_dir(config_dir=str(config_dir().resolve()), version_base="1.3"):
             composed = hydra_compose(command, overrides)
+    except YAMLError as error:
+        marked = error if isinstance(error, MarkedYAMLError) else None
+        where = marked.problem_mark if marked else None
+        problem = marked.problem if marked else str(error).splitlines()[0]
+        place = f"{where.name} line {where.line + 1}" if where else f"a recipe of {' '.join(overrides)}"
+        raise UserError(f"{place}: {problem}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(command, overrides, error)) from error
-    _refuse_environment(composed)
+    _refuse_what_is_not_to_be_saved(composed)
     return composed
 
 
@@ -71,10 +82,10 @@ def register() -> None:
 
 
 def to_yaml(config: Any) -> str:
-    """Return a dataclass config as YAML that `from_yaml` reads back."""
+    """Return a dataclass config as YAML that `from_yaml` reads back; signatures in URLs are left out."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return redact(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def from_yaml(path: Path, *, root: type = TrainConfig) -> Any:
@@ -147,14 +158,6 @@ def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [pair for key, value in tree.items() for pair in _flatten(value, f"{prefix}{key}.")]
 
 
-def _refuse_code_and_secrets(override: str) -> None:
-    key = override.partition("=")[0]
-    if "_target_" in override:
-        raise UserError(f"{override}: a config holds values, never code (_target_)")
-    if re.search(r"(password|secret|api_?key|access_?token|auth_?token)", key, re.IGNORECASE):
-        raise UserError(f"{key}: keys and passwords come from the environment or a login, never from the config")
-
-
 def _refuse_unasked_pipes(config: Any, overrides: list[str]) -> None:
     """A recipe that someone else wrote must not run commands: only who starts the run can allow it."""
     asked = any(override.lstrip("+").partition("=")[0] == "data.allow_pipe" for override in overrides)
@@ -162,11 +165,12 @@ def _refuse_unasked_pipes(config: Any, overrides: list[str]) -> None:
         raise UserError("data.allow_pipe=true counts on the command line only, not in a recipe")
 
 
-def _refuse_environment(composed: Any) -> None:
+def _refuse_what_is_not_to_be_saved(composed: Any) -> None:
     """A run saves its config: what stands in the environment, a password perhaps, must not land there."""
     from omegaconf import OmegaConf
 
     for key, value in _flatten(OmegaConf.to_container(composed, resolve=False)):
+        refuse_code_and_secrets(key, str(value))
         if isinstance(value, str) and "${oc.env" in value:
             raise UserError(f"{key}={value}: a config does not read the environment; let the shell expand $NAME")
 
@@ -174,6 +178,9 @@ def _refuse_environment(composed: Any) -> None:
 def _explain(command: str, overrides: list[str], error: Exception) -> str:
     """Turn Hydra's message into one line that names the key and the nearest right one."""
     text = str(error)
+    in_file = re.match(r"In '([^']+)': \w+ raised while composing config:\n(.*)", text)
+    if in_file:
+        return _explain_file(command, *in_file.groups(), text=text)
     groups = [p.name for p in config_dir().iterdir() if p.is_dir()]
     keys = known_keys(ROOTS[command])
     for override in overrides:
@@ -203,6 +210,18 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
         return f"{full_key.group(1)}= is required; `clip-train help {_plain(full_key.group(1))}` says what it is"
     first = text.strip().splitlines()[0]
     return f"{full_key.group(1)}: {first}" if full_key else first
+
+
+def _explain_file(command: str, name: str, problem: str, *, text: str) -> str:
+    """Say what is wrong in a YAML file under `configs/`."""
+    found = re.search(r"full_key: (\S+)", text)
+    key = found[1] if found else ""
+    if name.startswith(f"{key}/") and "not in" in problem:
+        return f"{name}.yaml: its first line must be `# @package _global_`, and keys must follow"
+    if not problem.startswith("Key "):
+        return f"{name}.yaml: {key}: {problem}"
+    near = difflib.get_close_matches(_plain(key), known_keys(ROOTS[command]), n=1, cutoff=0.5)
+    return f"{name}.yaml: unknown key '{key}'" + (f": did you mean '{near[0]}'?" if near else "")
 
 
 def _plain(key: str) -> str:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_train.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    rejection_from_json,
+    temperature_from_json,
+    write_calibration,
+)
 from clip_train.checkpoint.config import EMA_SUFFIX
+from clip_train.checkpoint.retention import is_checkpoint_name, list_checkpoints, step_of
 from clip_train.config import from_yaml
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import UserError
 from clip_train.evaluation.features import PrefixEncoder
-from clip_train.evaluation.result import write_result
+from clip_train.evaluation.result import read_result, write_result
 from clip_train.evaluation.samples import PICTURE_SIZE, save_samples
-from clip_train.evaluation.suite import require_some, summarize
+from clip_train.evaluation.suite import report_suite, require_some
 from clip_train.evaluation.table import print_results
+from clip_train.interop.weights import weights_sha256
 from clip_train.schema import EvaluateConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
     from clip_train.evaluation.evaluator import Evaluator
     from clip_train.evaluation.features import DualEncoder
     from clip_train.evaluation.result import EvaluationResult
+    from clip_train.interop.loaded_model import LoadedModel
     from clip_train.optim.ema import Ema
 
 
@@ -115,8 +125,63 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         scores = run_evaluations(
             evaluators, encoder, world=world, out=out, name=config.checkpoint, weights=weights, samples=False
         )
+        if world.is_main and config.embed_dim is None and run.is_dir() and not is_checkpoint_name(run.name):
+            step = f", step {step_of(checkpoints[0]):,}" if (checkpoints := list_checkpoints(run)) else ""
+            results = [out / f"{name}.json" for name in evaluators]
+            keep_calibration(results, model=model, folder=run, name=f"{config.checkpoint}{step}")
         if config.suite and world.is_main:
-            summary = summarize(scores, suite=config.suite, names=list(evaluations), missing=missing)
-            summary.write(out / f"suite-{config.suite}.json")
-            print("\n".join(summary.lines()))
+            report_suite(config.suite, evaluations=evaluations, missing=missing, folder=out)
         return scores
+
+
+def keep_calibration(results: Sequence[Path], *, model: LoadedModel, folder: Path, name: str) -> None:
+    """Write what result files say of the model's confidence into `folder`, where `load` finds it with the weights.
+
+    What the folder already has of the same weights, and the results do not say anew, stays.
+
+    Args:
+        results: JSON files of evaluations of exactly this model, in float32; the last one that tells something counts.
+        model: as loaded.
+        folder: a run, an export or another model folder.
+        name: what to call the weights.
+    """
+    temperature, rejection = None, None
+    for path in results:
+        details = read_result(path).get("clip_train", {})
+        if details.get("status") == "ok":
+            temperature = temperature_from_json(details["temperature"]) if "temperature" in details else temperature
+            rejection = rejection_from_json(details["rejection"]) if "rejection" in details else rejection
+    if temperature is None and rejection is None:
+        return
+    former = model.calibration
+    calibration = Calibration(
+        weights_sha256=weights_sha256(model),
+        model=name,
+        temperature=temperature or (former.temperature if former else None),
+        rejection=rejection or (former.rejection if former else None),
+    )
+    write_calibration(calibration, folder / CALIBRATION_FILE)
+    print(f"kept in {folder / CALIBRATION_FILE}, for `clip-train classify` and exports")
+
+
+def keep_calibration_of_training(run_dir: Path, *, names: Iterable[str]) -> None:
+    """Do the same with the evaluations after the last step of a run, if they tell something.
+
+    Args:
+        run_dir: the run.
+        names: its evaluations.
+    """
+    from clip_train.interop.folders import is_average
+    from clip_train.interop.load import load
+
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        return
+    newest = checkpoints[0]
+    suffix = EMA_SUFFIX if is_average(newest, weights="auto") else ""
+    folder = run_dir / "evaluation" / newest.name
+    results = [path for name in names if (path := folder / f"{name}{suffix}.json").is_file()]
+    details = [read_result(path).get("clip_train", {}) for path in results]
+    if any("temperature" in one or "rejection" in one for one in details):
+        model, _ = load(newest, device="cpu")
+        keep_calibration(results, model=model, folder=run_dir, name=f"{run_dir.name}, step {step_of(newest):,}")

@@ -26,7 +26,7 @@ Run the same command again and it continues with the next sample.""",
     "evaluate": """\
   clip-train evaluate checkpoint=runs/demo              the evaluations that the run was trained with
   clip-train evaluate checkpoint=runs/demo evaluation=[imagenet] evaluation.imagenet.root=/data/imagenet
-  clip-train evaluate checkpoint=runs/demo suite=imagenet_shifts evaluation_root=/data
+  clip-train evaluate checkpoint=runs/demo suite=datacomp evaluation_root=/data
   clip-train evaluate checkpoint=ViT-B/32 evaluation=[imagenet] evaluation.imagenet.precision=bf16""",
 }
 

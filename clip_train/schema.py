@@ -8,18 +8,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.config import EMA_SUFFIX, CheckpointConfig
 from clip_train.data.config import DataConfig, Reader
 from clip_train.distributed.config import DistributedConfig, Strategy
 from clip_train.errors import UserError
+from clip_train.evaluation.calibrate.config import CalibrateConfig
 from clip_train.evaluation.choose.config import ChooseConfig
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.config import EvaluationConfig, ReferenceConfig
 from clip_train.evaluation.group_audit.config import GroupAuditConfig
 from clip_train.evaluation.probe.config import ProbeConfig
+from clip_train.evaluation.reject.config import RejectConfig
 from clip_train.evaluation.retrieve.config import RetrieveConfig
+from clip_train.evaluation.scorecard.config import ScorecardConfig
 from clip_train.loss.config import ClipLossConfig, LossConfig, SigLipLossConfig
 from clip_train.metrics.config import LoggingConfig
 from clip_train.model.config import ModelConfig
@@ -38,11 +42,14 @@ CHOICES: dict[str, dict[str, type]] = {
     "optim": {"adamw": AdamWConfig},
     "distributed": {"ddp": DistributedConfig},
     "evaluation": {
+        "calibrate": CalibrateConfig,
         "choose": ChooseConfig,
         "classify": ClassifyConfig,
         "group_audit": GroupAuditConfig,
         "probe": ProbeConfig,
+        "reject": RejectConfig,
         "retrieve": RetrieveConfig,
+        "scorecard": ScorecardConfig,
     },
     "logging": {"default": LoggingConfig},
 }
@@ -124,6 +131,7 @@ class TrainConfig:
     too if `optim.ema_decay` keeps one, as NAME_ema."""
 
     def __post_init__(self) -> None:
+        self.run_dir = str(Path(self.run_dir).expanduser())
         if isinstance(self.micro_batch_size, str):
             if self.micro_batch_size != "auto":
                 raise UserError(f"micro_batch_size={self.micro_batch_size} must be a number, auto or null")
@@ -239,7 +247,7 @@ class EvaluateConfig:
     evaluation: dict[str, EvaluationConfig] = field(default_factory=dict)
     """Evaluations by name; empty: those that the run was trained with."""
     suite: str | None = None
-    """A list of evaluations under configs/suite/, such as `imagenet_shifts`: those whose data are there are run, the
+    """A list of evaluations under configs/suite/, such as `imagenet`: those whose data are there are run, the
     others are listed. null: none."""
     evaluation_root: str | None = None
     """Folder that holds a suite's evaluation sets."""

@@ -1,4 +1,4 @@
-"""What a run starts from: a text tower that suits the tokenizer."""
+"""What a run starts from: a text tower that suits the tokenizer, and numbers that suit the device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,33 @@ from clip_train.errors import UserError
 from clip_train.model.config import TextConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from clip_train.schema import TrainConfig
     from clip_train.tokenizer.base import Tokenizer
+
+
+# First compute capability of NVIDIA's GPUs that computes in a short type.
+_FIRST_CAPABILITY = {"bf16": (8, 0), "fp16": (5, 3)}
+
+
+def require_precision(precision: str, *, device: torch.device) -> None:
+    """Check that a device computes in the type of `precision`.
+
+    Raises:
+        UserError: it does not, or only by emulation, which is slower than fp32.
+    """
+    import torch
+
+    first = _FIRST_CAPABILITY.get(precision)
+    if device.type != "cuda" or torch.version.hip or first is None:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < first:
+        choices = "fp16 or fp32" if capability >= _FIRST_CAPABILITY["fp16"] else "fp32"
+        raise UserError(
+            f"precision={precision}: {torch.cuda.get_device_name(device)} does not compute in it; choose {choices}"
+        )
 
 
 def suited_to(tokenizer: Tokenizer, *, config: TrainConfig) -> TrainConfig:

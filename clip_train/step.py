@@ -88,6 +88,7 @@ class TrainStep:
             UserError: the batch cannot be cut into equal micro-batches.
         """
         self._wrapped.train()
+        self._world.stalls.begin_step(device=self._world.device)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         loss = self.backward(batch, step=step)

@@ -34,7 +34,7 @@ from clip_train.model.finetune import layers_above
 from clip_train.model.flops import training_flops
 from clip_train.progress import Progress, rewind
 from clip_train.schema import TrainConfig
-from clip_train.starting_point import suited_to
+from clip_train.starting_point import require_precision, suited_to
 from clip_train.step import StepResult, TrainStep
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         attempt = stack.enter_context(Attempt(run_dir))
         world = attempt.join(config.distributed.build(device=config.device), config=config.distributed)
         stack.callback(stop_world)
+        require_precision(config.precision.value, device=world.device)
         tokenizer = config.tokenizer.build(
             context_length=config.model.text.context_length, kept_in=None if config.resume == "never" else run_dir
         )
@@ -82,8 +83,9 @@ def train(config: TrainConfig) -> dict[str, float]:
         ema = config.optim.build_ema(model)
         micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world)
         config = replace(config, micro_batch_size=micro_batch_size)
+        loss_fn = config.build_loss(world=world)
         train_step = TrainStep(
-            model, wrapped=wrapped, loss_fn=config.build_loss(world=world), optimizer=optimizer, ema=ema, world=world,
+            model, wrapped=wrapped, loss_fn=loss_fn, optimizer=optimizer, ema=ema, world=world,
             seed=config.seed, precision=precision, max_grad_norm=config.optim.max_grad_norm,
             micro_batch_size=micro_batch_size,
         )  # fmt: skip
@@ -133,7 +135,7 @@ def train(config: TrainConfig) -> dict[str, float]:
 
         health = stack.enter_context(
             RunHealth(
-                config, run_dir=run_dir, world=world, model=model, stream=stream, exchange=exchange,
+                config, run_dir=run_dir, world=world, model=model, loss_fn=loss_fn, stream=stream, exchange=exchange,
                 tokenizer=tokenizer, total_steps=total_steps,
             )
         )  # fmt: skip
@@ -166,7 +168,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             flops = training_flops(config.model, lengths=batch.lengths.tolist())
             metrics.add(measures(result), seconds_waiting=seconds_waiting, flops=flops)
             profiler.after(progress.step)
-            if health.after_step(result, step=progress.step):
+            if health.after_step(result, batch, step=progress.step):
                 # Every rank saw the same flag: weights go back, the data goes on after the bad batch.
                 health.rewound_to(rewind(checkpointer, progress=progress))
                 metrics.rewind(progress.step)

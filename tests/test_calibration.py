@@ -1,7 +1,7 @@
 """The file that keeps a model's temperature and thresholds."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -29,6 +29,7 @@ REJECTION = Rejection(
     thresholds={RejectScore.max_cosine: 0.25, RejectScore.mcm: 0.2},
     known_passing={RejectScore.max_cosine: 0.94, RejectScore.mcm: 0.95},
     foreign_passing={"noise": {RejectScore.max_cosine: 0.01, RejectScore.mcm: 0.5}},
+    auroc={"noise": {RejectScore.max_cosine: 0.99, RejectScore.mcm: 0.7}}, coverages=[0.5, 1.0], risks=[0.0, 0.1],
     data="scenes", num_fitted=4, num_tested=8, num_foreign={"noise": 5}, templates=["a {}"],
     prompts_sha256=hash_prompts(["a cat"]), date="2026-11-21",
 )  # fmt: skip
@@ -54,6 +55,10 @@ def damaged_files():
     yield json.dumps({k: v for k, v in whole.items() if k != "rejection"})
     yield json.dumps({**whole, "temperature": {"value": 1}})
     yield json.dumps({**whole, "rejection": {"thresholds": {"wisdom": 1}}})
+    reliability = asdict(RELIABILITY)
+    for wrong in ({"counts": ["<b>"]}, {"ece": "much"}, {"accuracies": 1}):
+        temperature = {**asdict(TEMPERATURE), "before": {**reliability, **wrong}}
+        yield json.dumps({**whole, "temperature": temperature})
     yield json.dumps({**whole, "surprise": 1})
     yield json.dumps({**whole, "format": 2})
 

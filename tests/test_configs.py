@@ -16,8 +16,12 @@ NEEDED = {  # what a choice leaves to the user
         for n in ("choose", "sugarcrepe", "winoground", "aro", "countbench")
     },
     "evaluation=[classify]": "evaluation.classify.root=x",
+    "evaluation=[wds]": "evaluation.wds.root=x",
+    "evaluation=[coco]": "evaluation.coco.captions=x",
+    "evaluation=[flickr30k]": "evaluation.flickr30k.captions=x",
     "evaluation=[group_audit]": "evaluation.group_audit.root=x",
     "evaluation=[probe]": "evaluation.probe.root=x",
+    **{f"evaluation=[{n}]": f"evaluation.{n}.root=x" for n in ("calibrate", "classify", "group_audit", "reject")},
     "evaluation=[imagenet]": "evaluation.imagenet.root=x",
     "evaluation=[retrieve]": "evaluation.retrieve.shards=x",
     "evaluation=[val]": "data.val=x",

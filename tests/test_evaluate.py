@@ -1,21 +1,29 @@
 """Evaluation during training: on the live weights, and on their moving average if the run keeps one."""
 
 import json
+import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
+import clip_train
+from clip_train.calibration import CALIBRATION_FILE, read_calibration
 from clip_train.config import load
 from clip_train.distributed.parallel import is_sharded, parallelize, scattered, whole
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
-from clip_train.evaluate import run_evaluations
+from clip_train.evaluate import keep_calibration, keep_calibration_of_training, run_evaluations
+from clip_train.evaluation.result import EvaluationResult, write_result
 from clip_train.model.zoo import create_model
 from clip_train.optim.ema import Ema
 from tests.evaluation.classify.test_classify import make
 from tests.evaluation.toys import random_pixels, toy_setting
 from tests.gloo import run_on_ranks
+from tests.interop import files
+from tests.interop.test_load import write_run
+from tests.test_calibration import REJECTION, TEMPERATURE
 
 IMAGES = 22
 VOCABULARY = {"vocab_size": 1000}  # the toy tokenizer's
@@ -101,3 +109,55 @@ def test_the_best_checkpoint_may_be_the_averages_if_there_are_any():
         load("train", [*run, best])
     with pytest.raises(UserError, match=r"evaluation\.mine_ema: names that end in _ema"):
         load("train", [*run, "+evaluation@evaluation.mine_ema=retrieve", "evaluation.mine_ema.shards=x"])
+
+
+def confident_result(folder, name, **parts):
+    result = EvaluationResult(
+        task="calibration", num_items=8, metrics={"x": 0.5}, chance={}, intervals={},
+        details={key: asdict(part) for key, part in parts.items()},
+    )  # fmt: skip
+    write_result(result, folder / f"{name}.json", dataset=name, model="m")
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_after_training_the_calibration_of_what_load_loads_is_kept_with_the_run(tmp_path, averaged):
+    live, average = (files.small_model(seed=seed) for seed in (1, 2))
+    write_run(tmp_path, live, ema=average if averaged else None)
+    folder = tmp_path / "evaluation" / "step-00000005"
+    confident_result(folder, "calibrate", temperature=TEMPERATURE)
+    confident_result(folder, "calibrate_ema", temperature=replace(TEMPERATURE, value=3.0))
+    confident_result(folder, "reject", rejection=REJECTION)
+    confident_result(folder, "val")
+    keep_calibration_of_training(tmp_path, names=["val", "calibrate", "reject"])
+    loaded, _ = clip_train.load(tmp_path, device="cpu")
+    kept = read_calibration(tmp_path / CALIBRATION_FILE)
+    assert loaded.calibration == kept
+    assert kept.temperature.value == (3.0 if averaged else 1.5)
+    assert kept.rejection == (None if averaged else REJECTION)  # there is no reject_ema
+    assert kept.model == f"{tmp_path.name}, step 5"
+
+
+def test_a_run_without_such_evaluations_gets_no_calibration(tmp_path):
+    write_run(tmp_path, files.small_model())
+    confident_result(tmp_path / "evaluation" / "step-00000005", "val")
+    keep_calibration_of_training(tmp_path, names=["val", "calibrate"])
+    keep_calibration_of_training(tmp_path / "none", names=["val"])
+    assert not (tmp_path / CALIBRATION_FILE).exists()
+
+
+def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tmp_path):
+    write_run(tmp_path, files.small_model(seed=1))
+    confident_result(tmp_path, "calibrate", temperature=TEMPERATURE)
+    confident_result(tmp_path, "reject", rejection=REJECTION)
+
+    def keep(name):
+        model, _ = clip_train.load(tmp_path, device="cpu")
+        keep_calibration([tmp_path / f"{name}.json"], model=model, folder=tmp_path, name="m")
+        return read_calibration(tmp_path / CALIBRATION_FILE)
+
+    assert keep("calibrate").rejection is None
+    both = keep("reject")
+    assert (both.temperature, both.rejection) == (TEMPERATURE, REJECTION)
+    shutil.rmtree(tmp_path / "checkpoints")
+    write_run(tmp_path, files.small_model(seed=2))
+    assert keep("reject").temperature is None

@@ -16,8 +16,8 @@ ROWS = [
     {"schema"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
-    {"distributed", "storage", "calibration"},
-    {"types", "errors", "config_dir", "exit_record"},
+    {"distributed", "storage", "calibration", "overrides"},
+    {"types", "errors", "config_dir", "exit_record", "redact"},
 ]
 
 

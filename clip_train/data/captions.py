@@ -70,7 +70,25 @@ def decode_caption(content: bytes) -> str:
     return _clean(_decode(content, limit=_MAX_BYTES["txt"]))
 
 
+def all_captions(content: bytes, *, field: CaptionField) -> list[str]:
+    """Return every caption in a member: the lines of a `.txt`, the items of a field's list.
+
+    Raises:
+        BadSampleError: there is none, or one is unusable.
+    """
+    if field.extension == "txt":
+        return [line for line in map(str.strip, decode_caption(content).splitlines()) if line]
+    value = _json_value(content, path=field.path)
+    return [_text(item) for item in (value if isinstance(value, list) else [value])]
+
+
 def _json_caption(content: bytes, *, path: Sequence[str], uniform: float) -> str:
+    value = _json_value(content, path=path)
+    return _text(value[min(int(uniform * len(value)), len(value) - 1)] if isinstance(value, list) else value)
+
+
+def _json_value(content: bytes, *, path: Sequence[str]) -> Any:
+    """Return what stands at `path`; a list has items."""
     text = _decode(content, limit=_MAX_BYTES["json"])
     try:
         value: Any = json.loads(text)
@@ -80,15 +98,27 @@ def _json_caption(content: bytes, *, path: Sequence[str], uniform: float) -> str
         if not isinstance(value, dict) or name not in value:
             raise BadSampleError("caption_missing")
         value = value[name]
-    if isinstance(value, list):
-        if not value:
-            raise BadSampleError("caption_missing")
-        value = value[min(int(uniform * len(value)), len(value) - 1)]
+    if value == []:
+        raise BadSampleError("caption_missing")
+    return value
+
+
+def _text(value: object) -> str:
     if value is None:
         raise BadSampleError("caption_missing")
     if not isinstance(value, str):
         raise BadSampleError("caption_not_text")
+    if not value.isascii():
+        _require_characters(value)
     return _clean(value)
+
+
+def _require_characters(caption: str) -> None:
+    """JSON can spell halves of surrogate pairs, which no encoding has."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise BadSampleError("caption_not_utf8") from error
 
 
 def _decode(content: bytes, *, limit: int) -> str:

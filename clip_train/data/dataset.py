@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from clip_train.data.activity import Doing
+from clip_train.data.apart import run_apart
 from clip_train.data.audit import hash_samples
 from clip_train.data.bad import BadSample
 from clip_train.data.images.decode import BadSampleError, open_image
@@ -139,7 +141,10 @@ class RowFiller:
             images = _shared_zeros(len(slots), self.features.width, dtype=torch.float32)
         return Rows(slots, images=images, context_length=self._tokenizer.context_length)
 
-    def fill(self, rows: Rows, row: int, image: bytes, members: Sequence[bytes], place: Place | None = None) -> None:
+    def fill(
+        self, rows: Rows, row: int, image: bytes, members: Sequence[bytes], place: Place | None = None, *,
+        apart: bool = False,
+    ) -> None:  # fmt: skip
         """Fill a row; the numbers that decide crop and caption are those of its slot.
 
         Args:
@@ -148,13 +153,15 @@ class RowFiller:
             image: the encoded picture.
             members: those that hold captions.
             place: of the sample; its feature stands there if `features` is set.
+            apart: decode in a process of its own; needs rows in shared memory, so a loader worker.
 
         Raises:
             BadSampleError: the content cannot be used; the row is not valid.
         """
         uniforms = sample_uniforms(self._seed, int(rows.slots[row]))
         caption = self._captions(members, uniform=uniforms[CAPTION_WORD])
-        self._look(image, uniforms=uniforms, place=place, out=rows.images[row])  # last of what can fail
+        look = partial(self._look, image, uniforms=uniforms, place=place, out=rows.images[row])
+        run_apart(look) if apart else look()  # last of what can fail
         rows.tokens[row], rows.lengths[row], _ = self._tokenizer.encode_padded(caption)
         rows.valid[row] = True
 
@@ -194,6 +201,8 @@ class SampleDataset(Dataset[TaskResult]):
         self._substitute = substitute
         self._filler = filler
         self._activity = activity
+        self.careful_until = 0
+        """Pictures of batches that begin before this slot are decoded apart: one of them may have ended a worker."""
 
     def __getitem__(self, task: Task) -> TaskResult:
         """Return the rows of a task. What a worker raises travels as a value: only then is it told from a dead one."""
@@ -216,13 +225,14 @@ class SampleDataset(Dataset[TaskResult]):
     def _rows(self, task: Task) -> TaskRows:
         rows = self._filler.new_rows(task.slots)
         bad: list[BadSample] = []
+        apart = task.consumed < self.careful_until
         sources, shards, indices = self.order.locate(task.slots)
         for row, slot in enumerate(task.slots.tolist()):
             source, shard, index = int(sources[row]), int(shards[row]), int(indices[row])
             try:
-                self._fill(rows, row, Place(source, shard, index))
+                self._fill(rows, row, Place(source, shard, index), apart=apart)
             except BadSampleError as error:
-                found = self._fill_with_substitute(rows, row, slot) if self._substitute else None
+                found = self._fill_with_substitute(rows, row, slot, apart=apart) if self._substitute else None
                 bad.append(self._bad_sample(slot, source, shard, index, error.reason, found.k if found else None))
                 if found is not None:
                     shards[row], indices[row] = found.shard, found.index
@@ -230,12 +240,12 @@ class SampleDataset(Dataset[TaskResult]):
         id_hash = hash_samples(self._sids[sources[valid]], shards[valid], indices[valid])
         return TaskRows(rows.batch, id_hash, bad)
 
-    def _fill(self, rows: Rows, row: int, place: Place) -> None:
+    def _fill(self, rows: Rows, row: int, place: Place, *, apart: bool) -> None:
         worker = worker_number()
         self._activity.note(Doing.reading, worker=worker, source=place.source, shard=place.shard)
         image, members = self._readers[place.source].read(place.shard, place.sample)
         self._activity.note(Doing.decoding, worker=worker, source=place.source, shard=place.shard)
-        self._filler.fill(rows, row, image, members, place)
+        self._filler.fill(rows, row, image, members, place, apart=apart)
 
     def use_features(self, table: FeatureTable) -> None:
         """Read features in place of pictures. Before the first task."""
@@ -247,12 +257,12 @@ class SampleDataset(Dataset[TaskResult]):
             slot, self._sources[source].name, self._sources[source].shard_name(shard), index, key, reason, k
         )
 
-    def _fill_with_substitute(self, rows: Rows, row: int, slot: int) -> Substitute | None:
+    def _fill_with_substitute(self, rows: Rows, row: int, slot: int, *, apart: bool) -> Substitute | None:
         """Fill a row with the first usable substitute, which keeps the numbers of its slot; without one, leave it."""
         source, shards, indices = self.order.substitutes(slot, global_batch_size=self._global_batch_size)
         for k, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True), start=1):
             try:
-                self._fill(rows, row, Place(source, shard, index))
+                self._fill(rows, row, Place(source, shard, index), apart=apart)
                 return Substitute(k, shard, index)
             except BadSampleError:
                 continue

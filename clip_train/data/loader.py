@@ -24,13 +24,15 @@ from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
 from clip_train.data.remote.spool import Spool, check_room
 from clip_train.data.segments import Segment, SegmentSource, continued, differences
 from clip_train.data.stream import BatchStream, StepReport
-from clip_train.data.workers import WorkerFailed, WorkerTasks, open_loader, start_worker_server
+from clip_train.data.workers import BATCHES_UNDER_WAY, WorkerFailed, WorkerTasks, open_loader, start_worker_server
 from clip_train.errors import IntegrityError, UserError
 from clip_train.types import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from clip_train.data.dataset import RowFiller
@@ -145,6 +147,13 @@ class TrainStream(BatchStream):
                             self._spool.advance(consumed)
             except WorkerFailed as failure:
                 self._failures.judge(failure, step=consumed // self._global_batch_size, where=f"at sample {consumed:,}")
+                # Whatever ended the worker is among the batches under way.
+                self._dataset.careful_until = consumed + BATCHES_UNDER_WAY * self._global_batch_size
+
+    def sample_names(self, slots: NDArray[np.int64]) -> list[str]:
+        """Return shard and number of the samples at `slots`; where one was bad, another stood in for it."""
+        places = zip(*(column.tolist() for column in self.order.locate(slots)), strict=True)
+        return [f"({self.shard_name(source, shard)}, sample {index})" for source, shard, index in places]
 
     def shard_name(self, source: int, shard: int) -> str:
         """Return the name of a shard below its source."""

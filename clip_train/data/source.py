@@ -58,7 +58,8 @@ class Source:
 def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> list[Path]:
     """Return the local shards that patterns name, as absolute paths in order of their names, each once.
 
-    A pattern may hold braces (`train-{000..009}.tar`), `~`, globs and `::` between several; a folder means its `*.tar`.
+    A pattern may hold braces (`train-{000..009}.tar`), `~`, `$NAME`, globs and `::` between several; a folder means
+    its `*.tar`.
 
     Args:
         patterns: one pattern or several.
@@ -90,8 +91,7 @@ def find_shards(patterns: str | Sequence[str], *, field: str) -> list[str]:
             raise UserError(f"{field}={name}: commands cannot be indexed; data.reader=streaming reads them")
         matches = _remote_matches(name, field=field) if is_remote(name) else _local_matches(name)
         if not matches:
-            folder = not is_remote(name) and Path(name).expanduser().is_dir()
-            missing.append(f"{Path(name).expanduser()}/*.tar" if folder else name)
+            missing.append(f"{name}/*.tar" if not is_remote(name) and Path(name).is_dir() else name)
         found += matches
     if missing:
         rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -126,13 +126,18 @@ def _expanded(patterns: str | Sequence[str]) -> list[str]:
     names: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # An existing path may hold any character; os.path also takes patterns too long to be a path.
-        literal = os.path.exists(os.path.expanduser(pattern))  # noqa: PTH110, PTH111
-        names += [pattern] if literal else expand_urls(pattern)
+        local = pattern if is_remote(pattern) or pattern.startswith(PIPE) else _at_home(pattern)
+        names += [local] if os.path.exists(local) else expand_urls(local)  # noqa: PTH110
     return names
 
 
+def _at_home(pattern: str) -> str:
+    """Put the home folder and the environment's values into a local pattern. Never into a URL: it would send them."""
+    return os.path.expandvars(os.path.expanduser(pattern))  # noqa: PTH111
+
+
 def _local_matches(name: str) -> list[str]:
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         matches = sorted(path.glob("*.tar"))
     elif path.exists():

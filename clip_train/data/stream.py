@@ -13,6 +13,9 @@ from clip_train.data.workers import WorkerFailures
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from clip_train.data.bad import BadSample
     from clip_train.types import Batch
 
@@ -60,6 +63,10 @@ class BatchStream(ABC):
     @abstractmethod
     def shard_name(self, source: int, shard: int) -> str:
         """Return the name of a shard, for messages."""
+
+    def sample_names(self, slots: NDArray[np.int64]) -> list[str]:
+        """Return which samples stand at `slots`, for messages; empty names where that cannot be known any more."""
+        return [""] * len(slots)
 
     def describe_loader(self) -> str:
         """Return what the loader of this rank is doing now, such as `4 of 4 workers reading 00012.tar for 61 s`."""

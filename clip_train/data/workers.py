@@ -28,6 +28,7 @@ WORKER_START_METHOD = "forkserver"
 WORKER_POLL_SECONDS = 1.0  # between two looks at whether the workers live
 # A worker that is silent for so long hangs. Below the 120 s after which other ranks give up waiting for this one.
 WORKER_TIMEOUT_SECONDS = 100.0
+BATCHES_UNDER_WAY = 4  # at most: the one that is waited for, two ahead, and the pieces of another
 MAX_WORKER_FAILURES = 3  # within so many steps:
 WORKER_FAILURE_STEPS = 1000
 _PRELOADED = ["clip_train.data.dataset", "clip_train.data.sequential"]

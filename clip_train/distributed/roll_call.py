@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import signal
+import socket
 import threading
 import time
 from concurrent.futures import Future
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
@@ -62,6 +66,7 @@ class RollCall:
         try:
             if self._store.add(f"arrivals/{self._rank}", 1) > 1:
                 raise UserError(f"several processes have RANK={self._rank}, or another run uses this MASTER_PORT")
+            self._store.set(f"process/{self._rank}", json.dumps([socket.gethostname(), os.getpid()]))
             self._store.set(keys[self._rank], str(self._size))
             self._store.wait(keys, timedelta(seconds=seconds))
             sizes = [int(self._store.get(key)) for key in keys]
@@ -124,12 +129,25 @@ class RollCall:
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.2)
-        silent = {rank: sign for rank, sign in newest.items() if sign == before[rank] and not sign.left}
-        if not silent:
-            return None
-        whom = " and ".join(f"rank {rank}, last seen {_at(sign.step)}," for rank, sign in silent.items())
-        what = "no sign of life: stopped or hanging" if timed_out else "gone: killed, out of memory, or cut off"
-        return TrainingFailed(f"{whom} {'gives' if timed_out else 'is'} {what}")
+        silent = {rank: sign.step for rank, sign in newest.items() if sign == before[rank] and not sign.left}
+        stopped = [rank for rank in silent if self._wake(rank)]
+        what = "gives no sign of life: it hangs" if timed_out else "is gone: killed, out of memory, or cut off"
+        texts = [
+            f"rank {rank}, last seen {_at(step)}, {'is stopped, as by SIGSTOP' if rank in stopped else what}"
+            for rank, step in silent.items()
+        ]
+        return TrainingFailed("; ".join(texts)) if texts else None
+
+    def _wake(self, rank: int) -> bool:
+        """Let a rank of this machine that is stopped go on, so that it sees the end of the others and ends too."""
+        host, pid = json.loads(self._store.get(f"process/{rank}"))
+        stat = Path(f"/proc/{pid}/stat")
+        if host != socket.gethostname() or not stat.exists():
+            return False
+        stopped = stat.read_text().rpartition(")")[2].split()[0] == "T"
+        if stopped:
+            os.kill(pid, signal.SIGCONT)
+        return stopped
 
     def _give_signs(self) -> None:
         count = 0

@@ -16,11 +16,38 @@ Result = TypeVar("Result")
 
 
 class Stalls:
-    """Adds up the waits of one process. On CUDA the stream's waits count, taken from events that nobody waits for."""
+    """Adds up the waits of one process. On CUDA the stream's waits count, taken from events that nobody waits for.
+
+    Also how long this process works in a step until it first waits for others. All ranks begin a step together, behind
+    the gradients of the one before, so this tells a slow rank from those that wait for it; their whole steps take equal
+    time. With FSDP ranks wait for each other's parameters before that, unseen: then the slow one does not stand out.
+    """
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._working = False  # in a step, before its first wait
+        self._work_began = 0.0
+        self._work_seconds = 0.0
+        self._work_start: torch.cuda.Event | None = None
+        self._work_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def begin_step(self, *, device: torch.device) -> None:
+        """Tell that this process begins to work on a step."""
+        self._working = True
+        self._work_began = time.monotonic()
+        if device.type == "cuda":
+            self._work_start = torch.cuda.Event(enable_timing=True)
+            self._work_start.record()
+
+    def take_work(self) -> float:
+        """Return the seconds of work before the first waits since the last call. On CUDA it waits for the device."""
+        seconds, self._work_seconds = self._work_seconds, 0.0
+        events, self._work_events = self._work_events, []
+        for before, after in events:
+            after.synchronize()
+            seconds += before.elapsed_time(after) / 1000
+        return seconds
 
     def watch(self, work: Work, *, device: torch.device) -> Work:
         """Return `work` with a `wait` that counts."""
@@ -28,14 +55,19 @@ class Stalls:
 
     def count(self, exchange: Callable[[], Result], *, device: torch.device) -> Result:
         """Run an exchange that waits by itself, count it and return what it returns."""
+        first, self._working = self._working, False
         if device.type == "cuda":
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
+            if first and self._work_start is not None:
+                self._work_events.append((self._work_start, before))
             result = exchange()
             after.record()
             self._events.append((before, after))
             return result
         started = time.monotonic()
+        if first:
+            self._work_seconds += started - self._work_began
         result = exchange()
         self._seconds += time.monotonic() - started
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,26 @@ class ReferenceConfig:
     1e-6. The sets and both results go to `output`, if that is given. null: evaluate."""
     imagenet: bool = False
     """Compare on generated pictures of ImageNet's 1,000 classes too: 80,000 prompts, minutes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class BenchmarkConfig:
+    """What is published about a set, for the table and the means of a suite."""
+
+    key: str | None = None
+    """The set's name in `results.jsonl`, such as `vtab/dtd`; null: the evaluation's."""
+    title: str | None = None
+    """What people call it, for `results.jsonl`; null: the evaluation's name."""
+    metric: str | None = None
+    """The metric that counts, `PART/METRIC` for that of one part; null: the set counts in no mean."""
+    part_of: list[str] = field(default_factory=list)
+    """Means of a suite that the set counts in, besides the one over all."""
+    images: int | None = None
+    """Images, or items, as published; another number is remarked. null: not stated."""
+    classes: int | None = None
+    """Classes as published; another number is remarked. null: not stated."""
+    chance: float | None = None
+    """Level of guessing as published, in [0, 1]; null: the evaluator's own."""
 
 
 class Precision(StrEnum):
@@ -57,6 +77,7 @@ class EvaluationConfig:
     """Processes that decode images for each rank; 0 decodes in the rank's own process."""
     precision: Precision = Precision.auto
     """Of the towers: `auto` is bf16 on CUDA and fp32 elsewhere. Similarities are always fp32."""
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
@@ -92,7 +113,11 @@ class EvaluationConfig:
                 workers=self.workers,
             )
 
-        return self.open(Setting(world=world, tokenizer=tokenizer, read=read, precision=self.precision.value))
+        return self.open(
+            Setting(
+                world=world, tokenizer=tokenizer, read=read, image_size=image_size, precision=self.precision.value
+            )
+        )  # fmt: skip
 
     def open(self, setting: Setting) -> Evaluator:
         """Open the set. Every rank reads the same list of images."""

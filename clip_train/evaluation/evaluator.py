@@ -27,6 +27,8 @@ class Setting:
     """The model's own."""
     read: Callable[[ImageSource], Batches]
     """Makes passes over this rank's piece of a set of images, padded so that all ranks see equally many rows."""
+    image_size: int
+    """Side of the model's input in pixels."""
     precision: str = "auto"
     """Of the towers: `auto`, `fp32` or `bf16`."""
 

@@ -56,6 +56,10 @@ class DualEncoder(Protocol):
 
     training: bool
 
+    @property
+    def logit_scale(self) -> Tensor:
+        """[] log of the factor that turns cosines into logits."""
+
     def train(self, mode: bool = True) -> DualEncoder:
         """Set training or evaluation mode."""
 
@@ -82,6 +86,11 @@ class PrefixEncoder:
             raise UserError(f"embed_dim={embed_dim} must lie between 1 and the model's {full}")
         self._model, self._embed_dim = model, embed_dim
         self.training = model.training
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The model's own."""
+        return self._model.logit_scale
 
     def train(self, mode: bool = True) -> PrefixEncoder:
         """Set training or evaluation mode of the model."""

@@ -14,6 +14,9 @@ import numpy as np
 
 from clip_train.errors import IntegrityError
 
+LOWER_IS_BETTER = ("fpr_at_95_tpr", "ece_before", "ece_after")
+"""Metrics that are errors: they have no share of the way from chance to 1."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
@@ -30,20 +33,25 @@ class EvaluationResult:
     """The scores of one evaluation and what they rest on. Equal on every rank."""
 
     task: str
-    """`zeroshot_classification`, `zeroshot_retrieval`, `image_caption_selection` or `image_selection`."""
+    """`zeroshot_classification`, `zeroshot_retrieval`, `image_caption_selection`, `image_selection`,
+    `out_of_distribution_detection` or `calibration`."""
     num_items: int
     """Images, or items of a set of choices: all of the set."""
     metrics: dict[str, float]
     """Scores in [0, 1]; empty when collapsed."""
     chance: dict[str, float]
-    """What guessing would score on average, for each metric."""
+    """What guessing would score on average, for each metric that has such a level."""
     intervals: dict[str, tuple[float, float]]
     """95 % intervals: Wilson for accuracies, bootstrap over images for the rest."""
+    verdicts: dict[str, str] = field(default_factory=dict)
+    """What a score means, by metric; empty where an evaluation leaves that to the reader."""
     parts: dict[str, Part] = field(default_factory=dict)
     """Scores of the items with each tag; empty when collapsed."""
     collapsed: str | None = None
     """Why the features are worth no score, or None."""
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Results that are no scores, as lines for a person; their values are among the details."""
     details: dict[str, Any] = field(default_factory=dict)
     """Further values for the JSON file."""
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
@@ -82,8 +90,13 @@ def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: s
             "n": result.num_items,
             "chance": result.chance,
             "intervals": result.intervals,
-            "normalised": {name: _above_chance(value, result.chance[name]) for name, value in result.metrics.items()},
+            "normalised": {
+                name: _above_chance(result.metrics[name], chance)
+                for name, chance in result.chance.items()
+                if name in result.metrics and name not in LOWER_IS_BETTER
+            },
             "seconds": round(result.seconds, 3),
+            **({"verdicts": result.verdicts} if result.verdicts else {}),
             **({"parts": {tag: _part(part) for tag, part in result.parts.items()}} if result.parts else {}),
             **result.details,
         },
@@ -120,6 +133,12 @@ def read_result(path: Path) -> dict[str, Any]:
 def evenly_spaced(num_items: int, *, count: int) -> np.ndarray:
     """Return up to `count` places spread evenly over [0, num_items): a sample that nobody has picked."""
     return np.unique(np.linspace(0, num_items - 1, min(count, num_items)).round().astype(np.int64))
+
+
+def two_halves(num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of two halves of a set, drawn with a fixed seed: one to fit on, and the other to judge by."""
+    order = np.random.default_rng(0).permutation(num_items)
+    return np.sort(order[: num_items // 2]), np.sort(order[num_items // 2 :])
 
 
 def _part(part: Part) -> dict[str, Any]:

@@ -6,29 +6,40 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from clip_train.distributed.world import write_newest_collectives
-from clip_train.errors import IntegrityError
+import torch
+
+from clip_train.distributed.collectives import all_gather
+from clip_train.distributed.world import World, write_newest_collectives
+from clip_train.errors import IntegrityError, TrainingFailed
+from clip_train.health.blame import blame
 from clip_train.health.doctor import Doctor, Facts
 from clip_train.health.events import Events
+from clip_train.health.gradients import GradientNorms, Outlier
 from clip_train.health.measures import UpdateRatio, batch_measures, feature_measures
+from clip_train.health.memory import explain_out_of_memory
 from clip_train.health.nonfinite import NonfiniteSteps
 from clip_train.health.replicas import differing_ranks
+from clip_train.health.selftest import gather_error
+from clip_train.health.stragglers import Stragglers
 from clip_train.health.watchdog import Watchdog
+from clip_train.schema import OnNonfinite
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from torch import nn
+    from torch import Tensor
 
     from clip_train.data.delivery import StepExchange
     from clip_train.data.stream import BatchStream
-    from clip_train.distributed.world import World
+    from clip_train.loss.base import Loss
+    from clip_train.model.clip import CLIP
     from clip_train.schema import TrainConfig
     from clip_train.step import StepResult
     from clip_train.tokenizer.base import Tokenizer
     from clip_train.types import Batch
 
+OUTLIER_EVERY = 1000  # steps between two outliers that are shown
 REPLICAS_EVERY = 500  # steps between two comparisons of the ranks' weights
 
 
@@ -40,6 +51,7 @@ class RunHealth:
         run_dir: gets `events.jsonl`.
         world: the ranks.
         model: what is trained, unwrapped.
+        loss_fn: the loss of all ranks.
         stream: where batches come from.
         exchange: what this rank waits for before a step.
         tokenizer: says how long an empty caption is.
@@ -47,17 +59,21 @@ class RunHealth:
     """
 
     def __init__(
-        self, config: TrainConfig, *, run_dir: Path, world: World, model: nn.Module, stream: BatchStream,
-        exchange: StepExchange, tokenizer: Tokenizer, total_steps: int,
+        self, config: TrainConfig, *, run_dir: Path, world: World, model: CLIP, loss_fn: Loss,
+        stream: BatchStream, exchange: StepExchange, tokenizer: Tokenizer, total_steps: int,
     ) -> None:  # fmt: skip
         self._config, self._run_dir, self._world, self._model = config, run_dir, world, model
-        self._stream, self._exchange = stream, exchange
+        self._loss_fn, self._stream, self._exchange = loss_fn, stream, exchange
         self._step = 0
         self._doctor = Doctor(Facts.of(config, steps=total_steps))
         self._updates = UpdateRatio(model)
+        self._gradients = GradientNorms()
+        self._stragglers = Stragglers(world=world, exchange=exchange)
+        self._gather_error: float | None = None  # until it is measured
+        self._outlier_told = -OUTLIER_EVERY
         self._empty_length = tokenizer.encode_padded("")[1]
         self._events = Events(run_dir, rank=world.rank)
-        self._nonfinite = NonfiniteSteps(config.on_nonfinite)
+        self._nonfinite = NonfiniteSteps(config.on_nonfinite, found=self._not_finite)
         self._refused_at_save = 0  # updates, when the run was last saved
         self._compared = -1  # step at which the ranks' weights were last compared
         self._watchdog = Watchdog(
@@ -74,8 +90,17 @@ class RunHealth:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._watchdog.__exit__(kind, error, trace)
+        if isinstance(error, torch.OutOfMemoryError):
+            micro = self._config.micro_batch_size
+            assert not isinstance(micro, str), "chosen before the first step"
+            message = explain_out_of_memory(
+                error, model=self._model, device=self._world.device, step=self._step,
+                rows=self._config.global_batch_size // self._world.size, micro_batch_size=micro,
+            )  # fmt: skip
+            self._events.record("out_of_memory", message, step=self._step)
+            raise TrainingFailed(message) from error
 
-    def after_step(self, result: StepResult, *, step: int) -> bool:
+    def after_step(self, result: StepResult, batch: Batch, *, step: int) -> bool:
         """Judge the run after `step` steps; return whether it is to be rewound.
 
         Raises:
@@ -84,9 +109,10 @@ class RunHealth:
         """
         self._step = step
         self._watchdog.stepped(step)
-        if self._nonfinite.watch(result, step=step):
+        if self._nonfinite.watch(result, slots=batch.slots, step=step):
             self._watchdog.entered("going back to a checkpoint")
             return True
+        self._gradients.add(result.grad_norm, step=step)
         self._updates.after_step(logged=step % self._config.logging.every == 0)
         if step % REPLICAS_EVERY == 0:
             self.compare_replicas(step)
@@ -102,11 +128,19 @@ class RunHealth:
 
     def measures(self, result: StepResult, batch: Batch) -> dict[str, float]:
         """Return what is logged of the run's health with the newest step. It waits for the device."""
+        zscore, outliers = self._gradients.judge()
+        self._tell_outliers(outliers)
+        times = self._stragglers.measures(self._step)
+        if (warning := self._stragglers.take_warning()) and self._world.is_main:
+            self._events.warn("straggler", warning, step=self._step)
         return {
             "train/nonfinite_steps": self._nonfinite.total,
             **batch_measures(batch, empty_length=self._empty_length, world=self._world),
             **feature_measures(result.image_features, result.text_features),
             **self._updates.take(),
+            **self._rank_disagreement(result),
+            **zscore,
+            **times,
         }
 
     def examine(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +194,45 @@ class RunHealth:
             TrainingFailed: it was not finite, and the run is to stop for that.
         """
         self._nonfinite.judge(last=True)
+
+    def _rank_disagreement(self, result: StepResult) -> dict[str, float]:
+        """Return how far the ranks are apart where they should agree: norm of the gradient, and loss of a test batch.
+
+        The gradients are averages, the same on all ranks even if each saw its own negatives only. Hence the test, once.
+        """
+        if self._world.size == 1:
+            return {}
+        if self._gather_error is None:
+            alone = self._config.build_loss(world=World(device=self._world.device))
+            self._gather_error = gather_error(
+                self._loss_fn, alone=alone, world=self._world, embed_dim=self._model.config.embed_dim,
+                has_bias=self._model.logit_bias is not None,
+            )  # fmt: skip
+        norms = all_gather(result.grad_norm.double().cpu()[None], world=self._world, group=self._world.host_group)
+        apart = float((norms.max() - norms.min()) / norms.max()) if bool(norms.isfinite().all()) else 0.0
+        return {"health/rank_disagreement": max(apart, self._gather_error)}
+
+    def _tell_outliers(self, outliers: list[Outlier]) -> None:
+        """Note every outlier, and show one in so many steps."""
+        for found in outliers if self._world.is_main else ():
+            message = (
+                f"gradient norm {found.norm:.3g} in step {found.step}, where {found.usual:.3g} is usual "
+                f"({found.zscore:.0f} robust standard deviations): `{self._replay(found.step)}` shows the batch"
+            )
+            shown = found.step - self._outlier_told >= OUTLIER_EVERY
+            tell = self._events.warn if shown else self._events.record
+            tell("gradient_outlier", message, step=found.step, norm=found.norm, zscore=round(found.zscore, 2))
+            if shown:
+                self._outlier_told = found.step
+
+    def _not_finite(self, step: int, result: StepResult, slots: Tensor) -> str:
+        where = blame(result, slots=slots, model=self._model, stream=self._stream, world=self._world)
+        message = f"loss or gradient is not finite at step {step}: {where}. `{self._replay(step)}` shows the batch"
+        if self._world.is_main:
+            action = self._config.on_nonfinite
+            tell = self._events.record if action is OnNonfinite.stop else self._events.warn
+            tell("nonfinite", message, step=step, action=action.value)
+        return message
 
     def _on_hang(self, message: str) -> None:
         self._events.record("hang", message, step=self._step)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from clip_train.errors import TrainingFailed
-from clip_train.metrics.panel import say
 from clip_train.schema import OnNonfinite
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from clip_train.step import StepResult
@@ -20,21 +21,37 @@ MAX_SKIPPED_IN_A_ROW = 10
 MAX_REWINDS = 3  # to one checkpoint
 
 
+class _Watched(NamedTuple):
+    """A step that is not judged yet."""
+
+    step: int
+    result: StepResult
+    slots: Tensor  # [B] of this rank's rows
+    finite: Tensor  # [] on the host, once `copied`
+    copied: torch.cuda.Event | None
+
+
 class NonfiniteSteps:
     """Watches for updates that were not made because something was not finite. Alike on all ranks.
 
     The flag of a step is read when the next one is under way, so that no step waits for the device; weights stay finite
     in any case.
+
+    Args:
+        on_nonfinite: what becomes of the run.
+        found: told the step, its result and its slots when it was not finite; every rank calls it, and it returns what
+            was not finite, for the message.
     """
 
-    def __init__(self, on_nonfinite: OnNonfinite) -> None:
+    def __init__(self, on_nonfinite: OnNonfinite, *, found: Callable[[int, StepResult, Tensor], str]) -> None:
         self.on_nonfinite = on_nonfinite
+        self.found = found
         self.total = 0
         self.in_a_row = 0
         self.rewinds: Counter[int] = Counter()  # by the step gone back to
-        self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self.pending: _Watched | None = None
 
-    def watch(self, result: StepResult, *, step: int) -> bool:
+    def watch(self, result: StepResult, *, slots: Tensor, step: int) -> bool:
         """Judge the step before this one and remember this one; return whether the run is to be rewound.
 
         Raises:
@@ -46,7 +63,7 @@ class NonfiniteSteps:
         if result.finite.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
-        self.pending = (step, finite, copied)
+        self.pending = _Watched(step, result, slots, finite, copied)
         return False
 
     def judge(self, *, last: bool = False) -> bool:
@@ -59,21 +76,22 @@ class NonfiniteSteps:
         """
         if self.pending is None:
             return False
-        (step, finite, copied), self.pending = self.pending, None
-        if copied is not None:
-            copied.synchronize()  # of the step before, while the next one is under way
-        if bool(finite):
+        watched, self.pending = self.pending, None
+        if watched.copied is not None:
+            watched.copied.synchronize()  # of the step before, while the next one is under way
+        if bool(watched.finite):
             self.in_a_row = 0
             return False
+        step = watched.step
         self.in_a_row += 1
         self.total += 1
+        what = self.found(step, watched.result, watched.slots)
         if self.on_nonfinite is OnNonfinite.rewind:
-            say(f"loss or gradient is not finite at step {step}: " + ("left out" if last else "rewinding"))
             return not last
         if self.on_nonfinite is OnNonfinite.stop or self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingFailed(
-                f"loss or gradient is not finite at step {step}; the weights are still good. Lower optim.lr, set "
-                "optim.max_grad_norm=1, or go on with on_nonfinite=skip_step or rewind"
+                f"{what}. The weights are still good: lower optim.lr, set optim.max_grad_norm=1, or go on with "
+                "on_nonfinite=skip_step or rewind"
             )
         return False
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from clip_train.calibration import CALIBRATION_FILE, Calibration, calibration_from_json, read_calibration
 from clip_train.errors import UserError
 from clip_train.interop import open_clip, transformers
 from clip_train.interop.tokenizers import read_tokenizer
@@ -37,12 +38,14 @@ TRANSFORMERS_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json"
 
 
 class Source(NamedTuple):
-    """An architecture, its weights under native names, where they came from, and the tokenizer if not CLIP's."""
+    """An architecture, its weights under native names, where they came from, the tokenizer if not CLIP's, and what is
+    known of their confidence, if it is of these very weights."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]
     origin: Path
     tokenizer: Tokenizer | None = None
+    calibration: Calibration | None = None
 
 
 def read_folder(folder: Path, *, weights: str) -> Source:
@@ -65,6 +68,20 @@ def read_folder(folder: Path, *, weights: str) -> Source:
         f"{folder}: neither a run or checkpoint nor a folder with {EXPORT_FILE}, {open_clip.CONFIG_FILE} or "
         f"{TRANSFORMERS_CONFIG_FILE}; it has {found}"
     )
+
+
+def read_folder_calibration(folder: Path) -> Calibration | None:
+    """Return the calibration that a run or an export keeps, None if it keeps none.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    kept = read_calibration(run / CALIBRATION_FILE)
+    if kept is not None or not (folder / EXPORT_FILE).is_file():
+        return kept
+    content = read_json(folder / EXPORT_FILE).get("calibration")
+    return None if content is None else calibration_from_json(content, origin=str(folder / EXPORT_FILE))
 
 
 def read_json(path: Path) -> dict[str, Any]:

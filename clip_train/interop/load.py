@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from clip_train.errors import UserError
 from clip_train.interop import openai
-from clip_train.interop.folders import WEIGHT_CHOICES, Source, read_folder
+from clip_train.interop.folders import WEIGHT_CHOICES, Source, read_folder, read_folder_calibration
 from clip_train.interop.hub import locate, recorded_activation
 from clip_train.interop.loaded_model import LoadedModel, Preprocess, empty_model
-from clip_train.interop.weights import assign_weights, first_keys, read_weights
+from clip_train.interop.weights import assign_weights, first_keys, read_weights, weights_sha256
 from clip_train.model.positions import resize_positions
 from clip_train.model.zoo import model_config
+
+if TYPE_CHECKING:
+    from clip_train.calibration import Calibration
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,6 +70,7 @@ def load(
         source = _resize(source, image_size=image_size)
     loaded = empty_model(source.config, tokenizer=source.tokenizer)
     assign_weights(loaded, source.tensors, origin=str(source.origin))
+    loaded.calibration = calibration_of(loaded, source=source)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     # The two scalars stay exact: a rounded logarithm would change every probability.
@@ -87,7 +92,10 @@ def read_source(
     if weights not in WEIGHT_CHOICES:
         raise UserError(f"weights={weights!r} must be one of {', '.join(WEIGHT_CHOICES)}")
     path = locate(str(name_or_path), cache_dir=cache_dir)
-    source = read_folder(path, weights=weights) if path.is_dir() else _read_file(path, model=model)
+    if path.is_dir():
+        source = read_folder(path, weights=weights)._replace(calibration=read_folder_calibration(path))
+    else:
+        source = _read_file(path, model=model)
     promised = None if path == Path(name_or_path).expanduser() else recorded_activation(str(name_or_path))
     if promised is not None and promised != source.config.quick_gelu:
         raise UserError(
@@ -95,6 +103,21 @@ def read_source(
             "it by its path, or take the architecture's twin (with or without -quickgelu)"
         )
     return source
+
+
+def calibration_of(model: LoadedModel, *, source: Source) -> Calibration | None:
+    """Return what the source says of the confidence of `model`, which has its weights in float32.
+
+    A calibration of other weights, as of an earlier step, is left out, with a line on standard error.
+    """
+    if source.calibration is None or source.calibration.weights_sha256 == weights_sha256(model):
+        return source.calibration
+    print(
+        f"{source.origin}: its calibration is that of other weights ({source.calibration.model}) and is not used; "
+        "`clip-train evaluate` with evaluation=[calibrate,reject] makes it anew",
+        file=sys.stderr,
+    )
+    return None
 
 
 def _read_file(path: Path, *, model: str | None) -> Source:

@@ -25,6 +25,7 @@ from clip_train.tokenizer.config import ClipTokenizerConfig
 if TYPE_CHECKING:
     from PIL import Image
 
+    from clip_train.calibration import Calibration
     from clip_train.model.config import ModelConfig
     from clip_train.tokenizer.base import Tokenizer
 
@@ -44,6 +45,7 @@ class LoadedModel(CLIP):
         visual.input_resolution: side of the input images in pixels.
         context_length, vocab_size: of the text tower.
         logit_scale: [] log of the inverse temperature; use `.exp()`.
+        calibration: what is known of the confidence of these weights, None if it was not measured.
     """
 
     def __init__(self, config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> None:
@@ -51,6 +53,7 @@ class LoadedModel(CLIP):
         super().__init__(config)
         self.tokenize = tokenizer or ClipTokenizerConfig().build(context_length=config.text.context_length)
         self.preprocess = Preprocess(config)
+        self.calibration: Calibration | None = None
 
     @property
     def dtype(self) -> torch.dtype:

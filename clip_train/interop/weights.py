@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,6 +92,15 @@ def assign_weights(model: CLIP, tensors: dict[str, Tensor], *, origin: str) -> N
         if not tensor.isfinite().all():
             raise IntegrityError(f"{origin}: {name} holds values that are not finite")
     model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}, assign=True)
+
+
+def weights_sha256(model: CLIP) -> str:
+    """Return a hash of all parameters and buffers with their names: two models with one hash compute the same."""
+    digest = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def first_keys(names: Iterable[object]) -> str:

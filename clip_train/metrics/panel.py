@@ -14,11 +14,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from clip_train.redact import redact
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(message: str) -> None:
     """Print one line for a person to standard error, above a live panel if there is one."""
+    message = redact(message)
     if Panel.live_console is not None:
         Panel.live_console.print(message, highlight=False, markup=False)
     else:

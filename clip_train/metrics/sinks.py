@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from clip_train.errors import UserError
 from clip_train.metrics.config import LoggingConfig, WandbMode
 from clip_train.metrics.panel import say
+from clip_train.redact import redact_tree
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,7 +86,7 @@ class Wandb:
             resume="allow",
             mode=config.wandb.value,
             dir=str(run_dir),
-            config=settings,
+            config=redact_tree(settings),
             settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True, x_disable_meta=True),
         )
 

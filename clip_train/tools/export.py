@@ -17,7 +17,7 @@ from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.classify.evaluator import Classify
 from clip_train.evaluation.classify.scores import score
 from clip_train.evaluation.config import Precision
-from clip_train.interop.export.card import CardScore, Provenance, model_card
+from clip_train.interop.export.card import DIAGRAM_FILE, CardScore, Provenance, model_card
 from clip_train.interop.export.inputs import write_labelled
 from clip_train.interop.export.onnx_graphs import missing_packages
 from clip_train.interop.export.publish import CARD_FILE, check_replaceable, staged
@@ -28,9 +28,10 @@ from clip_train.interop.export.targets import MAIN_TARGET, TARGETS_OF, Part, Tar
 from clip_train.interop.export.verify import INSTALL, Benchmark, Check, Status, table, verify
 from clip_train.interop.export.write import write_parts
 from clip_train.interop.folders import EXPORT_FILE, RUN_CONFIG_FILE, Source, is_average, read_json
-from clip_train.interop.load import read_source
+from clip_train.interop.load import calibration_of, read_source
 from clip_train.interop.loaded_model import LoadedModel, empty_model
 from clip_train.interop.weights import assign_weights
+from clip_train.tools.reliability import reliability_diagram
 from clip_train.tools.report import read_evaluations
 
 ALL = "all"
@@ -81,6 +82,9 @@ def export_command(
         served = write_parts(
             folder, model=model, parts=parts, refused=refused, published_as=repository or out.resolve().name, int8=int8
         )
+        if model.calibration and model.calibration.temperature:
+            diagram = reliability_diagram(model.calibration.temperature, standalone=True)
+            (folder / DIAGRAM_FILE).write_text(diagram, encoding="utf-8")
         write_record(folder, model=model, provenance=provenance, served=served)
         proved: list[Check] = []
         if prove or pythons:
@@ -89,7 +93,7 @@ def export_command(
         write_report(folder, checks=rows, served=served, refused=refused)
         card = model_card(
             provenance, config=found.config, folder=out.resolve().name, served=served, refused=refused,
-            checks=rows if proved else [],
+            checks=rows if proved else [], calibration=model.calibration,
         )  # fmt: skip
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
     if rows:
@@ -194,6 +198,7 @@ def build_source(source: Source) -> LoadedModel:
     """Return the model in float32, in eval mode, on the CPU."""
     model = empty_model(source.config, tokenizer=source.tokenizer)
     assign_weights(model, source.tensors, origin=str(source.origin))
+    model.calibration = calibration_of(model, source=source)
     return model.eval()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from clip_train.config import load
 from clip_train.errors import UserError
 from clip_train.metrics.sinks import read_metrics
+from clip_train.overrides import readable
 
 if TYPE_CHECKING:
     from clip_train.schema import TrainConfig
@@ -60,8 +61,10 @@ def expand(overrides: list[str]) -> list[list[str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    # A comma stands between values here, so that what holds one must be readable as it is.
+    plain = [given if "," in given else text for given, text in zip(overrides, readable(overrides), strict=True)]
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = OverridesParser.create().parse_overrides(plain)
     except HydraException as error:
         raise UserError(str(error).splitlines()[0]) from error
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]

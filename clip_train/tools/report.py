@@ -23,14 +23,20 @@ from clip_train.evaluation.samples import ReportSamples, load_samples
 from clip_train.metrics.panel import duration
 from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.charts import HEIGHT, WIDTH, Chart, compact, line_chart, show
+from clip_train.tools.confidence import read_confidence
 
-HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1")
+HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1", "auroc")
 METRIC_NAMES = {
     "acc1": "zero-shot accuracy",
     "acc5": "accuracy, right class among 5",
     "mean_per_class_recall": "mean per-class recall",
     "mean_recall@1": "mean recall@1",
     "lenient_mean_recall@1": "mean recall@1, equal captions count",
+    "auroc": "known against foreign pictures (AUROC)",
+    "aupr": "average precision (AUPR)",
+    "fpr_at_95_tpr": "foreign pictures let in (FPR at 95 % TPR)",
+    "ece_before": "calibration error, as trained",
+    "ece_after": "calibration error, calibrated",
 }
 SUMMARY_KEYS = (
     "model.name", "data.train", "data.val", "global_batch_size", "steps", "samples", "epochs", "precision", "loss.name",
@@ -110,6 +116,7 @@ def write_report(run_dir: Path) -> Path:
         charts=training_charts(training),
         evaluation_charts=evaluation_charts(rows, evaluations),
         evaluations=evaluations,
+        confidence=read_confidence(run_dir),
         metric_names=METRIC_NAMES,
         matrices=[similarity_matrix(e) for e in evaluations if e.samples and len(e.samples.pair_pictures)],
         summary=[(key, value) for key in SUMMARY_KEYS if (value := OmegaConf.select(config, key)) is not None],

@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from clip_train.interop.loaded_model import LoadedModel, Preprocess
 
 
+def newest_run(folder: Path = Path("runs")) -> Path:
+    """Return the run in `folder` that saved last.
+
+    Raises:
+        UserError: there is none.
+    """
+    saved = {run: checkpoints[0] for run in folder.glob("*") if (checkpoints := list_checkpoints(run))}
+    if not saved:
+        raise UserError(f"there is no run below {folder}: name a model")
+    return max(saved, key=lambda run: saved[run].stat().st_mtime)
+
+
 class Run:
     """What a run directory holds. Everything is read when it is asked for, so a run under way gives its newest state.
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from clip_train.data.captions import CaptionChooser, caption_extensions
+from clip_train.data.caption_fields import parse_caption_fields
+from clip_train.data.captions import CaptionChooser, all_captions, caption_extensions
 from clip_train.data.config import DataConfig
 from clip_train.data.images.decode import BadSampleError
 from clip_train.data.images.transforms import sample_uniforms
@@ -165,3 +166,19 @@ def test_a_sample_without_the_field_is_counted_and_replaced(tmp_path):
     assert training_stream.counters() == {"caption_missing": 1}
     captions = [caption_of(t) for b in batches for t in b.tokens[b.valid]]
     assert "n 5" not in captions and torch.cat([b.slots for b in batches]).unique().numel() == 60
+
+
+def test_an_evaluation_sees_every_caption_of_a_sample():
+    fields = parse_caption_fields(["txt", "json:alt.text", "json:title"], None)
+    content = {"txt": b"a fox\n\n two foxes \n", "json": b'{"alt": {"text": ["red", "fox "]}, "title": "Fox"}'}
+    found = [all_captions(content[field.extension], field=field) for field in fields]
+    assert found == [["a fox", "two foxes"], ["red", "fox"], ["Fox"]]
+    for broken in (
+        b'{"alt": {}}',
+        b'{"alt": {"text": []}}',
+        b'{"alt": {"text": [null]}}',
+        b'{"alt": {"text": 3}}',
+        b"{",
+    ):
+        with pytest.raises(BadSampleError):
+            all_captions(broken, field=fields[1])

@@ -5,10 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 
+from tests.evaluation.calibrate import test_calibrate
 from tests.evaluation.choose import test_choose
 from tests.evaluation.classify import test_classify
 from tests.evaluation.group_audit import test_group_audit
+from tests.evaluation.reject import test_reject
 from tests.evaluation.retrieve import test_retrieve
+from tests.evaluation.scorecard import test_scorecard
 from tests.evaluation.toys import ToyModel
 from tests.gloo import run_on_ranks
 
@@ -20,10 +23,14 @@ def _evaluate(world, sizes):
             test_classify.make,
             test_retrieve.make,
             test_group_audit.make,
+            test_reject.make,
+            test_calibrate.make,
+            test_calibrate.make_pairs,
             *(partial(test_choose.make, kind=k) for k in test_choose.KINDS),
         ]
-        for make in kinds:
-            result = make(num_images, world=world)[0].evaluate(ToyModel())
+        evaluators = [make(num_images, world=world)[0] for make in kinds]
+        for evaluator in [*evaluators, test_scorecard.make(24, world=world)]:
+            result = evaluator.evaluate(ToyModel())
             results.append((result.metrics, result.intervals, result.collapsed, result.warnings, result.predictions))
     return results
 
@@ -33,7 +40,10 @@ def assert_ranks_agree_with_one_process(sizes, *, world_size):
 
     alone = _evaluate(World(), sizes)
     for of_rank in run_on_ranks(_evaluate, sizes, world_size=world_size):
-        for (*scores, predictions), (*expected_scores, expected) in zip(of_rank, alone, strict=True):
+        for (metrics, *scores, predictions), (expected_metrics, *expected_scores, expected) in zip(
+            of_rank, alone, strict=True
+        ):
+            assert metrics == pytest.approx(expected_metrics, abs=1e-6)  # far below one picture more or less
             assert scores == expected_scores
             for name, values in expected.items():
                 if values.dtype.kind == "f":

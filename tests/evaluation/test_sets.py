@@ -130,6 +130,16 @@ def test_several_captions_per_picture_are_one_per_line(tmp_path):
     assert images.owner.tolist() == [0, 0, 1]
 
 
+def test_captions_in_json_belong_to_their_picture_too(tmp_path):
+    members = {"png": png(0), "txt": b"a cup", "json": b'{"alts": ["one cup", "blue cup"]}'}
+    write_shard(tmp_path / "0.tar", [("0", members), ("1", {**members, "json": b'{"alts": "a boat"}'})])
+    images = open_captioned_shards(str(tmp_path), caption=["json:alts", "txt"])
+    assert images.captions == ["one cup", "blue cup", "a cup", "a boat", "a cup"]
+    assert images.owner.tolist() == [0, 0, 0, 1, 1]
+    with pytest.raises(IntegrityError, match=r"0\.tar/0 has no caption: caption_missing"):
+        open_captioned_shards(str(tmp_path), caption="json:title")
+
+
 def test_a_picture_without_caption_is_refused_by_name(tmp_path):
     write_shard(tmp_path / "0.tar", [("a", {"png": png(0), "txt": b" \n"})])
     with pytest.raises(IntegrityError, match=r"0\.tar/a has no caption"):

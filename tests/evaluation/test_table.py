@@ -32,3 +32,15 @@ def test_a_collapsed_result_has_a_reason_and_no_score():
     assert "collapsed" in text
     assert "mean cosine between image features is 1.0000" in text
     assert "50.00" not in text
+
+
+def test_a_scorecard_has_a_table_of_its_own_with_verdicts():
+    labels = np.arange(200) % 8
+    plain, judged = (score(labels, labels[:, None] + np.arange(5), num_classes=12) for _ in range(2))
+    judged.verdicts = {metric: f"pitfall: {metric}" for metric in judged.metrics}
+    judged.notes = ["what else"]
+    text = printed({"shapes": plain, "card": judged})
+    first, second = (part.splitlines() for part in text.split(" verdict"))
+    assert any(line.startswith("shapes") for line in first) and not any("pitfall" in line for line in first)
+    assert second[1].startswith("card") and second[1].rstrip().endswith("pitfall: acc1")
+    assert "card: what else" in second

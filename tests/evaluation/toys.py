@@ -38,6 +38,7 @@ class ToyModel(torch.nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.image_weight = torch.randn(size * size * 3, dim, generator=generator)
         self.text_weight = torch.randn(1000, dim, generator=generator)
+        self.logit_scale = torch.tensor(3.0)
         self.seen_modes = []
 
     def encode_image(self, images, *, normalize=True):
@@ -95,6 +96,7 @@ def toy_setting(pixels: np.ndarray, *, world: World, **reader) -> Setting:
         world=world,
         tokenizer=ToyTokenizer(),
         read=lambda source: lambda: toy_batches(pixels, world=world, **reader),
+        image_size=pixels.shape[1],
     )
 
 

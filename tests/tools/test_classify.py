@@ -1,6 +1,5 @@
-"""`clip-train classify` against probabilities computed by hand."""
+"""Labels, probabilities and `unknown` against numbers computed by hand."""
 
-import json
 import math
 
 import numpy as np
@@ -8,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-import clip_train
+from clip_train.calibration import Calibration, Rejection, RejectScore, Reliability, Temperature, hash_prompts
 from clip_train.errors import UserError
-from clip_train.tools.classify import BACKGROUND, classify, classify_command
+from clip_train.tools.classify import BACKGROUND, classify
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 
@@ -20,6 +19,7 @@ class ColourModel:
 
     logit_scale = torch.tensor(math.log(10.0))
     logit_bias = None
+    calibration = None
 
     def tokenize(self, texts):
         return torch.tensor([[text.split().count(c) for c in COLOURS] for text in texts])
@@ -30,9 +30,8 @@ class ColourModel:
     def encode_image(self, images):
         return torch.nn.functional.normalize(images.mean(dim=(2, 3)), dim=-1)
 
-
-def preprocess(image):
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    def preprocess(self, image):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 @pytest.fixture
@@ -40,11 +39,6 @@ def pictures(tmp_path):
     for name, colour in COLOURS.items():
         Image.new("RGB", (20, 20), colour).save(tmp_path / f"{name}.png")
     return tmp_path
-
-
-@pytest.fixture
-def loadable(monkeypatch):
-    monkeypatch.setattr(clip_train, "load", lambda name: (ColourModel(), preprocess), raising=False)
 
 
 def by_hand(colour, labels, scale=10.0):
@@ -56,7 +50,7 @@ def by_hand(colour, labels, scale=10.0):
 
 
 def run(paths, labels, **options):
-    return list(classify(paths, model=ColourModel(), preprocess=preprocess, labels=labels, **options))
+    return list(classify(paths, **{"model": ColourModel(), **options}, labels=labels))
 
 
 def test_probabilities_and_cosines_equal_those_by_hand_best_first(pictures):
@@ -84,7 +78,8 @@ def test_templates_are_averaged_as_unit_vectors(pictures, tmp_path):
 def test_a_model_with_a_bias_judges_each_label_by_itself(pictures):
     model = ColourModel()
     model.logit_bias = torch.tensor(-5.0)
-    (result,) = classify([pictures / "red.png"], model=model, preprocess=preprocess, labels=["red", "blue"])
+    model.calibration = calibration(temperature=2.0)  # of a softmax, and so none of its business
+    (result,) = run([pictures / "red.png"], ["red", "blue"], model=model)
     cosines, _ = by_hand("red", ["red", "blue"])
     expected = 1 / (1 + np.exp(5 - 10 * cosines))
     assert [s.probability for s in result.scores] == pytest.approx(expected.tolist(), abs=1e-5)
@@ -97,49 +92,96 @@ def test_a_rotated_photograph_is_turned_upright(tmp_path):
     exif[0x0112] = 6  # a quarter turn clockwise puts the bright upper half to the right
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
     seen = []
-    list(classify([tmp_path / "x.png"], model=ColourModel(), labels=["red", "blue"],
-                  preprocess=lambda image: (seen.append(np.asarray(image)), preprocess(image))[1]))  # fmt: skip
-    np.testing.assert_array_equal(seen[0], np.rot90(pixels, -1))
+    model = ColourModel()
+    model.preprocess = lambda image: (seen.append(np.asarray(image)), ColourModel.preprocess(model, image))[1]
+    run([tmp_path / "x.png", Image.open(tmp_path / "x.png")], ["red", "blue"], model=model)
+    for upright in seen:
+        np.testing.assert_array_equal(upright, np.rot90(pixels, -1))
+    assert len(seen) == 2
 
 
-def test_an_unreadable_picture_is_reported_the_rest_goes_on_and_the_exit_code_is_3(pictures, loadable, capsys):
+def test_files_and_pictures_in_memory_may_be_mixed_and_keep_their_order(pictures):
     (pictures / "bad.png").write_bytes(b"no picture at all")
-    code = classify_command(
-        [pictures, pictures / "missing.png"], labels="red, green,blue", model="m", top=2, as_json=True
-    )
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert code == 3
-    named = {row["path"].rpartition("/")[2]: row for row in rows}
-    assert named["bad.png"]["error"] == "unknown format"
-    assert named["missing.png"]["error"] == "No such file or directory"
-    assert [named[f"{c}.png"]["labels"][0]["label"] for c in COLOURS] == list(COLOURS)
-    assert len(named["red.png"]["labels"]) == 2
+    opened = Image.open(pictures / "blue.png")
+    results = run([str(pictures / "red.png"), pictures / "bad.png", opened], list(COLOURS))
+    assert [r.picture for r in results] == [str(pictures / "red.png"), str(pictures / "bad.png"), "picture 2"]
+    assert [r.answer for r in results] == ["red", None, "blue"]
+    assert results[1].error == "unknown format"
 
 
-def test_the_table_shows_percent_and_cosine_and_bad_files_go_to_stderr(pictures, loadable, capsys):
-    code = classify_command(
-        [pictures / "green.png", pictures / "none.png"], labels="red,green", model="m", top=5, as_json=False
-    )
-    output = capsys.readouterr()
-    assert code == 3
-    assert "none.png: No such file or directory" in output.err
-    cosines, probabilities = by_hand("green", ["red", "green"])
-    assert f"{100 * probabilities[1]:.1f} %" in output.out
-    assert f"{cosines[1]:.3f}" in output.out
+def calibration(*, temperature=None, thresholds=None, prompts=()):
+    reliability = Reliability(ece=0, nll=0, brier=0, accuracy=1, counts=[], confidences=[], accuracies=[])
+    return Calibration(
+        weights_sha256="",
+        model="toy",
+        temperature=temperature and Temperature(
+            value=temperature, data="toys", num_fitted=1, num_tested=1, before=reliability, after=reliability, date=""
+        ),
+        rejection=thresholds and Rejection(
+            thresholds=thresholds, known_passing={}, foreign_passing={}, auroc={}, coverages=[], risks=[],
+            data="toys", num_fitted=1, num_tested=1, num_foreign={}, templates=[],
+            prompts_sha256=hash_prompts(prompts), date="",
+        ),
+    )  # fmt: skip
 
 
-def test_a_single_label_is_compared_with_background_prompts(pictures, loadable, capsys):
-    assert classify_command([pictures / "red.png"], labels="red", model="m", top=5, as_json=True) == 0
-    output = capsys.readouterr()
-    row = json.loads(output.out)
-    assert {s["label"] for s in row["labels"]} == {"red", *(f"({b})" for b in BACKGROUND)}
-    _, probabilities = by_hand("red", ["red", *BACKGROUND])
-    assert row["labels"][0]["probability"] == pytest.approx(probabilities[0], abs=1e-5)
-    assert "one label" in output.err
+def test_the_measured_temperature_divides_the_logits(pictures):
+    model = ColourModel()
+    model.calibration = calibration(temperature=4.0)
+    labels = ["red", "red and green"]
+    (result,) = run([pictures / "red.png"], labels, model=model)
+    _, probabilities = by_hand("red", labels, scale=10 / 4)
+    assert [s.probability for s in result.scores] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"labels": " , "}, {"top": 0}, {"images": []}])
-def test_mistakes_are_refused_before_the_model_is_loaded(pictures, options):
-    arguments = {"images": [pictures], "labels": "a,b", "model": "m", "top": 5, "as_json": False} | options
+def test_below_the_similarity_asked_for_the_answer_is_unknown(pictures):
+    labels = ["blue and green", "green"]
+    cosines, _ = by_hand("red", labels)
+    for least, is_known in ((cosines.max() - 0.01, True), (cosines.max() + 0.01, False), (-1, True), ("off", True)):
+        (result,) = run([pictures / "red.png"], labels, min_similarity=least)
+        assert result.answer == ("blue and green" if is_known else None)
+        assert [s.label for s in result.scores] == labels  # the nearest are told all the same
+        if not is_known:
+            assert result.unknown.value == pytest.approx(cosines.max(), abs=1e-5)
+            assert (result.unknown.threshold.value, result.unknown.nearest) == (least, "blue and green")
+            assert f"{cosines.max():.3g} is below max cosine {least:.3g}" in result.unknown.reason
+
+
+def test_without_a_measured_threshold_there_is_always_an_answer(pictures):
+    (result,) = run([pictures / "red.png"], ["green", "blue"])
+    assert result.answer == "green"
+
+
+def test_the_measured_threshold_is_on_the_cosine_for_free_labels_and_on_mcm_for_those_it_was_measured_with(pictures):
+    model = ColourModel()
+    labels = ["red", "green", "blue"]
+    cosines, _ = by_hand("red", labels)
+    mcm = np.exp(cosines).max() / np.exp(cosines).sum()
+    for slack, is_known in ((-0.01, True), (0.01, False)):
+        thresholds = {RejectScore.max_cosine: 2.0, RejectScore.mcm: mcm + slack}
+        model.calibration = calibration(thresholds=thresholds, prompts=["blue", "green", "red"])
+        (result,) = run([pictures / "red.png"], labels, model=model)
+        assert (result.answer == "red") == is_known
+        if not is_known:
+            assert result.unknown.threshold.score is RejectScore.mcm
+            assert result.unknown.value == pytest.approx(mcm, abs=1e-5)
+        (result,) = run([pictures / "red.png"], labels[:2], model=model)  # other labels: other probabilities
+        assert result.unknown.threshold == (RejectScore.max_cosine, 2.0, "95 % of the pictures of toys reach it")
+
+
+def test_a_single_label_is_compared_with_background_prompts_but_rejected_by_its_own_cosine(pictures):
+    (cosine,) = by_hand("red", ["green"])[0]
+    (result,) = run([pictures / "red.png"], ["green"], min_similarity=cosine + 0.05)
+    assert result.answer is None
+    assert result.unknown.nearest == "green"
+    assert result.unknown.value == pytest.approx(cosine, abs=1e-5)
+    assert {s.label for s in result.scores} == {"green", *(f"({b})" for b in BACKGROUND)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"labels": []}, {"top": 0}, {"min_similarity": 1.5}, {"min_similarity": "high"}, {"templates": "none.txt"}],
+)
+def test_mistakes_are_refused_at_once(pictures, options):
     with pytest.raises(UserError):
-        classify_command(arguments.pop("images"), **arguments)
+        classify([pictures / "red.png"], **{"model": ColourModel(), "labels": ["a", "b"], **options})

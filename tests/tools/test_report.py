@@ -2,14 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from clip_train.calibration import CALIBRATION_FILE, write_calibration
 from clip_train.errors import UserError
 from clip_train.evaluation.samples import load_samples, save_samples
 from clip_train.tools.report import judge, read_evaluations, write_report
+from tests.test_calibration import BOTH
 from tests.tools.synthetic_run import write_run
 
 VOID = {"meta", "img", "br", "line", "path", "circle", "link"}
@@ -42,6 +45,22 @@ def parse(path):
     parser.feed(path.read_text(encoding="utf-8"))
     assert parser.open == []
     return parser, " ".join("".join(parser.text).split())
+
+
+def test_the_calibration_of_the_run_is_shown_with_its_diagram_and_thresholds(tmp_path):
+    run = write_run(tmp_path)
+    assert "How sure is it?" not in parse(write_report(run))[1]
+    write_calibration(replace(BOTH, model="<b>demo</b>"), run / CALIBRATION_FILE)
+    path = write_report(run)
+    tags, text = parse(path)
+    assert "Of <b>demo</b>. A bar is" in text  # as text
+    cells = text.replace(" ", "")
+    assert "expectedcalibrationerror10.00%5.00%" in cells
+    assert "maxcosine0.2594.01.0" in cells
+    assert "mcm0.295.050.0" in cells
+    labels = [attributes.get("aria-label") for name, attributes in tags.tags if name == "svg"]
+    assert "Reliability diagram" in labels
+    assert "http" not in path.read_text(encoding="utf-8")
 
 
 def test_the_page_is_one_small_well_formed_file_without_scripts_or_network(tmp_path):

@@ -224,6 +224,7 @@ def read_listing(
 
     Raises:
         IntegrityError: the index is damaged or of another version.
+        UserError: it may not be read.
     """
     path = listing_path(folder, captions=captions, index_dir=index_dir)
     advice = f"remove it, then {_how_to_index(folder)}"
@@ -231,6 +232,8 @@ def read_listing(
         content = path.read_bytes()
     except FileNotFoundError:
         return {}
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read ({error}): {advice}") from error
     return {
@@ -260,7 +263,7 @@ def parse_listing(content: bytes, *, origin: str, advice: str) -> list[dict[str,
     """
     try:
         document: Any = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{origin} cannot be read ({error}): {advice}") from error
     try:
         if (document["format"], document["version"]) != (INDEX_FORMAT, INDEX_VERSION):
@@ -269,8 +272,9 @@ def parse_listing(content: bytes, *, origin: str, advice: str) -> list[dict[str,
                 f"{INDEX_VERSION}: {advice}"
             )
         rows = document["shards"]
-        if not all(row.keys() >= {"name", "n", "bytes", "idx_sha256"} for row in rows):
-            raise KeyError("name, n, bytes, idx_sha256")
+        types = {"name": str, "n": int, "bytes": int, "idx_sha256": str}
+        if not all(type(row[key]) is kind for row in rows for key, kind in types.items()):
+            raise TypeError("a row has values of other types")
     except (KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{origin} is damaged: {advice}") from error
     return rows

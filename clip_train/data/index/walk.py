@@ -226,7 +226,7 @@ def stated_pictures(shard: Path) -> int | None:
         successes = json.loads(path.read_bytes())["successes"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{path} cannot be read as img2dataset's statistics: {error!r}") from error
     return int(successes)
 
@@ -272,7 +272,10 @@ def _keep_crcs(path: Path, records: np.ndarray, *, earlier: ShardEntry | None) -
     kept = np.zeros(len(records), dtype=bool)
     if earlier is None or earlier.bytes != path.stat().st_size or not earlier.idx_path.exists():
         return kept
-    content = earlier.idx_path.read_bytes()
+    try:
+        content = earlier.idx_path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{earlier.idx_path} cannot be read: {error.strerror or error}") from error
     if hashlib.sha256(content).hexdigest() != earlier.idx_sha256:
         return kept
     old = np.frombuffer(content, dtype=records.dtype)

@@ -15,10 +15,10 @@ from clip_train.errors import UserError
 from clip_train.evaluation.classify.scores import NUM_TOP, score
 from clip_train.evaluation.collapse import TowerStatistics
 from clip_train.evaluation.confidence import bootstrap, bootstrap_ratio
+from clip_train.evaluation.draw import draw_shots, held_out
 from clip_train.evaluation.evaluator import Evaluator, Setting
 from clip_train.evaluation.features import DualEncoder, gather_items, to_numpy
 from clip_train.evaluation.probe.average_precision import eleven_point
-from clip_train.evaluation.probe.draw import draw_shots, held_out
 from clip_train.evaluation.probe.logistic_regression import MAX_ITERATIONS, Rows, Solution, fit, search_c
 from clip_train.evaluation.result import EvaluationResult
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from clip_train.evaluation.classify.labelled_images import LabelledImages
 
 SEEDS = (0, 1, 2)
+SHARE_TO_CHOOSE = 0.2  # of the training images, for C
 SEARCH_TOLERANCE = 1e-4  # scikit-learn's; the fit that is scored goes further
 MOST_SHOTS_TO_CHOOSE = 4  # held-out images per class that choose C of a few-shot probe, as in CoOp (Zhou et al. 2022)
 
@@ -70,7 +71,7 @@ class Probe(Evaluator):
         """Return metrics, chance, intervals and the likeliest classes of every test image."""
         train, test = (self._encode(model, images) for images in (self.train, self.test))
         with torch.autocast(self.world.device.type, enabled=False):
-            choosing = held_out(self.train.labels)
+            choosing = held_out(self.train.labels, share=SHARE_TO_CHOOSE)
             c, scores = self._choose_c(train.among(~choosing), train.among(choosing))
             solution = fit(train.rows, c=c, num_classes=self._num_classes, world=self.world)
             logits = self._test_logits(solution, test)

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clip_train.data.caption_fields import CaptionField, parse_caption_fields
+from clip_train.data.captions import all_captions
+from clip_train.data.images.decode import BadSampleError
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:
-    from clip_train.data.sequential import ImageSource
+    from clip_train.data.sequential import ImageSource, ShardImages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +29,14 @@ class CaptionedImages:
     """[T] int64, the image of each caption, ascending; every image has one."""
 
 
-def open_captioned_shards(shards: str | Sequence[str], *, split: str = "test") -> CaptionedImages:
-    """Open shards whose images have a `.txt` with one caption per line.
+def open_captioned_shards(
+    shards: str | Sequence[str], *, caption: object = "txt", split: str = "test"
+) -> CaptionedImages:
+    """Open shards whose images have captions: lines of a `.txt`, or fields of a `.json`.
 
     Args:
         shards: patterns of `expand_shards`, or the folder of a set in clip-benchmark's layout.
+        caption: as `data.caption`.
         split: which part of such a set.
 
     Raises:
@@ -48,7 +54,8 @@ def open_captioned_shards(shards: str | Sequence[str], *, split: str = "test") -
     else:
         paths = expand_shards(shards, field="evaluation.shards")
     source = ShardImages(paths)
-    return captioned_images(source, (source.text(i, "txt").splitlines() for i in range(len(source))))
+    fields = parse_caption_fields(caption, None)
+    return captioned_images(source, (_captions(source, i, fields=fields) for i in range(len(source))))
 
 
 def captioned_images(source: ImageSource, captions_per_image: Iterable[Sequence[str]]) -> CaptionedImages:
@@ -66,3 +73,11 @@ def captioned_images(source: ImageSource, captions_per_image: Iterable[Sequence[
         captions.extend(lines)
         owner.extend([i] * len(lines))
     return CaptionedImages(source=source, captions=captions, owner=np.array(owner, dtype=np.int64))
+
+
+def _captions(source: ShardImages, index: int, *, fields: Sequence[CaptionField]) -> list[str]:
+    try:
+        own = [all_captions(source.content(index, field.extension), field=field) for field in fields]
+    except BadSampleError as error:
+        raise IntegrityError(f"{source.key(index)} has no caption: {error.reason}") from error
+    return [caption for captions in own for caption in captions]

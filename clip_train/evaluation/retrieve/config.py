@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_train.data.caption_fields import parse_caption_fields
 from clip_train.errors import UserError
 from clip_train.evaluation.config import EvaluationConfig, missing_shards
 
@@ -21,8 +22,10 @@ class RetrieveConfig(EvaluationConfig):
     name: str = "retrieve"
     shards: Any = None
     """Shards: clip-benchmark's layout (a folder with `SPLIT/nshards.txt`), any folder of shards, a pattern such as
-    `DIR/val-{00000..00003}.tar`, or a list of these; each image has a `.txt` with one caption per line. Give this or
-    `captions`."""
+    `DIR/val-{00000..00003}.tar`, or a list of these; each image has a `.txt` with one caption per line, or what
+    `caption` says. Give this or `captions`."""
+    caption: Any = "txt"
+    """Where the captions of shards are, as `data.caption`. All of a list, and of several fields, are the image's."""
     captions: str | None = None
     """In place of shards, a file: COCO captions or Karpathy's splits (`.json`), a table with a column of picture paths
     and a column of captions (`.csv`, `.tsv`, `.jsonl`, `.parquet`), or lines `picture.jpg,caption` (`.txt`)."""
@@ -43,6 +46,7 @@ class RetrieveConfig(EvaluationConfig):
             )
         if self.images is not None and self.captions is None:
             raise UserError(f"evaluation.{self.name}.images={self.images} is only for captions=FILE")
+        parse_caption_fields(self.caption, None)
         if not self.recall_k or min(self.recall_k) < 1:
             raise UserError(f"evaluation.recall_k={list(self.recall_k)} must list integers of at least 1")
 
@@ -63,5 +67,5 @@ class RetrieveConfig(EvaluationConfig):
         if self.captions is not None:
             images = open_captions_file(self.captions, images=self.images, split=self.split)
         else:
-            images = open_captioned_shards(self.shards, split=self.split)
+            images = open_captioned_shards(self.shards, caption=self.caption, split=self.split)
         return Retrieve(images, setting=setting, recall_k=list(self.recall_k))

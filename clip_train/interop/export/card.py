@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from clip_train import __version__
+from clip_train.calibration import RejectScore
 from clip_train.interop.export.targets import KNOWN_DIFFERENCES, Target
 from clip_train.interop.export.verify import Check, table
 
 if TYPE_CHECKING:
+    from clip_train.calibration import Calibration
     from clip_train.model.config import ModelConfig
 
+DIAGRAM_FILE = "calibration.svg"
 RECIPE_KEYS = (
     "global_batch_size", "steps", "samples", "epochs", "precision", "loss.name", "optim.name", "optim.lr",
     "optim.warmup", "optim.schedule", "optim.weight_decay", "optim.ema_decay", "model.init", "seed",
@@ -57,6 +60,7 @@ def model_card(
     served: Sequence[Target],
     refused: Mapping[Target, Sequence[str]],
     checks: Sequence[Check],
+    calibration: Calibration | None = None,
 ) -> str:
     """Return the text of README.md. What nobody measured reads "not measured".
 
@@ -67,6 +71,7 @@ def model_card(
         served: the libraries that have files.
         refused: those that have none, with the reason.
         checks: the verification; empty if there was none.
+        calibration: what was measured of the confidence of these weights; its diagram is `DIAGRAM_FILE`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -88,7 +93,9 @@ def model_card(
         data=_data(run),
         recipe=[(key, value) for key in RECIPE_KEYS if (value := _select(run, key)) is not None],
         scores=provenance.scores,
-        calibration=None,
+        calibration=calibration,
+        diagram=DIAGRAM_FILE,
+        main_score=RejectScore.max_cosine,
         folder=folder,
         served=[target.value for target in served],
         context="" if length == 77 else f", context_length={length}",

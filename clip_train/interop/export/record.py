@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from clip_train import __version__
+from clip_train.calibration import calibration_to_json
 from clip_train.checkpoint.files import hash_file
 from clip_train.interop.export.publish import RECORD_FILE, REPORT_FILE
 from clip_train.interop.export.targets import KNOWN_DIFFERENCES, Target
@@ -34,7 +35,7 @@ def write_record(folder: Path, *, model: LoadedModel, provenance: Provenance, se
         "weights": provenance.weights,
         "run": provenance.run_config,
         "scores": [asdict(score) for score in provenance.scores],
-        "calibration": None,
+        "calibration": model.calibration and calibration_to_json(model.calibration),
         "known_differences": {target: KNOWN_DIFFERENCES[target] for target in served if target in KNOWN_DIFFERENCES},
         "files": {name: asdict(hash_file(path)) for name, path in files.items()},
     }

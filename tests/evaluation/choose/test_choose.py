@@ -112,10 +112,10 @@ def test_scores_equal_the_float64_oracle(kind, num_pictures):
 )
 def test_chance_is_what_independent_cosines_reach(num_pictures, num_captions, answer):
     one = item(range(num_pictures), [str(c) for c in range(num_captions)], answer)
-    cosines = np.random.default_rng(0).random((20_000, num_pictures, num_captions))
+    cosines = np.random.default_rng(0).random((4_000, num_pictures, num_captions))
     result = score([one] * len(cosines), list(cosines))
     for name, value in result.metrics.items():
-        assert value == pytest.approx(result.chance[name], abs=0.013)
+        assert value == pytest.approx(result.chance[name], abs=0.03)
 
 
 def test_winoground_has_its_published_chance_levels():

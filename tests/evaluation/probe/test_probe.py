@@ -7,9 +7,9 @@ import torch
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.labelled_images import LabelledImages
+from clip_train.evaluation.draw import draw_shots, held_out
 from clip_train.evaluation.probe.average_precision import eleven_point
 from clip_train.evaluation.probe.config import ProbeConfig
-from clip_train.evaluation.probe.draw import draw_shots, held_out
 from clip_train.evaluation.probe.evaluator import Probe
 from clip_train.evaluation.probe.logistic_regression import Rows, fit, search_c
 from tests.evaluation.toys import ToyModel, ToySource, random_pixels, toy_batches, toy_setting
@@ -122,7 +122,7 @@ def test_the_search_finds_the_peak_of_97_values_with_fifteen(peak):
 
 def test_held_out_images_are_a_fifth_of_every_class_and_shots_are_of_the_rest():
     labels = np.repeat([0, 1, 2], [50, 10, 1])
-    choosing = held_out(labels)
+    choosing = held_out(labels, share=0.2)
     assert [choosing[labels == c].sum() for c in range(3)] == [10, 2, 0]
     draws = [draw_shots(labels, among=~choosing, shots=4, seed=seed) for seed in (0, 1)]
     for draw in draws:
@@ -136,7 +136,7 @@ def test_the_probe_is_scikit_learns_on_all_training_images_with_the_c_of_the_hel
     evaluator, train, test = make(60, shots=())
     result = evaluator.evaluate(ToyModel())
     x, z = (ToyModel().pool_image(torch.from_numpy(s.source.pixels)).numpy() for s in (train, test))
-    choosing = held_out(train.labels)
+    choosing = held_out(train.labels, share=0.2)
 
     def accuracy(c):
         model = linear_model.LogisticRegression(C=c, tol=1e-8, max_iter=100_000)

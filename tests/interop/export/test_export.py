@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,15 +14,18 @@ import torch
 from safetensors.torch import save_file
 
 import clip_train
+from clip_train.calibration import CALIBRATION_FILE, write_calibration
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.scores import score
 from clip_train.evaluation.result import write_result
 from clip_train.interop.export.targets import Target
 from clip_train.interop.export.verify import Status, compare, find_libraries, verify
+from clip_train.interop.weights import weights_sha256
 from clip_train.tools.export import export_command
 from tests.interop import files
 from tests.interop.export.test_refuse import EVERYWHERE
 from tests.interop.test_load import write_run
+from tests.test_calibration import BOTH
 from tests.tokenizer.made import write_bpe
 
 # Pythons that have the libraries which do not fit into this environment (clip-benchmark, openai-clip).
@@ -105,6 +108,31 @@ def test_the_card_has_the_recipe_and_scores_of_these_weights_before_those_of_the
     assert export(run, weights="ema") == 0
     averaged = (run / "export" / "README.md").read_text()
     assert averaged.index("| shapes | acc1 | 0.00 %") < averaged.index("| shapes, raw weights | acc1 | 100.00 %")
+
+
+def test_the_calibration_of_these_weights_goes_with_them_and_that_of_others_does_not(model, tmp_path, capsys):
+    run = tmp_path / "run"
+    write_run(run, model, ema=files.small_model(seed=9, **EVERYWHERE))
+    own = replace(BOTH, weights_sha256=weights_sha256(model))
+    write_calibration(own, run / CALIBRATION_FILE)
+    assert export(run, weights="raw") == 0
+    card = (run / "export" / "README.md").read_text()
+    section = card.split("## Calibration\n")[1].split("\n## ")[0]
+    assert "temperature 1.5 " in section
+    assert "| expected calibration error, 15 bins | 10.00 % | 5.00 % |" in section
+    assert "Below a highest cosine of 0.25 " in section
+    assert "| noise | 5 | 99.0 % | 1.0 % |" in section
+    assert (run / "export" / "calibration.svg").read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+    assert "calibration.svg" in json.loads((run / "export" / "clip_train.json").read_text())["files"]
+    assert clip_train.load(run / "export", device="cpu")[0].calibration == own
+    assert clip_train.load(run, device="cpu", weights="raw")[0].calibration == own
+    assert capsys.readouterr().err == ""
+    averaged, _ = clip_train.load(run, device="cpu")
+    assert averaged.calibration is None
+    assert "calibration is that of other weights (demo, step 5)" in capsys.readouterr().err
+    assert export(run, weights="ema") == 0
+    assert "## Calibration\n\nnot measured" in (run / "export" / "README.md").read_text()
+    assert not (run / "export" / "calibration.svg").exists()
 
 
 def test_an_export_is_replaced_and_nothing_else_is(source, exported, tmp_path):

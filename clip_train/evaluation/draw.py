@@ -1,22 +1,21 @@
-"""Which training images a probe learns from and which choose its C: fixed draws, class by class."""
+"""Which images something is chosen on, and which it is then judged by: fixed draws, class by class."""
 
 from __future__ import annotations
 
 import numpy as np
 
-HELD_OUT = 0.2
 
-
-def held_out(labels: np.ndarray) -> np.ndarray:
-    """Return the fifth of the images that chooses C, [N] bool: of every class, at least one if it has two.
+def held_out(labels: np.ndarray, *, share: float) -> np.ndarray:
+    """Return a share of the images, [N] bool: of every class, at least one image if it has two.
 
     Args:
-        labels: [N] int64; or [N, C] bool, of which any fifth is drawn.
+        labels: [N] int64; or [N, C] bool, which are drawn without regard to their classes.
+        share: between 0 and 1.
     """
     rng = np.random.default_rng(0)
     chosen = np.zeros(len(labels), dtype=bool)
     for members in _classes(labels):
-        count = max(1, round(HELD_OUT * len(members))) if len(members) > 1 else 0
+        count = max(1, round(share * len(members))) if len(members) > 1 else 0
         chosen[rng.permutation(members)[:count]] = True
     return chosen
 

@@ -1,0 +1,1 @@
+"""Known pitfalls of CLIP models, measured on generated pictures."""

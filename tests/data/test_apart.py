@@ -1,0 +1,49 @@
+"""What hangs, crashes or takes all memory in a process of its own costs a sample and not the worker."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from clip_train.data import apart
+from clip_train.data.images.decode import BadSampleError
+
+
+def _compute():
+    while True:
+        pass
+
+
+def _refuse():
+    raise BadSampleError("too_small")
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (_compute, "too_slow"),
+        (lambda: time.sleep(60), "too_slow"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "decoder_crashed"),
+        (lambda: os._exit(3), "decoder_crashed"),
+        (lambda: 1 / 0, "decoder_crashed"),
+        (lambda: bytearray(6 << 30), "out_of_memory"),
+        (_refuse, "too_small"),
+    ],
+    ids=["computes", "sleeps", "crashes", "exits", "raises", "allocates", "refuses"],
+)
+def test_whatever_happens_apart_is_a_reason(monkeypatch, act, reason):
+    monkeypatch.setattr(apart, "CPU_SECONDS", 1)
+    monkeypatch.setattr(apart, "_WALL_SECONDS", 0.5 if reason == "too_slow" and act is not _compute else 60)
+    with pytest.raises(BadSampleError) as refused:
+        apart.run_apart(act)
+    assert refused.value.reason == reason
+
+
+def test_what_was_computed_apart_is_in_shared_memory():
+    storage = torch.UntypedStorage._new_shared(4)
+    row = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    apart.run_apart(lambda: np.copyto(row, np.uint8([1, 2, 3, 4])))
+    assert row.tolist() == [1, 2, 3, 4]

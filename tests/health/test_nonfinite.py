@@ -1,0 +1,35 @@
+"""A number that is not finite: every rank decides alike, and the message says where it came from."""
+
+import pytest
+
+from clip_train.config import load
+from clip_train.errors import TrainingFailed
+from clip_train.health.events import read_events
+from clip_train.train import train
+from tests.health.test_runs import scenes  # noqa: F401 - a fixture
+from tests.test_train import break_images, overrides
+from tests.torture.faults import ROWS
+
+
+def test_the_message_names_step_rank_samples_gradient_and_the_command(scenes, tmp_path, monkeypatch):  # noqa: F811
+    slots, _ = break_images(monkeypatch, 3)
+    with pytest.raises(TrainingFailed) as failure:
+        train(load("train", overrides(scenes, tmp_path, "steps=9", "optim.warmup=2")))
+    said = str(failure.value)
+    assert "not finite at step 3: rank 0: image features of 12 of 12 rows, slots " in said
+    named = said.partition("slots ")[2]
+    assert int(named.split()[0]) in slots[2] and "(000000.tar, sample " in named
+    assert "first gradient that is not finite: " in said
+    assert f"`clip-train shards replay {tmp_path} --step 3`" in said
+    (event,) = read_events(tmp_path)
+    assert event["kind"] == "nonfinite" and event["step"] == 3 and event["action"] == "stop"
+
+
+@pytest.mark.slow
+def test_a_fault_on_one_of_two_ranks_is_judged_alike_in_twenty_cases():
+    assert [outcome for outcome in ROWS[0].run(0, 20, 0) if outcome.error] == []
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_is_found_in_a_trained_replica():
+    assert [outcome for outcome in ROWS[1].run(0, 8, 0) if outcome.error] == []
