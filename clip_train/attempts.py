@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -69,7 +70,8 @@ class Attempt:
 
     def __enter__(self) -> Attempt:
         if self._is_main and not restart_count():
-            (self._run_dir / EXIT_NAME).unlink(missing_ok=True)  # of an earlier launch: from here on the run is alive
+            with contextlib.suppress(OSError):  # of the directory, which the checkpointer reports
+                (self._run_dir / EXIT_NAME).unlink()  # of an earlier launch: from here on the run is alive
         return self
 
     def __exit__(
@@ -93,7 +95,12 @@ class Attempt:
         return world
 
     def begin(self, step: int) -> None:
-        """Note where training begins. Rank 0 holds the lock of the run directory by now."""
+        """Note where training begins. Rank 0 holds the lock of the run directory by now.
+
+        Raises:
+            UserError: the directory cannot be written.
+            IntegrityError: `attempts.jsonl` is damaged.
+        """
         assert self._world is not None
         self._step = step
         if self._world.roll_call is not None:
@@ -103,7 +110,10 @@ class Attempt:
                 start=self._start, host=socket.gethostname(), world=self._world.size, device=self._world.device.type,
                 first_step=step, launch_id=launch_id(),
             )  # fmt: skip
-            _write_attempts(self._run_dir, [*_completed(self._run_dir), self._record])
+            try:
+                _write_attempts(self._run_dir, [*_completed(self._run_dir), self._record])
+            except OSError as error:
+                raise UserError(f"run_dir={self._run_dir} cannot be written: {error}") from error
 
     def stepped(self, step: int) -> None:
         """Note that so many steps are done."""

@@ -90,6 +90,13 @@ def test_the_end_of_a_run_that_another_process_holds_is_not_written(tmp_path):
     assert read_exit(tmp_path).code == 2
 
 
+def test_a_run_directory_that_is_a_file_leaves_the_error_to_those_who_explain_it(tmp_path, capsys):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="is a file"), Attempt(tmp_path / "run"):
+        raise UserError("is a file")
+    assert "could not be written down" in capsys.readouterr().err
+
+
 def test_a_mistake_before_the_run_had_a_directory_leaves_none(tmp_path):
     with pytest.raises(UserError), Attempt(tmp_path / "run"):
         raise UserError("no data")
