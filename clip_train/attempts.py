@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -70,8 +69,10 @@ class Attempt:
 
     def __enter__(self) -> Attempt:
         if self._is_main and not restart_count():
-            with contextlib.suppress(OSError):  # of the directory, which the checkpointer reports
-                (self._run_dir / EXIT_NAME).unlink()  # of an earlier launch: from here on the run is alive
+            try:  # what an earlier launch left: from here on the run is alive
+                (self._run_dir / EXIT_NAME).unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"run_dir={self._run_dir} cannot be written: {error.strerror or error}") from error
         return self
 
     def __exit__(
