@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 
+from clip_train.attempts import read_attempts
 from clip_train.errors import UserError
 from clip_train.evaluation.result import read_result
 from clip_train.evaluation.samples import ReportSamples, load_samples
@@ -128,7 +129,7 @@ def write_report(run_dir: Path) -> Path:
         ],
         summary=[(key, value) for key in SUMMARY_KEYS if (value := OmegaConf.select(config, key)) is not None],
         config_text=text,
-        environment=describe_environment(),
+        environment=[*describe_attempts(run_dir), *describe_environment()],
         written=time.strftime("%Y-%m-%d %H:%M"),
         box=(WIDTH, HEIGHT),
     )
@@ -285,6 +286,16 @@ def describe_environment() -> list[tuple[str, str]]:
         except PackageNotFoundError:
             continue  # a bare checkout has no metadata of its own
     return found
+
+
+def describe_attempts(run_dir: Path) -> list[tuple[str, str]]:
+    """Return what the run has cost so far, over all its restarts: device-hours and attempts."""
+    attempts = read_attempts(run_dir)
+    if not attempts:
+        return []
+    devices = " + ".join(sorted({attempt.device for attempt in attempts}))
+    hours = sum(attempt.device_hours for attempt in attempts)
+    return [("attempts", f"{len(attempts):,}"), (f"{devices} hours of all ranks", f"{hours:,.2f}")]
 
 
 def _share(value: float | None) -> str:

@@ -185,3 +185,13 @@ def test_a_collapsed_or_lucky_result_is_no_success(tmp_path):
     assert (verdict.kind, verdict.text) == ("bad", "Collapsed on shapes: mean cosine too high.")
     _, text = parse(write_report(tmp_path))
     assert "mean cosine too high" in text
+
+
+def test_what_all_attempts_together_have_cost_is_shown(tmp_path):
+    run = write_run(tmp_path)
+    assert "hours of all ranks" not in parse(write_report(run))[1]
+    attempt = {"host": "a", "world": 4, "device": "cuda", "first_step": 0, "launch_id": "x", "last_step": 9, "code": 85}
+    times = [("2026-11-21T10:00:00+00:00", "2026-11-21T11:30:00+00:00"), ("2026-11-21T12:00:00+00:00",) * 2]
+    lines = [json.dumps({"start": start, "end": end, **attempt}) for start, end in times]
+    (run / "attempts.jsonl").write_text("\n".join(lines) + "\n")
+    assert "attempts2cudahoursofallranks6.00" in parse(write_report(run))[1].replace(" ", "")
