@@ -10,7 +10,7 @@ import pytest
 
 from clip_train.calibration import CALIBRATION_FILE, write_calibration
 from clip_train.errors import UserError
-from clip_train.evaluation.result import EvaluationResult, write_result
+from clip_train.evaluation.result import EvaluationResult, Part, write_result
 from clip_train.evaluation.samples import load_samples, save_samples
 from clip_train.tools.report import judge, read_evaluations, write_report
 from tests.test_calibration import BOTH
@@ -107,6 +107,28 @@ def test_a_scorecard_is_a_section_of_its_own_with_verdicts_and_no_headline(tmp_p
     assert "<b>97 %</b> elsewhere" in section
     assert "binding" not in text.split("Known pitfalls")[0]
     assert ("span", {"class": "mark bad"}) in page.tags
+
+
+def test_parts_of_a_set_follow_its_scores_and_are_no_headline(tmp_path):
+    write_run(tmp_path)
+    parts = {
+        name: Part(num_items=n, metrics={"text_acc": value}, chance={"text_acc": 0.5}, intervals={"text_acc": (0.1, 1)})
+        for name, n, value in (("add_att", 30, 0.625), ("swap_obj", 20, 0.25))
+    }
+    result = EvaluationResult(
+        task="image_caption_selection",
+        num_items=50,
+        metrics={"text_acc": 0.475},
+        chance={"text_acc": 0.5},
+        intervals={"text_acc": (0.3, 0.6)},
+        parts=parts,
+    )
+    write_result(result, tmp_path / "evaluation" / "step-00002000" / "crepe.json", dataset="crepe", model="m")
+    _, text = parse(write_report(tmp_path))
+    assert "right caption chosen 47.5 30.0 – 60.0 50.00 50 " in text
+    assert "add_att: right caption chosen 62.5 10.0 – 100.0 50.00 30 swap_obj: right caption chosen 25.0" in text
+    (crepe,) = (e for e in read_evaluations(tmp_path / "evaluation") if e.name == "crepe")
+    assert crepe.headline.value == 0.475
 
 
 def test_every_curve_of_training_and_of_evaluation_is_drawn(tmp_path):
