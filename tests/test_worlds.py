@@ -17,11 +17,12 @@ WORLDS = (1, 2, 3, 4, 6, 8)
 PAIRS = sorted(permutations(WORLDS, 2))
 WORKERS = (0, 1, 2, 3, 5)
 STEPS = 200
+LEARNING_RATE = 1e-4  # as far as the warm-up of a real run gets in that many steps
 TOLERANCE = 1e-5
 
 
 def run(shards: Path, run_dir: Path, *, steps: int, ranks: int = 1, workers: int = 0) -> None:
-    arguments = arguments_of(shards, run_dir, steps=steps, batch=BATCH, workers=workers)
+    arguments = arguments_of(shards, run_dir, steps=steps, batch=BATCH, workers=workers, learning_rate=LEARNING_RATE)
     running = RunningRanks(arguments, run_dir.with_suffix(".log"), ranks=ranks)
     try:
         running.finish(seconds=1800)
