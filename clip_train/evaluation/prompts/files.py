@@ -54,19 +54,6 @@ def read_lines(path: str | Path, *, counted: bool = False) -> list[str]:
     return found
 
 
-def read_classnames(path: str | Path) -> list[str]:
-    """Return the class names of a UTF-8 text file, one per line.
-
-    Raises:
-        UserError: as `read_lines`; or a line before the last is empty, which would shift the numbers of the classes.
-    """
-    names = read_lines(path)
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    if "" in lines[: len(names)]:
-        raise UserError(f"{path}, line {lines.index('') + 1} is empty: every class needs a name")
-    return names
-
-
 def imagenet_classnames() -> list[str]:
     """Return the 1000 ImageNet class names in class order. Two pairs of classes share a name: never key by it."""
     return list(_shipped("imagenet_classnames"))

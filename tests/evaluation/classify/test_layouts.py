@@ -66,15 +66,6 @@ def test_training_shards_are_labelled_by_their_cls(tmp_path, pattern):
     assert found(images) == {"0.tar/k0": 1, "1.tar/k1": 0}
 
 
-def test_an_empty_line_among_the_class_names_is_refused_since_it_would_shift_the_classes(tmp_path):
-    write_multilabel(tmp_path, [[0, 1, 0]])
-    (tmp_path / "classnames.txt").write_text("fox\n\ncup\nboat\n\n")
-    with pytest.raises(UserError, match=r"classnames\.txt, line 2 is empty: every class needs a name"):
-        open_folders(tmp_path)
-    (tmp_path / "classnames.txt").write_text("fox\ncup\nboat\n\n")
-    assert list(open_folders(tmp_path).classnames) == ["fox", "cup", "boat"]
-
-
 def npy(values):
     buffer = io.BytesIO()
     np.save(buffer, np.array(values))
