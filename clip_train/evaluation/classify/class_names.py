@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clip_train.data.shards.benchmark import CLASSNAMES, TEMPLATES
 from clip_train.errors import UserError
-from clip_train.evaluation.prompts.files import Templates, imagenet_classnames, load_prompts
+from clip_train.evaluation.prompts.files import Templates, imagenet_classnames, load_prompts, read_lines
 
 AUTO = "auto"
 IMAGENET = "imagenet"
