@@ -128,6 +128,7 @@ def test_another_model_in_the_same_run_directory_is_refused_with_the_difference(
         train(load("train", overrides(scenes, undisturbed, "model.vision.layers=3", f"steps={STEPS + 10}")))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_another_run_is_refused_with_the_difference(scenes, undisturbed, tmp_path):
     name = f"step-{STEPS:08d}"
     shutil.copytree(undisturbed / "checkpoints" / name, tmp_path / "checkpoints" / name)
