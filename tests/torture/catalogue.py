@@ -13,7 +13,7 @@ def misspelt_keys(start: int, count: int, seed: int) -> Iterator[Outcome]:
     unnamed = 0
     for index in range(start, start + count):
         named: list[bool] = []
-        outcome = outcome_of(lambda one: named.append(misspell(one)), seed + index)
+        outcome = outcome_of(lambda one, named=named: named.append(misspell(one)), seed + index)
         if named == [False]:
             unnamed += 1
             if unnamed > max(1, WORST_SHARE * (index - start + 1)):
