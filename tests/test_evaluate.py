@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -11,11 +13,14 @@ import torch
 import clip_train
 from clip_train.calibration import CALIBRATION_FILE, read_calibration
 from clip_train.config import load
-from clip_train.distributed.parallel import is_sharded, parallelize, scattered, whole
+from clip_train.data.scenes.foreign import Foreign, draw_foreign
+from clip_train.data.scenes.write import write_scenes
+from clip_train.distributed.parallel import parallelize
+from clip_train.distributed.shards import is_sharded, laid_out, whole
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.evaluate import keep_calibration, keep_calibration_of_training, run_evaluations
-from clip_train.evaluation.result import EvaluationResult, write_result
+from clip_train.evaluation.result import EvaluationResult, two_halves, write_result
 from clip_train.model.zoo import create_model
 from clip_train.optim.ema import Ema
 from tests.evaluation.classify.test_classify import make
@@ -35,7 +40,7 @@ def step_(model):
     with torch.no_grad():
         for seed, (_, weight) in enumerate(sorted(model.state_dict().items())):
             noise = 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-            weight.add_(scattered(noise, like=weight) if is_sharded(weight) else noise)
+            weight.add_(laid_out(noise, like=weight) if is_sharded(weight) else noise)
 
 
 def toy_evaluator(world):
@@ -161,3 +166,33 @@ def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tm
     shutil.rmtree(tmp_path / "checkpoints")
     write_run(tmp_path, files.small_model(seed=2))
     assert keep("reject").temperature is None
+
+
+@pytest.mark.slow
+def test_the_commands_measure_a_threshold_and_answer_unknown_below_it(tmp_path):
+    write_run(tmp_path / "run", files.small_model())
+    write_scenes(tmp_path / "scenes", num_train=1, num_val=1, seed=0)
+    draw_foreign(Foreign.noise, 0, seed=9, image_size=64).save(tmp_path / "noise.png")
+
+    def clip_train_(*words):
+        command = [sys.executable, "-m", "clip_train", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    classes = f"{tmp_path}/scenes/classes"
+    printed = clip_train_(
+        "evaluate", "checkpoint=run", "evaluation=[scenes_reject,scenes_calibrate]", "device=cpu",
+        f"evaluation.scenes_reject.root={classes}", f"evaluation.scenes_calibrate.root={classes}",
+    )  # fmt: skip
+    assert "scenes_reject: threshold max_cosine" in printed
+    assert "scenes_calibrate: temperature" in printed
+    kept = read_calibration(tmp_path / "run" / CALIBRATION_FILE)
+    found = np.load(tmp_path / "run" / "evaluation" / "scenes_reject.npz")
+    threshold = kept.rejection.thresholds["max_cosine"]
+    assert (found["known_max_cosine"][two_halves(800)[0]] >= threshold).mean() == pytest.approx(0.95)
+    answers = clip_train_("classify", "noise.png", "--model", "run", "--labels", "red circle,blue ring", "--json")
+    row = json.loads(answers)
+    cosine = row["labels"][0]["cosine"]
+    assert (row["answer"] == "unknown") == (cosine < threshold)
+    stricter = clip_train_("classify", "noise.png", "--model", "run", "--labels", "red circle", "--json",
+                           "--min-similarity", "1")  # fmt: skip
+    assert json.loads(stricter)["answer"] == "unknown"
