@@ -133,7 +133,7 @@ def test_a_collapsed_model_gets_a_reason_and_no_score():
     model.text_weight = torch.ones_like(model.text_weight)
     result = make(20)[0].evaluate(model)
     assert "text features" in result.collapsed
-    assert (result.metrics, result.parts) == ({}, {})
+    assert (result.metrics, result.parts, result.notes) == ({}, {}, [])
 
 
 def test_sets_that_cannot_be_used_are_refused(tmp_path):
