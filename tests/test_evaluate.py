@@ -32,6 +32,7 @@ from tests.test_calibration import REJECTION, TEMPERATURE
 
 IMAGES = 22
 VOCABULARY = {"vocab_size": 1000}  # the toy tokenizer's
+FEW_WORDS = {"width": 64, "heads": 1, "layers": 1, **VOCABULARY}
 DECAY = 0.25
 
 
@@ -126,7 +127,7 @@ def confident_result(folder, name, **parts):
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_after_training_the_calibration_of_what_load_loads_is_kept_with_the_run(tmp_path, averaged):
-    live, average = (files.small_model(seed=seed) for seed in (1, 2))
+    live, average = (files.small_model(seed=seed, text=FEW_WORDS) for seed in (1, 2))
     write_run(tmp_path, live, ema=average if averaged else None)
     folder = tmp_path / "evaluation" / "step-00000005"
     confident_result(folder, "calibrate", temperature=TEMPERATURE)
@@ -143,7 +144,7 @@ def test_after_training_the_calibration_of_what_load_loads_is_kept_with_the_run(
 
 
 def test_a_run_without_such_evaluations_gets_no_calibration(tmp_path):
-    write_run(tmp_path, files.small_model())
+    write_run(tmp_path, files.small_model(text=FEW_WORDS))
     confident_result(tmp_path / "evaluation" / "step-00000005", "val")
     keep_calibration_of_training(tmp_path, names=["val", "calibrate"])
     keep_calibration_of_training(tmp_path / "none", names=["val"])
@@ -151,7 +152,7 @@ def test_a_run_without_such_evaluations_gets_no_calibration(tmp_path):
 
 
 def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tmp_path):
-    write_run(tmp_path, files.small_model(seed=1))
+    write_run(tmp_path, files.small_model(seed=1, text=FEW_WORDS))
     confident_result(tmp_path, "calibrate", temperature=TEMPERATURE)
     confident_result(tmp_path, "reject", rejection=REJECTION)
 
@@ -164,7 +165,7 @@ def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tm
     both = keep("reject")
     assert (both.temperature, both.rejection) == (TEMPERATURE, REJECTION)
     shutil.rmtree(tmp_path / "checkpoints")
-    write_run(tmp_path, files.small_model(seed=2))
+    write_run(tmp_path, files.small_model(seed=2, text=FEW_WORDS))
     assert keep("reject").temperature is None
 
 

@@ -29,7 +29,7 @@ METRIC_NAMES = {
     "mean_per_class_recall": "mean per-class recall",
     "mean_recall@1": "mean recall@1",
     "lenient_mean_recall@1": "mean recall@1, equal captions count",
-    "auroc": "known against foreign pictures (AUROC)",
+    "auroc": "known against foreign (AUROC)",
     "aupr": "average precision (AUPR)",
     "fpr_at_95_tpr": "foreign pictures let in (FPR at 95 % TPR)",
     "ece_before": "calibration error, as trained",
