@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from clip_train.types import Batch
 
 OUTLIER_EVERY = 1000  # steps between two outliers that are shown
+STACKS_AFTER = 0.8  # of the seconds after which a collective fails
 REPLICAS_EVERY = 500  # steps between two comparisons of the ranks' weights
 
 
@@ -83,10 +84,12 @@ class RunHealth:
         self._empty_length = tokenizer.encode_padded("")[1]
         self._events = Events(run_dir, rank=world.rank)
         self._nonfinite = NonfiniteSteps(config.on_nonfinite, found=self._not_finite)
+        self._refused_at_save = 0  # updates, when the run was last saved
         self._compared = -1  # step at which the ranks' weights were last compared
         self._watchdog = Watchdog(
-            run_dir, rank=world.rank, ranks=world.size, seconds=config.watchdog_seconds, state=self._state,
-            loader=self._silence, on_hang=self._on_hang,
+            run_dir, rank=world.rank, ranks=world.size, seconds=config.watchdog_seconds,
+            stacks_after=STACKS_AFTER * config.distributed.timeout_seconds if world.size > 1 else None,
+            state=self._state, loader=self._silence, sign=lambda: stream.loader_rebuilds, on_hang=self._on_hang,
             on_silence=lambda message: self._events.warn("silent_loader", message, step=self._step),
         )  # fmt: skip
 
@@ -162,8 +165,8 @@ class RunHealth:
         """Tell that something longer than a step begins, such as `an evaluation`; the next step ends it."""
         self._watchdog.entered(phase)
 
-    def before_save(self, step: int) -> None:
-        """Check what is about to be saved.
+    def before_save(self, step: int) -> bool:
+        """Check what is about to be saved; return whether no update was refused since the save before.
 
         Raises:
             IntegrityError: see `compare_replicas`.
@@ -172,6 +175,8 @@ class RunHealth:
         self._saved = time.monotonic()
         if self._compared != step:
             self.compare_replicas(step)
+        former, self._refused_at_save = self._refused_at_save, self._nonfinite.total
+        return former == self._refused_at_save
 
     def compare_replicas(self, step: int) -> None:
         """Check that all ranks hold the same weights.
