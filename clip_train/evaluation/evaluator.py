@@ -53,6 +53,7 @@ class Evaluator(ABC):
             result = self.measure(model)
         if result.collapsed:
             result.metrics, result.intervals, result.parts = {}, {}, {}
+            result.per_class, result.notes = [], []
         result.seconds = time.monotonic() - started
         return result
 
