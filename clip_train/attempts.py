@@ -96,7 +96,12 @@ class Attempt:
         return world
 
     def begin(self, step: int) -> None:
-        """Note where training begins. Rank 0 holds the lock of the run directory by now."""
+        """Note where training begins. Rank 0 holds the lock of the run directory by now.
+
+        Raises:
+            UserError: the directory cannot be written.
+            IntegrityError: `attempts.jsonl` is damaged.
+        """
         assert self._world is not None
         self._step = step
         if self._world.roll_call is not None:
@@ -106,7 +111,10 @@ class Attempt:
                 start=self._start, host=socket.gethostname(), world=self._world.size, device=self._world.device.type,
                 first_step=step, launch_id=launch_id(),
             )  # fmt: skip
-            _write_attempts(self._run_dir, [*_completed(self._run_dir), self._record])
+            try:
+                _write_attempts(self._run_dir, [*_completed(self._run_dir), self._record])
+            except OSError as error:
+                raise UserError(f"run_dir={self._run_dir} cannot be written: {error}") from error
 
     def stepped(self, step: int) -> None:
         """Note that so many steps are done."""

@@ -191,7 +191,7 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
         near = difflib.get_close_matches(plain, [*keys, *groups], n=1, cutoff=0.5)
         tail = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
         hint = near or tail
-        named = hint[0].replace("evaluation.NAME", ".".join(key.split(".")[:2])) if hint else ""
+        named = hint[0].replace(".NAME", f".{key.split('.')[1]}" if "." in key else ".NAME") if hint else ""
         return f"unknown key '{key}'" + (
             f": did you mean '{named}'?" if hint else f"; `clip-train {command} --help` lists them"
         )

@@ -90,6 +90,12 @@ def test_the_end_of_a_run_that_another_process_holds_is_not_written(tmp_path):
     assert read_exit(tmp_path).code == 2
 
 
+def test_a_run_directory_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match=r"run_dir=.*run cannot be written"), Attempt(tmp_path / "run"):
+        pass
+
+
 def test_a_mistake_before_the_run_had_a_directory_leaves_none(tmp_path):
     with pytest.raises(UserError), Attempt(tmp_path / "run"):
         raise UserError("no data")

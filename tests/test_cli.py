@@ -34,6 +34,7 @@ def imported_by(*arguments):
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
 
 
+@pytest.mark.catalogue(17)
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["train", "--help"], ["--version"], ["help", "optim.lr"], ["shards", "--help"]]
 )

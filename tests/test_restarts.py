@@ -74,6 +74,7 @@ def test_torchrun_does_not_restart_a_run_that_ends_with_an_error_of_its_input(tm
         assert "not started again" in job.said and 'Traceback (most recent call last):\n  File "clip' not in job.said
 
 
+@pytest.mark.catalogue(65)
 def test_a_second_ctrl_c_leaves_at_once_also_while_the_other_rank_is_silent(tmp_path):
     with Job(tmp_path) as job:
         job.until_step(3)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from clip_train.types import Batch
 
 OUTLIER_EVERY = 1000  # steps between two outliers that are shown
+STACKS_AFTER = 0.8  # of the seconds after which a collective fails
 REPLICAS_EVERY = 500  # steps between two comparisons of the ranks' weights
 
 
@@ -86,8 +87,9 @@ class RunHealth:
         self._refused_at_save = 0  # updates, when the run was last saved
         self._compared = -1  # step at which the ranks' weights were last compared
         self._watchdog = Watchdog(
-            run_dir, rank=world.rank, ranks=world.size, seconds=config.watchdog_seconds, state=self._state,
-            loader=self._silence, on_hang=self._on_hang,
+            run_dir, rank=world.rank, ranks=world.size, seconds=config.watchdog_seconds,
+            stacks_after=STACKS_AFTER * config.distributed.timeout_seconds if world.size > 1 else None,
+            state=self._state, loader=self._silence, sign=lambda: stream.loader_rebuilds, on_hang=self._on_hang,
             on_silence=lambda message: self._events.warn("silent_loader", message, step=self._step),
         )  # fmt: skip
 

@@ -13,22 +13,28 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 
+from clip_train.attempts import read_attempts
 from clip_train.errors import UserError
 from clip_train.evaluation.result import read_result
 from clip_train.evaluation.samples import ReportSamples, load_samples
+from clip_train.evaluation.table import MOST_PARTS
 from clip_train.metrics.panel import duration
 from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.charts import HEIGHT, WIDTH, Chart, compact, line_chart, show
 from clip_train.tools.confidence import read_confidence
 from clip_train.tools.report_pictures import data_uri, similarity_matrix
 
-HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1", "auroc")
+HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1", "text_acc", "jaccard", "auroc")
 METRIC_NAMES = {
     "acc1": "zero-shot accuracy",
     "acc5": "accuracy, right class among 5",
     "mean_per_class_recall": "mean per-class recall",
     "mean_recall@1": "mean recall@1",
     "lenient_mean_recall@1": "mean recall@1, equal captions count",
+    "text_acc": "right caption chosen",
+    "image_acc": "right picture chosen",
+    "acc": "right captions and pictures chosen",
+    "jaccard": "right pictures found (Jaccard)",
     "auroc": "known against foreign pictures (AUROC)",
     "aupr": "average precision (AUPR)",
     "fpr_at_95_tpr": "foreign pictures let in (FPR at 95 % TPR)",
@@ -53,6 +59,8 @@ class Score:
     interval: list[float] | None
     chance: float | None
     num_items: int | None
+    part: str = ""
+    """The tag of the items that it is about; empty: all of them."""
     verdict: str = ""
     """What the score means; empty where an evaluation leaves that to the reader."""
 
@@ -77,7 +85,7 @@ class Evaluation:
     @property
     def headline(self) -> Score | None:
         """The score that stands for the evaluation."""
-        by_metric = {score.metric: score for score in self.scores}
+        by_metric = {score.metric: score for score in self.scores if not score.part}
         return next((by_metric[m] for m in HEADLINE_METRICS if m in by_metric), None)
 
 
@@ -128,7 +136,7 @@ def write_report(run_dir: Path) -> Path:
         ],
         summary=[(key, value) for key in SUMMARY_KEYS if (value := OmegaConf.select(config, key)) is not None],
         config_text=text,
-        environment=describe_environment(),
+        environment=[*describe_attempts(run_dir), *describe_environment()],
         written=time.strftime("%Y-%m-%d %H:%M"),
         box=(WIDTH, HEIGHT),
     )
@@ -152,19 +160,10 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 def _read_evaluation(path: Path, *, step: int) -> Evaluation:
     content = read_result(path)
     extras = content.get("clip_train", {})
-    scores = [
-        Score(
-            evaluation=path.stem,
-            metric=metric,
-            value=value,
-            interval=extras.get("intervals", {}).get(metric),
-            chance=extras.get("chance", {}).get(metric),
-            num_items=extras.get("n"),
-            verdict=extras.get("verdicts", {}).get(metric, ""),
-        )
-        for metric, value in content["metrics"].items()
-        if value is not None
-    ]
+    scores = _read_scores(path.stem, {**extras, "metrics": content["metrics"]})
+    parts = extras.get("parts", {})
+    if len(parts) <= MOST_PARTS and "verdicts" not in extras:
+        scores += [score for tag, part in parts.items() for score in _read_scores(path.stem, part, tag=tag)]
     samples = path.with_suffix(".samples.json")
     return Evaluation(
         name=path.stem,
@@ -175,6 +174,23 @@ def _read_evaluation(path: Path, *, step: int) -> Evaluation:
         notes=extras.get("notes", []),
         samples=load_samples(samples) if samples.is_file() else None,
     )
+
+
+def _read_scores(evaluation: str, content: dict[str, Any], *, tag: str = "") -> list[Score]:
+    return [
+        Score(
+            evaluation=evaluation,
+            metric=metric,
+            value=value,
+            interval=content.get("intervals", {}).get(metric),
+            chance=content.get("chance", {}).get(metric),
+            num_items=content.get("n"),
+            part=tag,
+            verdict=content.get("verdicts", {}).get(metric, ""),
+        )
+        for metric, value in content["metrics"].items()
+        if value is not None
+    ]
 
 
 def judge(rows: list[dict[str, Any]], evaluations: list[Evaluation]) -> Verdict:
@@ -285,6 +301,16 @@ def describe_environment() -> list[tuple[str, str]]:
         except PackageNotFoundError:
             continue  # a bare checkout has no metadata of its own
     return found
+
+
+def describe_attempts(run_dir: Path) -> list[tuple[str, str]]:
+    """Return what the run has cost so far, over all its restarts: device-hours and attempts."""
+    attempts = read_attempts(run_dir)
+    if not attempts:
+        return []
+    devices = " + ".join(sorted({attempt.device for attempt in attempts}))
+    hours = sum(attempt.device_hours for attempt in attempts)
+    return [("attempts", f"{len(attempts):,}"), (f"{devices} hours of all ranks", f"{hours:,.2f}")]
 
 
 def _share(value: float | None) -> str:

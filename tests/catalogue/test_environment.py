@@ -1,10 +1,11 @@
-"""Catalogue of bad input, items 56 to 67: machine, launcher and libraries. 65 is tested where stops are."""
+"""Catalogue of bad input, items 56 to 67: machine, launcher and libraries."""
 
 import importlib.metadata
 import itertools
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from clip_train.checkpoint.lock import RunLock
+from clip_train.step import TrainStep
 from tests.catalogue import commands
 from tests.data.made import numbered_shards
 
@@ -175,6 +177,22 @@ def test_a_run_needs_no_locale_home_or_terminal(shards, tmp_path):
     said = done.stderr.decode(errors="replace")
     assert (done.returncode, "Traceback" in said) == (0, False), said
     assert (tmp_path / "läufe" / "metrics.jsonl").exists()
+
+
+@slow
+@catalogue(65)
+def test_a_hang_up_saves_and_asks_to_be_started_again(monkeypatch, train, tmp_path):
+    step = TrainStep.__call__
+
+    def hang_up(self, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(TrainStep, "__call__", hang_up)
+    done = train("checkpoint.every=1000")
+    assert (done.code, "Traceback" in done.err) == (85, False), done.err
+    assert "saved at step 1" in done.err
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
 
 
 @slow

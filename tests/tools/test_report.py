@@ -10,7 +10,7 @@ import pytest
 
 from clip_train.calibration import CALIBRATION_FILE, write_calibration
 from clip_train.errors import UserError
-from clip_train.evaluation.result import EvaluationResult, write_result
+from clip_train.evaluation.result import EvaluationResult, Part, write_result
 from clip_train.evaluation.samples import load_samples, save_samples
 from clip_train.tools.report import judge, read_evaluations, write_report
 from tests.test_calibration import BOTH
@@ -109,6 +109,28 @@ def test_a_scorecard_is_a_section_of_its_own_with_verdicts_and_no_headline(tmp_p
     assert ("span", {"class": "mark bad"}) in page.tags
 
 
+def test_parts_of_a_set_follow_its_scores_and_are_no_headline(tmp_path):
+    write_run(tmp_path)
+    parts = {
+        name: Part(num_items=n, metrics={"text_acc": value}, chance={"text_acc": 0.5}, intervals={"text_acc": (0.1, 1)})
+        for name, n, value in (("add_att", 30, 0.625), ("swap_obj", 20, 0.25))
+    }
+    result = EvaluationResult(
+        task="image_caption_selection",
+        num_items=50,
+        metrics={"text_acc": 0.475},
+        chance={"text_acc": 0.5},
+        intervals={"text_acc": (0.3, 0.6)},
+        parts=parts,
+    )
+    write_result(result, tmp_path / "evaluation" / "step-00002000" / "crepe.json", dataset="crepe", model="m")
+    _, text = parse(write_report(tmp_path))
+    assert "right caption chosen 47.5 30.0 – 60.0 50.00 50 " in text
+    assert "add_att: right caption chosen 62.5 10.0 – 100.0 50.00 30 swap_obj: right caption chosen 25.0" in text
+    (crepe,) = (e for e in read_evaluations(tmp_path / "evaluation") if e.name == "crepe")
+    assert crepe.headline.value == 0.475
+
+
 def test_every_curve_of_training_and_of_evaluation_is_drawn(tmp_path):
     tags, _ = parse(write_report(write_run(tmp_path)))
     titles = [a["aria-label"].partition(",")[0] for name, a in tags.tags if name == "svg"]
@@ -185,3 +207,13 @@ def test_a_collapsed_or_lucky_result_is_no_success(tmp_path):
     assert (verdict.kind, verdict.text) == ("bad", "Collapsed on shapes: mean cosine too high.")
     _, text = parse(write_report(tmp_path))
     assert "mean cosine too high" in text
+
+
+def test_what_all_attempts_together_have_cost_is_shown(tmp_path):
+    run = write_run(tmp_path)
+    assert "hours of all ranks" not in parse(write_report(run))[1]
+    attempt = {"host": "a", "world": 4, "device": "cuda", "first_step": 0, "launch_id": "x", "last_step": 9, "code": 85}
+    times = [("2026-11-21T10:00:00+00:00", "2026-11-21T11:30:00+00:00"), ("2026-11-21T12:00:00+00:00",) * 2]
+    lines = [json.dumps({"start": start, "end": end, **attempt}) for start, end in times]
+    (run / "attempts.jsonl").write_text("\n".join(lines) + "\n")
+    assert "attempts2cudahoursofallranks6.00" in parse(write_report(run))[1].replace(" ", "")
