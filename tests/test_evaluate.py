@@ -11,7 +11,8 @@ import torch
 import clip_train
 from clip_train.calibration import CALIBRATION_FILE, read_calibration
 from clip_train.config import load
-from clip_train.distributed.parallel import is_sharded, parallelize, scattered, whole
+from clip_train.distributed.parallel import parallelize
+from clip_train.distributed.shards import fill, whole
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.evaluate import keep_calibration, keep_calibration_of_training, run_evaluations
@@ -35,7 +36,7 @@ def step_(model):
     with torch.no_grad():
         for seed, (_, weight) in enumerate(sorted(model.state_dict().items())):
             noise = 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-            weight.add_(scattered(noise, like=weight) if is_sharded(weight) else noise)
+            fill(weight, whole(weight) + noise)
 
 
 def toy_evaluator(world):

@@ -52,7 +52,8 @@ class Evaluator(ABC):
         with evaluating(model, world=self.world, precision=self.setting.precision):
             result = self.measure(model)
         if result.collapsed:
-            result.metrics, result.intervals, result.parts = {}, {}, {}
+            # A plausible number that ties have made must not stand anywhere.
+            result.metrics, result.intervals, result.parts, result.details, result.per_class = {}, {}, {}, {}, []
         result.seconds = time.monotonic() - started
         return result
 

@@ -25,11 +25,13 @@ from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.charts import HEIGHT, WIDTH, Chart, compact, line_chart, show
 from clip_train.tools.confidence import read_confidence
 
-HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1", "auroc")
+MOST_PARTS = 40  # groups and tags that are shown; all are in the result's file
+HEADLINE_METRICS = ("acc1", "linear_acc1", "lenient_mean_recall@1", "mean_recall@1", "auroc")
 METRIC_NAMES = {
     "acc1": "zero-shot accuracy",
     "acc5": "accuracy, right class among 5",
     "mean_per_class_recall": "mean per-class recall",
+    "linear_acc1": "accuracy of a linear probe",
     "mean_recall@1": "mean recall@1",
     "lenient_mean_recall@1": "mean recall@1, equal captions count",
     "auroc": "known against foreign pictures (AUROC)",
@@ -68,6 +70,8 @@ class Evaluation:
     collapsed: str | None
     warnings: list[str]
     samples: ReportSamples | None
+    parts: list[Score]
+    """Scores of its groups and tags; `evaluation` is the part."""
 
     @property
     def headline(self) -> Score | None:
@@ -145,18 +149,8 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 def _read_evaluation(path: Path, *, step: int) -> Evaluation:
     content = read_result(path)
     extras = content.get("clip_train", {})
-    scores = [
-        Score(
-            evaluation=path.stem,
-            metric=metric,
-            value=value,
-            interval=extras.get("intervals", {}).get(metric),
-            chance=extras.get("chance", {}).get(metric),
-            num_items=extras.get("n"),
-        )
-        for metric, value in content["metrics"].items()
-        if value is not None
-    ]
+    scores = _scores(path.stem, {**extras, "metrics": content["metrics"]})
+    parts = extras.get("parts", {})
     samples = path.with_suffix(".samples.json")
     return Evaluation(
         name=path.stem,
@@ -165,7 +159,23 @@ def _read_evaluation(path: Path, *, step: int) -> Evaluation:
         collapsed=extras.get("reason"),
         warnings=extras.get("warnings", []),
         samples=load_samples(samples) if samples.is_file() else None,
+        parts=[score for name, part in list(parts.items())[:MOST_PARTS] for score in _scores(name, part)],
     )
+
+
+def _scores(name: str, measured: dict[str, Any]) -> list[Score]:
+    return [
+        Score(
+            evaluation=name,
+            metric=metric,
+            value=value,
+            interval=measured.get("intervals", {}).get(metric),
+            chance=measured.get("chance", {}).get(metric),
+            num_items=measured.get("n"),
+        )
+        for metric, value in measured["metrics"].items()
+        if value is not None
+    ]
 
 
 def judge(rows: list[dict[str, Any]], evaluations: list[Evaluation]) -> Verdict:

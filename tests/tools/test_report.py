@@ -10,6 +10,8 @@ import pytest
 
 from clip_train.calibration import CALIBRATION_FILE, write_calibration
 from clip_train.errors import UserError
+from clip_train.evaluation.classify.scores import score
+from clip_train.evaluation.result import Part, write_result
 from clip_train.evaluation.samples import load_samples, save_samples
 from clip_train.tools.report import judge, read_evaluations, write_report
 from tests.test_calibration import BOTH
@@ -131,6 +133,23 @@ def test_the_newest_result_of_each_evaluation_is_shown(tmp_path):
     write_run(tmp_path, steps=1000)
     (tmp_path / "evaluation" / "step-00001000" / "val.json").unlink()
     assert {e.name: e.step for e in read_evaluations(tmp_path / "evaluation")} == {"shapes": 1000, "val": 900}
+
+
+def test_groups_and_tags_stand_below_their_evaluation(tmp_path):
+    run = write_run(tmp_path, steps=900)
+    result = score(np.array([0, 0, 1, 1]), np.array([[0], [1], [1], [1]]), num_classes=2)
+    result.parts = {
+        f"region={name}": Part(num_items=2, metrics={"acc1": value}, chance={"acc1": 0.5}, intervals={"acc1": (0, 1)})
+        for name, value in (("Asia & Co", 0.5), ("Europe", 1.0))
+    }
+    write_result(result, run / "evaluation" / "step-00000900" / "regions.json", dataset="regions", model="m")
+    (evaluation,) = (e for e in read_evaluations(run / "evaluation") if e.name == "regions")
+    assert [(part.evaluation, part.value, part.num_items) for part in evaluation.parts] == [
+        ("region=Asia & Co", 0.5, 2), ("region=Europe", 1.0, 2),
+    ]  # fmt: skip
+    assert evaluation.headline.value == 0.75
+    page = write_report(run).read_text()
+    assert page.index("region=Asia &amp; Co") < page.index("region=Europe")
 
 
 def row(loss):

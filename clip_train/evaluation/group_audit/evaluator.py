@@ -90,13 +90,13 @@ class GroupAudit(Evaluator):
         texts = (
             classifier.vectors if self._texts is None else encode_texts(model, self._texts, world=self.world).features
         )
-        for column in self.columns:
+        result.collapsed = collapsed_tower(image=features, text=texts)
+        for column in self.columns if result.collapsed is None else ():
             _compare(result, column=column, hits=top == images.labels[:, None])
             result.details.setdefault("label_rate", {})[column.name] = self._labels(column, predicted=top[:, 0])
             result.details.setdefault("retrieval_skew", {})[column.name] = self._skew(column, texts, features, result)
         result.predictions = {"top": top, "label": images.labels}
         result.predictions |= {f"group_{column.name}": column.of_image for column in self.columns}
-        result.collapsed = collapsed_tower(image=features, text=texts)
         result.warnings += [*images.warnings, CAVEAT]
         return result
 
