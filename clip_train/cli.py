@@ -131,7 +131,11 @@ def _overrides(context: typer.Context, *, command: str) -> list[str] | None:
         from clip_train.help import describe
 
         print(describe(command))
-    elif "--cfg" in flags:
+        return None
+    from clip_train.requirements import require_versions
+
+    require_versions()
+    if "--cfg" in flags:
         from clip_train.config import load, to_yaml
 
         print(to_yaml(load(command, overrides)), end="")

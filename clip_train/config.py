@@ -195,7 +195,7 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
         return f"unknown key '{key}'" + (
             f": did you mean '{named}'?" if hint else f"; `clip-train {command} --help` lists them"
         )
-    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
+    missing = re.search(r"Could not (?:find|load) '([\w-]+)/([^']+)'", text)
     if missing:
         group, value = missing.groups()
         options = sorted(p.stem for p in (config_dir() / group).glob("*.yaml"))

@@ -18,7 +18,8 @@ from clip_train.checkpoint.config import EMA_SUFFIX
 from clip_train.checkpoint.retention import is_checkpoint_name, list_checkpoints, step_of
 from clip_train.config import from_yaml
 from clip_train.distributed.world import World, stop_world
-from clip_train.errors import UserError
+from clip_train.errors import IntegrityError, UserError
+from clip_train.evaluation.collapse import NOT_FINITE
 from clip_train.evaluation.features import PrefixEncoder
 from clip_train.evaluation.result import read_result, write_result
 from clip_train.evaluation.samples import PICTURE_SIZE, save_samples
@@ -46,6 +47,7 @@ def run_evaluations(
     name: str,
     weights: str,
     samples: bool,
+    strict: bool = False,
 ) -> dict[str, float]:
     """Run every evaluator on all ranks and return its metrics as `NAME/metric`. Rank 0 writes and prints the results.
 
@@ -61,6 +63,10 @@ def run_evaluations(
         name: the model's name, for the files.
         weights: which weights of it, for the files.
         samples: also keep pictures with their answers, for the report.
+        strict: features that are not finite are an error; a run in training goes on without their score.
+
+    Raises:
+        IntegrityError: with `strict`, naming the evaluation and the first such feature.
     """
     results: dict[str, EvaluationResult] = {}
 
@@ -79,6 +85,9 @@ def run_evaluations(
             run(EMA_SUFFIX, of=f"{weights}, moving average")
     if world.is_main:
         print_results(results)
+    for key, result in results.items():
+        if strict and result.collapsed and NOT_FINITE in result.collapsed:
+            raise IntegrityError(f"{key}: {result.collapsed}: the weights of {name} are damaged or overflow")
     return {f"{key}/{metric}": value for key, result in results.items() for metric, value in result.metrics.items()}
 
 
@@ -123,8 +132,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             weights += f", first {config.embed_dim} of {model.config.embed_dim} dimensions"
             out = out if config.output else out / f"embed_dim-{config.embed_dim}"
         scores = run_evaluations(
-            evaluators, encoder, world=world, out=out, name=config.checkpoint, weights=weights, samples=False
-        )
+            evaluators, encoder, world=world, out=out, name=config.checkpoint, weights=weights, samples=False,
+            strict=True,
+        )  # fmt: skip
         if world.is_main and config.embed_dim is None and run.is_dir() and not is_checkpoint_name(run.name):
             step = f", step {step_of(checkpoints[0]):,}" if (checkpoints := list_checkpoints(run)) else ""
             results = [out / f"{name}.json" for name in evaluators]

@@ -61,7 +61,7 @@ NAMED = ("tokenizer", "loss", "optim")
 
 MAY_CHANGE_ON_RESUME = (
     "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
-    "profile", "watchdog_seconds", "data.train", "data.workers", "data.cache", "data.on_change",
+    "profile", "watchdog_seconds", "data.train", "data.workers", "data.cache", "data.on_change", "data.skip_samples",
     "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
@@ -146,6 +146,8 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UserError(f"{key}={value} must be positive")
+        if self.data.skip_samples and self.resume in ("auto", "never"):
+            raise UserError(f"data.skip_samples={self.data.skip_samples} needs resume=CHECKPOINT, to skip from there")
         self.profiled_steps()
         given = [key for key in ("steps", "samples", "epochs") if getattr(self, key) is not None]
         if len(given) != 1:

@@ -32,7 +32,7 @@ from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.finetune import layers_above
 from clip_train.model.flops import training_flops
-from clip_train.progress import Progress, rewind
+from clip_train.progress import Progress, rewind, skip_samples
 from clip_train.schema import TrainConfig
 from clip_train.starting_point import require_precision, suited_to
 from clip_train.step import StepResult, TrainStep
@@ -106,6 +106,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
         stack.callback(checkpointer.close)
         resumed = checkpointer.resume(config.resume)
+        skip_samples(progress, config=config, resumed_from=resumed.path if resumed else None)
         attempt.begin(progress.step)
         cache_features(config, model=model, stream=stream, run_dir=run_dir, world=world)
         metrics = Metrics(
@@ -134,7 +135,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         health = stack.enter_context(
             RunHealth(
                 config, run_dir=run_dir, world=world, model=model, loss_fn=loss_fn, stream=stream, exchange=exchange,
-                tokenizer=tokenizer, total_steps=total_steps,
+                tokenizer=tokenizer, total_steps=total_steps, record_end=attempt.record_end,
             )
         )  # fmt: skip
 
@@ -203,7 +204,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             save()
         health.finish()
         checkpointer.wait()
-        attempt.stopped(reason)
+        attempt.finish(reason)
         if world.is_main:
             say_end(progress, reason=reason, run_dir=run_dir)
         if reason is StopReason.preempted:

@@ -16,7 +16,7 @@ ROWS = [
     {"schema"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
-    {"distributed", "storage", "calibration", "overrides"},
+    {"distributed", "storage", "calibration", "overrides", "requirements"},
     {"types", "errors", "config_dir", "exit_record", "redact"},
 ]
 

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from clip_train.data.source import Source
 
 
+MAX_OPEN_SHARDS = 64
+"""Of a worker, over all sources; two descriptors each, where some systems allow a process 256."""
+
+
 class Tokenizer(Protocol):
     """What the loader needs of a tokenizer."""
 
@@ -132,6 +136,11 @@ class RowFiller:
         self._tokenizer = tokenizer
         self.features: FeatureTable | None = None
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a picture as the model gets it."""
+        return 3 * self._transform.image_size**2
+
     def new_rows(self, slots: NDArray[np.int64]) -> Rows:
         """Return empty rows for slots."""
         size = self._transform.image_size
@@ -195,12 +204,13 @@ class SampleDataset(Dataset[TaskResult]):
     ) -> None:  # fmt: skip
         self._sources = tuple(sources)
         self._sids = np.array([source.sid for source in order.sources], dtype=np.uint64)
-        self._readers = [ShardReader(source) for source in sources]
+        self._readers = [ShardReader(source, max_open=max(4, MAX_OPEN_SHARDS // len(sources))) for source in sources]
         self.order = order
         self._global_batch_size = global_batch_size
         self._substitute = substitute
         self._filler = filler
         self._activity = activity
+        self._retries_counted = 0
         self.careful_until = 0
         """Pictures of batches that begin before this slot are decoded apart: one of them may have ended a worker."""
 
@@ -215,7 +225,10 @@ class SampleDataset(Dataset[TaskResult]):
                 raise
             return TaskResult(task.consumed, TaskFailure(None, traceback.format_exc()))
         finally:
-            self._activity.note(Doing.idle, worker=worker_number())
+            worker, retries = worker_number(), sum(reader.retries for reader in self._readers)
+            self._activity.count_retries(retries - self._retries_counted, worker=worker)
+            self._retries_counted = retries
+            self._activity.note(Doing.idle, worker=worker)
 
     def close(self) -> None:
         """Close the shards that this process opened."""

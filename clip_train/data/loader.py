@@ -21,10 +21,17 @@ from torch.utils.data import Sampler
 from clip_train.data.audit import add_hashes
 from clip_train.data.dataset import SampleDataset, Task, TaskFailure, TaskResult, TaskRows
 from clip_train.data.order import ORDER_VERSION, SlotOrder, SourceOrder
-from clip_train.data.remote.spool import Spool, check_room
+from clip_train.data.remote.spool import Spool, check_room, ranks_here
 from clip_train.data.segments import Segment, SegmentSource, continued, differences
 from clip_train.data.stream import BatchStream, StepReport
-from clip_train.data.workers import BATCHES_UNDER_WAY, WorkerFailed, WorkerTasks, open_loader, start_worker_server
+from clip_train.data.workers import (
+    BATCHES_UNDER_WAY,
+    WorkerFailed,
+    WorkerTasks,
+    open_loader,
+    require_shared_memory,
+    start_worker_server,
+)
 from clip_train.errors import IntegrityError, UserError
 from clip_train.types import Batch
 
@@ -63,7 +70,7 @@ class TrainStream(BatchStream):
         new_segment: where the data differ from a checkpoint's, begin a new segment instead of refusing to continue.
 
     Raises:
-        UserError: there are fewer samples than a global batch holds.
+        UserError: there are fewer samples than a global batch holds, or too little shared memory for the workers.
     """
 
     def __init__(
@@ -105,6 +112,8 @@ class TrainStream(BatchStream):
         self._spool: Spool | None = None
         check_room(sources, lanes=lanes, window=window, world=world)
         if workers:
+            rows_here = global_batch_size * ranks_here(world) // world.size
+            require_shared_memory(BATCHES_UNDER_WAY * rows_here * filler.row_bytes)
             start_worker_server()  # its imports take seconds, in which the caller can build the model
 
     def batches(self, consumed: int) -> Iterator[Batch]:

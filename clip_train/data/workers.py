@@ -13,10 +13,11 @@ import time
 from collections import deque
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_train.distributed.stop import STOP_SIGNALS
-from clip_train.errors import TrainingFailed
+from clip_train.errors import TrainingFailed, UserError
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset, Sampler
@@ -31,6 +32,7 @@ WORKER_TIMEOUT_SECONDS = 100.0
 BATCHES_UNDER_WAY = 4  # at most: the one that is waited for, two ahead, and the pieces of another
 MAX_WORKER_FAILURES = 3  # within so many steps:
 WORKER_FAILURE_STEPS = 1000
+SHARED_MEMORY = Path("/dev/shm")
 _PRELOADED = ["clip_train.data.dataset", "clip_train.data.sequential"]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -78,6 +80,26 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):
         pass  # only glibc has mallopt, and only speed depends on it
+
+
+def require_shared_memory(bytes_needed: int) -> None:
+    """Check that the pictures under way fit into the system's shared memory: without room a worker dies of SIGBUS.
+
+    Raises:
+        UserError: they do not, as in containers, which have 64 MB unless told otherwise.
+    """
+    try:
+        room = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return  # other systems keep it elsewhere, and without such a bound
+    free = room.f_bavail * room.f_frsize
+    if free < bytes_needed:
+        gigabytes = math.ceil(bytes_needed / 2**29) / 2
+        raise UserError(
+            f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB left, the batches of this machine's loader workers need "
+            f"{bytes_needed / 2**20:,.0f}: start the container with --shm-size={gigabytes:g}g, "
+            "or set data.workers=0"
+        )
 
 
 def as_is(item: object) -> object:

@@ -13,6 +13,7 @@ from clip_train.distributed.world import World
 
 MAX_MEAN_COSINE = 0.98
 MIN_EFFECTIVE_RANK = 2.0
+NOT_FINITE = "are not finite"
 FEWEST_FOR_RANK = 8  # the effective rank of a handful of healthy features may lie below 2
 # The prompts of a few classes that differ in one word may be that near in a healthy model, as "three objects" and "four
 # objects" are: few features count as collapsed only if they are equal but for rounding.
@@ -26,12 +27,21 @@ class TowerStatistics:
     def __init__(self, *, embed_dim: int, world: World) -> None:
         self._world = world
         self._count = torch.zeros(2, dtype=torch.int64, device=world.device)  # rows, rows with a non-finite value
+        self._first = torch.full((1,), torch.iinfo(torch.int64).max, device=world.device)  # number of a non-finite row
         self._sum = torch.zeros(embed_dim, dtype=torch.float64, device=world.device)
         self._gram = torch.zeros(embed_dim, embed_dim, dtype=torch.float64, device=world.device)
 
-    def add(self, features: Tensor) -> None:
-        """Count features [n, D] of this rank, without padding rows."""
+    def add(self, features: Tensor, *, numbers: Tensor | None = None) -> None:
+        """Count features [n, D] of this rank, without padding rows.
+
+        Args:
+            features: of unit length.
+            numbers: [n] int64, their places in the set, from 0; None if these are all of the set in order.
+        """
+        if numbers is None:
+            numbers = torch.arange(len(features), device=features.device)
         finite = features.isfinite().all(dim=1)
+        self._first = torch.cat([self._first, numbers[~finite]]).min(dim=0, keepdim=True).values
         rows = features[finite].double()
         self._count += torch.stack([finite.new_tensor(len(features), dtype=torch.int64), (~finite).sum()])
         self._sum += rows.sum(dim=0)
@@ -41,12 +51,14 @@ class TowerStatistics:
         """Add up the ranks. Every rank calls this once, after its last `add`."""
         for values in (self._count, self._sum, self._gram):
             all_reduce(values, world=self._world)
+        all_reduce(self._first, world=self._world, op="min")
 
     def reason(self, tower: str) -> str | None:
         """Say why the tower counts as collapsed, or return None."""
         rows, non_finite = self._count.tolist()
         if non_finite:
-            return f"{non_finite} of {rows} {tower} features are not finite"
+            first = self._first.item() + 1
+            return f"{non_finite} of {rows} {tower} features {NOT_FINITE}, the first is number {first}"
         if rows < 2:
             return None
         mean_cosine = mean_pairwise_cosine(self._sum, num_rows=rows)

@@ -54,6 +54,7 @@ class Evaluator(ABC):
         if result.collapsed:
             # A plausible number that ties have made must not stand anywhere.
             result.metrics, result.intervals, result.parts, result.details, result.per_class = {}, {}, {}, {}, []
+            result.notes = []
         result.seconds = time.monotonic() - started
         return result
 

@@ -97,6 +97,7 @@ def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: s
             },
             "seconds": round(result.seconds, 3),
             **({"verdicts": result.verdicts} if result.verdicts else {}),
+            **({"notes": result.notes} if result.notes else {}),
             **({"parts": {tag: _part(part) for tag, part in result.parts.items()}} if result.parts else {}),
             **result.details,
         },

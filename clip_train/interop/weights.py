@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import zipfile
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,9 @@ def assign_weights(model: CLIP, tensors: dict[str, Tensor], *, origin: str) -> N
     """
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tensors = dict(tensors)
+    if "logit_scale" not in tensors:
+        print(f"{origin}: no logit_scale: probabilities take the start value; cosines need none", file=sys.stderr)
+        tensors["logit_scale"] = torch.tensor(model.config.init_logit_scale)
     for name in ("logit_scale", "logit_bias"):
         if name in tensors and tensors[name].numel() == 1:
             tensors[name] = tensors[name].reshape(())  # some files hold [1]

@@ -181,6 +181,7 @@ def _scores(folder: Path, *, step: int, averaged: bool) -> list[CardScore]:
             interval=" – ".join(percent(end) for end in row.interval) if row.interval else "not measured",
             chance="not measured" if row.chance is None else percent(row.chance),
             num_items="not measured" if row.num_items is None else f"{row.num_items:,}",
+            verdict=row.verdict,
         )
         for evaluation in sorted(evaluations, key=lambda evaluation: evaluation not in own)
         for row in evaluation.scores

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import platform
 import time
@@ -12,10 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
-from PIL import Image
 
 from clip_train.errors import UserError
 from clip_train.evaluation.result import read_result
@@ -24,6 +20,7 @@ from clip_train.metrics.panel import duration
 from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.charts import HEIGHT, WIDTH, Chart, compact, line_chart, show
 from clip_train.tools.confidence import read_confidence
+from clip_train.tools.report_pictures import data_uri, similarity_matrix
 
 MOST_PARTS = 40  # groups and tags that are shown; all are in the result's file
 HEADLINE_METRICS = ("acc1", "linear_acc1", "lenient_mean_recall@1", "mean_recall@1", "auroc")
@@ -58,6 +55,8 @@ class Score:
     interval: list[float] | None
     chance: float | None
     num_items: int | None
+    verdict: str = ""
+    """What the score means; empty where an evaluation leaves that to the reader."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +68,15 @@ class Evaluation:
     scores: list[Score]
     collapsed: str | None
     warnings: list[str]
+    notes: list[str]
     samples: ReportSamples | None
     parts: list[Score]
     """Scores of its groups and tags; `evaluation` is the part."""
+
+    @property
+    def is_scorecard(self) -> bool:
+        """Its scores come with verdicts."""
+        return any(score.verdict for score in self.scores)
 
     @property
     def headline(self) -> Score | None:
@@ -122,7 +127,9 @@ def write_report(run_dir: Path) -> Path:
         evaluations=evaluations,
         confidence=read_confidence(run_dir),
         metric_names=METRIC_NAMES,
-        matrices=[similarity_matrix(e) for e in evaluations if e.samples and len(e.samples.pair_pictures)],
+        matrices=[
+            similarity_matrix(e.samples, name=e.name) for e in evaluations if e.samples and len(e.samples.pair_pictures)
+        ],
         summary=[(key, value) for key in SUMMARY_KEYS if (value := OmegaConf.select(config, key)) is not None],
         config_text=text,
         environment=describe_environment(),
@@ -158,6 +165,7 @@ def _read_evaluation(path: Path, *, step: int) -> Evaluation:
         scores=scores,
         collapsed=extras.get("reason"),
         warnings=extras.get("warnings", []),
+        notes=extras.get("notes", []),
         samples=load_samples(samples) if samples.is_file() else None,
         parts=[score for name, part in list(parts.items())[:MOST_PARTS] for score in _scores(name, part)],
     )
@@ -172,6 +180,7 @@ def _scores(name: str, measured: dict[str, Any]) -> list[Score]:
             interval=measured.get("intervals", {}).get(metric),
             chance=measured.get("chance", {}).get(metric),
             num_items=measured.get("n"),
+            verdict=measured.get("verdicts", {}).get(metric, ""),
         )
         for metric, value in measured["metrics"].items()
         if value is not None
@@ -277,27 +286,6 @@ def evaluation_charts(rows: list[dict[str, Any]], evaluations: list[Evaluation])
     return [chart for chart in charts if chart]
 
 
-def similarity_matrix(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the matrix of held-out pairs: its cells' cosines and their place between the extremes, in [0, 1]."""
-    samples = evaluation.samples
-    assert samples is not None
-    cosines = samples.pair_cosines
-    low, high = float(cosines.min()), float(cosines.max())
-    best = cosines.argmax(axis=1)
-    shade = (cosines - low) / ((high - low) or 1)
-    return {
-        "name": evaluation.name,
-        "pictures": samples.pair_pictures,
-        "captions": samples.pair_captions,
-        "cosines": cosines.tolist(),
-        "shade": shade.round(3).tolist(),
-        "best": best.tolist(),
-        "low": low,
-        "high": high,
-        "on_diagonal": int((best == np.arange(len(best))).sum()),
-    }
-
-
 def describe_environment() -> list[tuple[str, str]]:
     """Return what the report was written with."""
     found = [("Python", platform.python_version()), ("system", f"{platform.system()} {platform.machine()}")]
@@ -307,20 +295,6 @@ def describe_environment() -> list[tuple[str, str]]:
         except PackageNotFoundError:
             continue  # a bare checkout has no metadata of its own
     return found
-
-
-def data_uri(pixels: np.ndarray, size: int | None = None) -> str:
-    """Return uint8 [S, S, 3] as the address of an embedded PNG, or of a JPEG where that is smaller (photographs)."""
-    image = Image.fromarray(pixels)
-    if size:
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    encoded = []
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
-        buffer = io.BytesIO()
-        image.save(buffer, format=kind, **options)
-        encoded.append((len(buffer.getvalue()), kind, buffer.getvalue()))
-    _, kind, content = min(encoded)
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _share(value: float | None) -> str:

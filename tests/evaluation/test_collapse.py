@@ -41,7 +41,7 @@ def test_one_point_one_line_and_non_finite_values_are_found():
     assert "effective rank" in reason_of(unit(line))
     broken = unit(noise)
     broken[3, 4] = torch.nan
-    assert reason_of(broken) == "1 of 40 image features are not finite"
+    assert reason_of(broken) == "1 of 40 image features are not finite, the first is number 4"
 
 
 def test_two_similar_classes_are_no_collapse():

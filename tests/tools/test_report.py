@@ -11,7 +11,7 @@ import pytest
 from clip_train.calibration import CALIBRATION_FILE, write_calibration
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.scores import score
-from clip_train.evaluation.result import Part, write_result
+from clip_train.evaluation.result import EvaluationResult, Part, write_result
 from clip_train.evaluation.samples import load_samples, save_samples
 from clip_train.tools.report import judge, read_evaluations, write_report
 from tests.test_calibration import BOTH
@@ -86,6 +86,28 @@ def test_scores_stand_beside_chance_and_the_loss_beside_guessing(tmp_path):
     assert "chance 5 %" in text
     assert "guessing 5.55" in text
     assert "step 2,000 of 2,000" in text
+
+
+def test_a_scorecard_is_a_section_of_its_own_with_verdicts_and_no_headline(tmp_path):
+    _, before = parse(write_report(write_run(tmp_path)))
+    assert "Known pitfalls Not measured." in before
+    result = EvaluationResult(
+        task="pitfall_scorecard",
+        num_items=600,
+        metrics={"control": 0.98, "binding": 0.51},
+        chance={"control": 1 / 24, "binding": 0.5},
+        intervals={"control": (0.97, 0.99), "binding": (0.47, 0.55)},
+        verdicts={"control": "sees these drawings", "binding": "pitfall: no better than guessing"},
+        notes=["control: <b>97 %</b> elsewhere"],
+    )
+    write_result(result, tmp_path / "evaluation" / "step-00002000" / "scorecard.json", dataset="scorecard", model="m")
+    page, text = parse(write_report(tmp_path))
+    section = text.split("Known pitfalls")[1].split("Training Over")[0]
+    assert "600 questions a row" in section and "Not measured" not in section
+    assert "binding 51.0 47.0 – 55.0 50.0 pitfall: no better than guessing" in section
+    assert "<b>97 %</b> elsewhere" in section
+    assert "binding" not in text.split("Known pitfalls")[0]
+    assert ("span", {"class": "mark bad"}) in page.tags
 
 
 def test_every_curve_of_training_and_of_evaluation_is_drawn(tmp_path):

@@ -20,12 +20,12 @@ def names_from(choice: str, *, root: Path) -> list[str] | None:
         UserError: the choice is no file.
     """
     if choice == AUTO:
-        return read_lines(root / CLASSNAMES) if (root / CLASSNAMES).is_file() else None
+        return read_lines(root / CLASSNAMES, counted=True) if (root / CLASSNAMES).is_file() else None
     if choice == IMAGENET:
         return imagenet_classnames()
     if not Path(choice).is_file():
         raise UserError(f"classnames={choice} is neither auto, imagenet nor a file")
-    return read_lines(choice)
+    return read_lines(choice, counted=True)
 
 
 def required_names(choice: str, *, root: Path, why: str) -> list[str]:

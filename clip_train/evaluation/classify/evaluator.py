@@ -126,7 +126,7 @@ class Classify(Evaluator):
         statistics = TowerStatistics(embed_dim=embed_dim, world=self.world)
         indices, valids, batches = [], [], []
         for features, index, valid in encode_images(model, self.setting.read(self.images.source), world=self.world):
-            statistics.add(features[valid])
+            statistics.add(features[valid], numbers=index[valid])
             cosines = classifier.cosines(features)
             # A stable sort breaks ties to the lower class.
             cosine, top = cosines.sort(dim=1, descending=True, stable=True)

@@ -85,14 +85,14 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _labels_by_number(root: Path) -> dict[int, str]:
     """Return the id of each validation picture by its number, which starts at 1."""
     if path := _find(root, _SYNSETS):
-        return dict(enumerate(read_lines(path), start=1))
+        return dict(enumerate(read_lines(path, counted=True), start=1))
     if path := _find(root, _SOLUTION):
         with path.open(encoding="utf-8", newline="") as file:
             rows = [(_NUMBER.search(row["ImageId"]), row["PredictionString"].split()) for row in csv.DictReader(file)]
         return {int(number[1]): boxes[0] for number, boxes in rows if number and boxes}
     if path := _find(root, _GROUND_TRUTH):
         wnid_of = _devkit_ids(path.parent / "meta.mat")
-        return {i: wnid_of[int(line)] for i, line in enumerate(read_lines(path), start=1)}
+        return {i: wnid_of[int(line)] for i, line in enumerate(read_lines(path, counted=True), start=1)}
     raise UserError(
         f"{root} holds ImageNet's validation pictures in one folder, and no labels: put {_GROUND_TRUTH} and meta.mat "
         f"of the devkit, {_SOLUTION} or {_SYNSETS} beside them, or sort the pictures into folders named by id"

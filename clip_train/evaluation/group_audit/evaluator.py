@@ -97,7 +97,8 @@ class GroupAudit(Evaluator):
             result.details.setdefault("retrieval_skew", {})[column.name] = self._skew(column, texts, features, result)
         result.predictions = {"top": top, "label": images.labels}
         result.predictions |= {f"group_{column.name}": column.of_image for column in self.columns}
-        result.warnings += [*images.warnings, CAVEAT]
+        result.warnings += images.warnings
+        result.notes.append(CAVEAT)
         return result
 
     @cached_property
@@ -143,7 +144,7 @@ class GroupAudit(Evaluator):
         divergence = sum(sorted(value for _, value in everyone)) / len(everyone)
         mean = sum(skews) / len(skews) if skews else None
         told = f"MaxSkew@{k} {mean:.3f}, " if mean is not None else ""
-        result.warnings.append(
+        result.notes.append(
             f"{column.name}: retrieval by {len(texts):,} texts has {told}NDKL {divergence:.4f} (0: as in the set)"
         )
         return {"texts": len(texts), "k": k, "max_skew": mean, "ndkl": divergence}
@@ -191,7 +192,7 @@ def _tell(result: EvaluationResult, *, column: GroupColumn) -> None:
     if len(ranked) > 1:
         worst = min(ranked, key=lambda group: result.parts[f"{column.name}={group}"].metrics["acc1"])
         result.details.setdefault("worst_group", {})[column.name] = worst
-        result.warnings.append(f"{column.name}: the worst of {len(ranked)} groups is {worst}")
+        result.notes.append(f"{column.name}: the worst of {len(ranked)} groups is {worst}")
     if small:
         listed = ", ".join(small[:10]) + (" …" if len(small) > 10 else "")
         result.warnings.append(f"{column.name}: not ranked, with fewer than {MIN_RANKED} images: {listed}")

@@ -84,10 +84,10 @@ class Probe(Evaluator):
                 result.warnings.append(f"the fit stopped at {MAX_ITERATIONS} iterations, before it had converged")
             for shots in self._shots:
                 self._few_shots(result, train, test, shots=shots, choosing=choosing)
-        result.warnings += [
+        result.notes.append(
             f"features: {self._features}; C = {c:.3g} from a fifth of {len(self.train.labels):,} training images. "
             "Not comparable with clip-benchmark's probe, which is trained with AdamW on unit features"
-        ]
+        )
         result.collapsed = train.collapsed or test.collapsed
         return result
 
@@ -106,7 +106,7 @@ class Probe(Evaluator):
         # L-BFGS on single precision ends early; the CPU has double at half the speed, GPUs at far less.
         own = torch.cat(features)[valid.to(device)].to(torch.float64 if device.type == "cpu" else torch.float32)
         statistics = TowerStatistics(embed_dim=own.shape[1], world=self.world)
-        statistics.add(F.normalize(own, dim=1))
+        statistics.add(F.normalize(own, dim=1), numbers=place[valid].to(device))
         statistics.reduce()
         targets = torch.from_numpy(images.labels)[place[valid]].to(device)
         return Encoded(Rows(own, targets), place[valid], statistics.reason("image"))

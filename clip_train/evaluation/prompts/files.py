@@ -32,20 +32,26 @@ Templates = Sequence[str] | Mapping[str, Sequence[str]]
 """Templates for all class names, or the finished prompts of each."""
 
 
-def read_lines(path: str | Path) -> list[str]:
+def read_lines(path: str | Path, *, counted: bool = False) -> list[str]:
     """Return the non-empty lines of a UTF-8 text file.
 
+    Args:
+        path: the file.
+        counted: the place of a line means something, so that only the last ones may be empty.
+
     Raises:
-        UserError: the file cannot be read or holds no line.
+        UserError: the file cannot be read, holds no line, or an empty one where lines are counted.
     """
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a text file: {error}") from error
-    lines = [line for line in lines if line]
-    if not lines:
+    found = [line for line in lines if line]
+    if not found:
         raise UserError(f"{path} is empty; one entry per line is needed")
-    return lines
+    if counted and "" in lines[: len(found)]:
+        raise UserError(f"{path}: line {lines.index('') + 1} is empty; one entry per line is needed")
+    return found
 
 
 def imagenet_classnames() -> list[str]:

@@ -141,7 +141,7 @@ class Reject(Evaluator):
         columns: dict[str, list[Tensor]] = {}
         for features, index, valid in encode_images(model, self.setting.read(source), world=self.world):
             if statistics is not None:
-                statistics.add(features[valid])
+                statistics.add(features[valid], numbers=index[valid])
             cosines = labels.cosines(features)
             # A stable sort breaks ties to the lower class.
             cosine, top = cosines.sort(dim=1, descending=True, stable=True)

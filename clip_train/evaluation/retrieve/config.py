@@ -54,8 +54,12 @@ class RetrieveConfig(EvaluationConfig):
         """Return what `shards` or `captions` names but is not there."""
         if self.captions is not None:
             return None if Path(self.captions).expanduser().is_file() else self.captions
-        if isinstance(self.shards, str) and (Path(self.shards) / self.split / "nshards.txt").is_file():
-            return None
+        if isinstance(self.shards, str):
+            folder = Path(self.shards).expanduser()
+            if (folder / self.split / "nshards.txt").is_file():
+                return None
+            if not folder.exists() and not set("*?{[:") & set(self.shards):
+                return self.shards
         return missing_shards(self.shards, field=f"evaluation.{self.name}.shards")
 
     def open(self, setting: Setting) -> Retrieve:
