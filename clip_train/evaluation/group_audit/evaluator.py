@@ -25,7 +25,7 @@ from clip_train.evaluation.features import (
     tokenize_texts,
 )
 from clip_train.evaluation.group_audit.measures import (
-    bootstrap_extremes,
+    bootstrap_gap,
     count_by_group,
     label_rates,
     max_skew,
@@ -166,13 +166,15 @@ def _compare(result: EvaluationResult, *, column: GroupColumn, hits: np.ndarray)
             if ranked.sum() < 2 or (ending and (total[total > 0] >= MIN_RANKED).all()):
                 continue
             accuracy = correct[ranked] / total[ranked]
-            worst, gap = bootstrap_extremes(correct[ranked], total[ranked])
+            worst = np.flatnonzero(ranked)[accuracy.argmin()]
             name = f"{metric}_worst_{column.name}{ending}"
-            result.metrics[name], result.intervals[name] = float(accuracy.min()), worst
+            result.metrics[name] = float(accuracy.min())
+            result.intervals[name] = wilson_interval(int(correct[worst]), total=int(total[worst]))
             result.chance[name] = result.chance[metric]
             if not ending:
                 name = f"{metric}_gap_{column.name}"
-                result.metrics[name], result.intervals[name] = float(accuracy.max() - accuracy.min()), gap
+                result.metrics[name] = float(accuracy.max() - accuracy.min())
+                result.intervals[name] = bootstrap_gap(correct[ranked], total[ranked])
                 result.chance[name] = 0.0
         for g in np.flatnonzero(total):
             interval = wilson_interval(int(correct[g]), total=int(total[g]))
