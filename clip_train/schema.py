@@ -60,9 +60,10 @@ NAMED = ("tokenizer", "loss", "optim")
 """Groups whose dataclass depends on the choice: a written config tells it by `name`."""
 
 MAY_CHANGE_ON_RESUME = (
-    "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
-    "profile", "watchdog_seconds", "data.train", "data.workers", "data.cache", "data.on_change", "data.skip_samples",
-    "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
+    "name", "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size",
+    "micro_batch_size", "profile", "on_nonfinite", "watchdog_seconds", "data.train", "data.workers", "data.cache",
+    "data.on_change", "data.skip_samples", "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging",
+    "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
 

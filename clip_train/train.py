@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             context_length=config.model.text.context_length, kept_in=None if config.resume == "never" else run_dir
         )
         config = suited_to(tokenizer, config=config)
-        require_same_run(config, run_dir=run_dir, world=world)
+        require_same_run(config, folder=run_dir, world=world)
         image_size = config.model.vision.image_size
         stream = config.data.build_train(
             world=world,
@@ -105,7 +105,9 @@ def train(config: TrainConfig) -> dict[str, float]:
             state={"progress": progress, "loss_scale": train_step.loss_scale},
         )  # fmt: skip
         stack.callback(checkpointer.close)
-        resumed = checkpointer.resume(config.resume)
+        resumed = checkpointer.resume(
+            config.resume, check=lambda folder: require_same_run(config, folder=folder, world=world)
+        )
         skip_samples(progress, config=config, resumed_from=resumed.path if resumed else None)
         attempt.begin(progress.step)
         cache_features(config, model=model, stream=stream, run_dir=run_dir, world=world)
@@ -140,10 +142,11 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
 
         def save() -> None:
-            health.before_save(progress.step)
+            healthy = health.before_save(progress.step)
             checkpointer.save(
-                step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config), files=tokenizer.files()
-            )
+                step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config),
+                files=tokenizer.files(), healthy=healthy,
+            )  # fmt: skip
 
         saved = progress.step
         newest: dict[str, float] = {}
@@ -244,15 +247,18 @@ def measures(result: StepResult) -> dict[str, Any]:
     }
 
 
-def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:
-    """Refuse a config that would turn the run in `run_dir` into another one. Rank 0 reads for all.
+def require_same_run(config: TrainConfig, *, folder: Path, world: World) -> None:
+    """Refuse a config that would turn the run or checkpoint in `folder` into another one. Rank 0 reads for all.
 
     Raises:
         UserError: naming every key that differs and may not.
     """
-    path = run_dir / "config.yaml"
+    path = folder / "config.yaml"
     former = path.read_text(encoding="utf-8") if world.is_main and path.exists() and config.resume != "never" else ""
     differences = changes(former, to_yaml(config)) if (former := broadcast_object(former, world=world)) else []
     if differences:
         shown = "\n  ".join(differences[:10]) + ("\n  …" if len(differences) > 10 else "")
-        raise UserError(f"{run_dir} holds a run with another config; give a new name=, or resume=never:\n  {shown}")
+        raise UserError(
+            f"{folder} is of a run with another config; give a new name=, or resume=never, or model.init= to start "
+            f"from its weights alone:\n  {shown}"
+        )

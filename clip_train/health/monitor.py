@@ -83,6 +83,7 @@ class RunHealth:
         self._empty_length = tokenizer.encode_padded("")[1]
         self._events = Events(run_dir, rank=world.rank)
         self._nonfinite = NonfiniteSteps(config.on_nonfinite, found=self._not_finite)
+        self._refused_at_save = 0  # updates, when the run was last saved
         self._compared = -1  # step at which the ranks' weights were last compared
         self._watchdog = Watchdog(
             run_dir, rank=world.rank, ranks=world.size, seconds=config.watchdog_seconds, state=self._state,
@@ -162,8 +163,8 @@ class RunHealth:
         """Tell that something longer than a step begins, such as `an evaluation`; the next step ends it."""
         self._watchdog.entered(phase)
 
-    def before_save(self, step: int) -> None:
-        """Check what is about to be saved.
+    def before_save(self, step: int) -> bool:
+        """Check what is about to be saved; return whether no update was refused since the save before.
 
         Raises:
             IntegrityError: see `compare_replicas`.
@@ -172,6 +173,8 @@ class RunHealth:
         self._saved = time.monotonic()
         if self._compared != step:
             self.compare_replicas(step)
+        former, self._refused_at_save = self._refused_at_save, self._nonfinite.total
+        return former == self._refused_at_save
 
     def compare_replicas(self, step: int) -> None:
         """Check that all ranks hold the same weights.
