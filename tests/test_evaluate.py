@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from torch.distributed.tensor import distribute_tensor
 
 import clip_train
 from clip_train.calibration import CALIBRATION_FILE, read_calibration
@@ -17,7 +16,7 @@ from clip_train.config import load
 from clip_train.data.scenes.foreign import Foreign, draw_foreign
 from clip_train.data.scenes.write import write_scenes
 from clip_train.distributed.parallel import parallelize
-from clip_train.distributed.shards import is_sharded, whole
+from clip_train.distributed.shards import fill, whole
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.evaluate import keep_calibration, keep_calibration_of_training, run_evaluations
@@ -42,9 +41,7 @@ def step_(model):
     with torch.no_grad():
         for seed, (_, weight) in enumerate(sorted(model.state_dict().items())):
             noise = 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-            weight.add_(
-                distribute_tensor(noise, weight.device_mesh, weight.placements) if is_sharded(weight) else noise
-            )
+            fill(weight, whole(weight) + noise)
 
 
 def toy_evaluator(world):

@@ -32,6 +32,19 @@ def bootstrap_ratio(hits: np.ndarray, trials: np.ndarray, *, seed: int = 0) -> t
     return percentiles(ratios)
 
 
+def bootstrap_mean_recall(hits: np.ndarray, trials: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of sum(hits) / sum(trials) and mean(found) when images are resampled.
+
+    Args:
+        hits: [N] integers, captions of each image that find it.
+        trials: [N] integers, captions of each image, at least 1.
+        found: [N] bool, whether each image finds a caption of its own.
+    """
+    kinds, counts = np.unique(np.stack([hits, trials, found]), axis=1, return_counts=True)
+    by_caption, captions, by_image = kinds
+    return bootstrap(lambda n: float(n @ by_caption / (n @ captions) + n @ by_image / n.sum()) / 2, counts=counts)
+
+
 def bootstrap_mean_per_class(correct: np.ndarray, total: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of the mean per-class recall when images are resampled.
 

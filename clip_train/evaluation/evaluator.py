@@ -52,8 +52,9 @@ class Evaluator(ABC):
         with evaluating(model, world=self.world, precision=self.setting.precision):
             result = self.measure(model)
         if result.collapsed:
-            result.metrics, result.intervals, result.parts = {}, {}, {}
-            result.per_class, result.notes = [], []
+            # A plausible number that ties have made must not stand anywhere.
+            result.metrics, result.intervals, result.parts, result.details, result.per_class = {}, {}, {}, {}, []
+            result.notes = []
         result.seconds = time.monotonic() - started
         return result
 

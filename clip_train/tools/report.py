@@ -24,11 +24,12 @@ from clip_train.tools.charts import HEIGHT, WIDTH, Chart, compact, line_chart, s
 from clip_train.tools.confidence import read_confidence
 from clip_train.tools.report_pictures import data_uri, similarity_matrix
 
-HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1", "text_acc", "jaccard", "auroc")
+HEADLINE_METRICS = ("acc1", "linear_acc1", "lenient_mean_recall@1", "mean_recall@1", "text_acc", "jaccard", "auroc")
 METRIC_NAMES = {
     "acc1": "zero-shot accuracy",
     "acc5": "accuracy, right class among 5",
     "mean_per_class_recall": "mean per-class recall",
+    "linear_acc1": "accuracy of a linear probe",
     "mean_recall@1": "mean recall@1",
     "lenient_mean_recall@1": "mean recall@1, equal captions count",
     "text_acc": "right caption chosen",

@@ -48,6 +48,19 @@ def test_two_similar_classes_are_no_collapse():
     assert reason_of(unit(torch.tensor([[1.0, 0.4], [1.0, -0.1]]))) is None
 
 
+@pytest.mark.parametrize(("num_rows", "collapsed"), [(8, False), (15, False), (16, True)])
+def test_a_few_prompts_that_differ_in_a_word_are_no_collapse(num_rows, collapsed):
+    noise = torch.randn(num_rows, 64, generator=torch.Generator().manual_seed(0))
+    features = unit(torch.ones(num_rows, 64) + 0.12 * noise)
+    assert 0.98 < float(mean_pairwise_cosine(features.double().sum(0), num_rows=num_rows)) < 0.99
+    assert (reason_of(features) is not None) == collapsed
+
+
+def test_a_few_equal_features_are_a_collapse():
+    noise = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    assert "mean cosine" in reason_of(unit(torch.ones(3, 64) + 1e-4 * noise))
+
+
 def _statistics_of_rank(world):
     statistics = TowerStatistics(embed_dim=4, world=world)
     features = torch.zeros(10, 4)

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from clip_train.evaluation.confidence import bootstrap_mean_per_class, bootstrap_ratio, wilson_interval
+from clip_train.evaluation.confidence import (
+    bootstrap_mean_per_class,
+    bootstrap_mean_recall,
+    bootstrap_ratio,
+    wilson_interval,
+)
 
 
 def test_wilson_equals_published_values():
@@ -31,6 +36,17 @@ def test_grouped_bootstrap_equals_resampling_the_images_one_by_one():
         drawn = rng.integers(0, 300, 300)
         plain.append(hits[drawn].sum() / trials[drawn].sum())
     assert bootstrap_ratio(hits, trials) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.006)
+
+
+def test_bootstrap_of_both_directions_resamples_an_image_with_all_its_captions():
+    rng = np.random.default_rng(7)
+    trials = rng.integers(1, 6, 300)
+    hits, found = rng.binomial(trials, 0.4), rng.random(300) < 0.6
+    plain = []
+    for _ in range(3000):
+        drawn = rng.integers(0, 300, 300)
+        plain.append((hits[drawn].sum() / trials[drawn].sum() + found[drawn].mean()) / 2)
+    assert bootstrap_mean_recall(hits, trials, found) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.006)
 
 
 def test_bootstrap_of_the_mean_recall_equals_resampling_the_images_one_by_one():

@@ -25,7 +25,7 @@ from clip_train.evaluation.features import (
     tokenize_texts,
 )
 from clip_train.evaluation.group_audit.measures import (
-    bootstrap_extremes,
+    bootstrap_gap,
     count_by_group,
     label_rates,
     max_skew,
@@ -90,14 +90,15 @@ class GroupAudit(Evaluator):
         texts = (
             classifier.vectors if self._texts is None else encode_texts(model, self._texts, world=self.world).features
         )
-        for column in self.columns:
+        result.collapsed = collapsed_tower(image=features, text=texts)
+        for column in self.columns if result.collapsed is None else ():
             _compare(result, column=column, hits=top == images.labels[:, None])
             result.details.setdefault("label_rate", {})[column.name] = self._labels(column, predicted=top[:, 0])
             result.details.setdefault("retrieval_skew", {})[column.name] = self._skew(column, texts, features, result)
         result.predictions = {"top": top, "label": images.labels}
         result.predictions |= {f"group_{column.name}": column.of_image for column in self.columns}
-        result.collapsed = collapsed_tower(image=features, text=texts)
-        result.warnings += [*images.warnings, CAVEAT]
+        result.warnings += images.warnings
+        result.notes.append(CAVEAT)
         return result
 
     @cached_property
@@ -143,7 +144,7 @@ class GroupAudit(Evaluator):
         divergence = sum(sorted(value for _, value in everyone)) / len(everyone)
         mean = sum(skews) / len(skews) if skews else None
         told = f"MaxSkew@{k} {mean:.3f}, " if mean is not None else ""
-        result.warnings.append(
+        result.notes.append(
             f"{column.name}: retrieval by {len(texts):,} texts has {told}NDKL {divergence:.4f} (0: as in the set)"
         )
         return {"texts": len(texts), "k": k, "max_skew": mean, "ndkl": divergence}
@@ -165,13 +166,15 @@ def _compare(result: EvaluationResult, *, column: GroupColumn, hits: np.ndarray)
             if ranked.sum() < 2 or (ending and (total[total > 0] >= MIN_RANKED).all()):
                 continue
             accuracy = correct[ranked] / total[ranked]
-            worst, gap = bootstrap_extremes(correct[ranked], total[ranked])
+            worst = np.flatnonzero(ranked)[accuracy.argmin()]
             name = f"{metric}_worst_{column.name}{ending}"
-            result.metrics[name], result.intervals[name] = float(accuracy.min()), worst
+            result.metrics[name] = float(accuracy.min())
+            result.intervals[name] = wilson_interval(int(correct[worst]), total=int(total[worst]))
             result.chance[name] = result.chance[metric]
             if not ending:
                 name = f"{metric}_gap_{column.name}"
-                result.metrics[name], result.intervals[name] = float(accuracy.max() - accuracy.min()), gap
+                result.metrics[name] = float(accuracy.max() - accuracy.min())
+                result.intervals[name] = bootstrap_gap(correct[ranked], total[ranked])
                 result.chance[name] = 0.0
         for g in np.flatnonzero(total):
             interval = wilson_interval(int(correct[g]), total=int(total[g]))
@@ -191,7 +194,7 @@ def _tell(result: EvaluationResult, *, column: GroupColumn) -> None:
     if len(ranked) > 1:
         worst = min(ranked, key=lambda group: result.parts[f"{column.name}={group}"].metrics["acc1"])
         result.details.setdefault("worst_group", {})[column.name] = worst
-        result.warnings.append(f"{column.name}: the worst of {len(ranked)} groups is {worst}")
+        result.notes.append(f"{column.name}: the worst of {len(ranked)} groups is {worst}")
     if small:
         listed = ", ".join(small[:10]) + (" …" if len(small) > 10 else "")
         result.warnings.append(f"{column.name}: not ranked, with fewer than {MIN_RANKED} images: {listed}")

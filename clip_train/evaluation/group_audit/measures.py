@@ -23,8 +23,8 @@ def count_by_group(groups: np.ndarray, hits: np.ndarray, *, num_groups: int) -> 
     return np.bincount(groups[hits & (groups >= 0)], minlength=num_groups), total
 
 
-def bootstrap_extremes(hits: np.ndarray, total: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the 95 % intervals of the lowest accuracy and of the gap to the highest, when images are resampled.
+def bootstrap_gap(hits: np.ndarray, total: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the highest less the lowest accuracy, when images are resampled.
 
     Args:
         hits: [G] right answers per group.
@@ -37,7 +37,7 @@ def bootstrap_extremes(hits: np.ndarray, total: np.ndarray) -> tuple[tuple[float
     accuracy = right / np.where(seen, right + wrong, 1)
     lowest = np.where(seen, accuracy, np.inf).min(axis=1)
     highest = np.where(seen, accuracy, -np.inf).max(axis=1)
-    return percentiles(lowest), percentiles(highest - lowest)
+    return percentiles(highest - lowest)
 
 
 def label_rates(groups: np.ndarray, predicted: np.ndarray, *, num_groups: int, num_classes: int) -> np.ndarray:

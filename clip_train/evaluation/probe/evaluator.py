@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 SHARE_TO_CHOOSE = 0.2  # of the training images, for C
-SEARCH_TOLERANCE = 1e-4  # scikit-learn's; the fit that is scored goes further
+# A fit of the search need not be finished: it starts from the last one. The fit that is scored goes further.
+SEARCH_TOLERANCE = 1e-4
+SEARCH_ITERATIONS = 100
 MOST_SHOTS_TO_CHOOSE = 4  # held-out images per class that choose C of a few-shot probe, as in CoOp (Zhou et al. 2022)
 
 
@@ -84,10 +86,10 @@ class Probe(Evaluator):
                 result.warnings.append(f"the fit stopped at {MAX_ITERATIONS} iterations, before it had converged")
             for shots in self._shots:
                 self._few_shots(result, train, test, shots=shots, choosing=choosing)
-        result.warnings += [
+        result.notes.append(
             f"features: {self._features}; C = {c:.3g} from a fifth of {len(self.train.labels):,} training images. "
             "Not comparable with clip-benchmark's probe, which is trained with AdamW on unit features"
-        ]
+        )
         result.collapsed = train.collapsed or test.collapsed
         return result
 
@@ -117,8 +119,9 @@ class Probe(Evaluator):
         def accuracy(c: float) -> float:
             nonlocal newest
             newest = fit(
-                rows, c=c, num_classes=self._num_classes, world=self.world, start=newest, tolerance=SEARCH_TOLERANCE
-            )
+                rows, c=c, num_classes=self._num_classes, world=self.world, start=newest, tolerance=SEARCH_TOLERANCE,
+                max_iterations=SEARCH_ITERATIONS,
+            )  # fmt: skip
             return self._accuracy(newest, choosing)
 
         return search_c(accuracy)

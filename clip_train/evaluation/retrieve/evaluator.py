@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clip_train.evaluation.collapse import collapsed_tower
-from clip_train.evaluation.confidence import bootstrap_ratio
+from clip_train.evaluation.confidence import bootstrap_mean_recall, bootstrap_ratio
 from clip_train.evaluation.evaluator import Evaluator, Setting
 from clip_train.evaluation.features import (
     DualEncoder,
@@ -183,6 +183,8 @@ def score(image_ranks: Ranks, text_ranks: Ranks, *, owner: np.ndarray, recall_k:
     if "image_retrieval_recall@1" in metrics:
         for values in (metrics, chance):
             values["mean_recall@1"] = (values["image_retrieval_recall@1"] + values["text_retrieval_recall@1"]) / 2
+        by_caption = np.bincount(owner[image_ranks.twice_rank <= 2], minlength=num_images)
+        intervals["mean_recall@1"] = bootstrap_mean_recall(by_caption, captions, text_ranks.twice_rank <= 2)
     return EvaluationResult(
         task="zeroshot_retrieval",
         num_items=num_images,

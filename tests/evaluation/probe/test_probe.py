@@ -1,5 +1,7 @@
 """The linear probe against scikit-learn, and its choice of C and of images against plain definitions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -40,11 +42,7 @@ def make(num_images, *, world=None, shots=(1, 2), several=False, features="poole
         source = Pictures(labels, seed)
         sets.append(LabelledImages(source=source, labels=labels, classnames=NAMES, templates=["{}"]))
     setting = toy_setting(random_pixels(1), world=world, batch_size=4)
-    setting = setting.__class__(
-        world=world,
-        tokenizer=setting.tokenizer,
-        read=lambda source: lambda: toy_batches(source.pixels, world=world, batch_size=4),
-    )
+    setting = replace(setting, read=lambda source: lambda: toy_batches(source.pixels, world=world, batch_size=4))
     return Probe(*sets, features=features, shots=shots, setting=setting), *sets
 
 
