@@ -64,7 +64,7 @@ class Attempt:
         self._world: World | None = None
         self._timeout_seconds = 0.0
         self._step: int | None = None
-        self._reason = "finished"
+        self._finished = False
         self._record: AttemptRecord | None = None
 
     def __enter__(self) -> Attempt:
@@ -81,17 +81,10 @@ class Attempt:
         roll_call = self._world.roll_call if self._world else None
         missing = roll_call.explain(error) if roll_call and error else None
         code, reason = _code_and_reason(missing or error)
-        reason = reason or self._reason
-        in_order = error is None or isinstance(error, Preempted)
         if roll_call is not None:
             roll_call.leave(code=code, reason=reason, followed=missing is not None)
-            if in_order and not self._is_main:
-                # A launcher ends the others when the first rank leaves, and rank 0 still has to write.
-                roll_call.await_announcement("recorded", seconds=SECONDS_FOR_RECORD)
-        if self._is_main:
+        if self._is_main and not (self._finished and code in (0, Preempted.exit_code)):
             self.record_end(code=code, reason=reason)
-            if roll_call is not None:
-                roll_call.announce("recorded")
         if missing is not None:
             raise missing from error
 
@@ -103,7 +96,12 @@ class Attempt:
         return world
 
     def begin(self, step: int) -> None:
-        """Note where training begins. Rank 0 holds the lock of the run directory by now."""
+        """Note where training begins. Rank 0 holds the lock of the run directory by now.
+
+        Raises:
+            UserError: the directory cannot be written.
+            IntegrityError: `attempts.jsonl` is damaged.
+        """
         assert self._world is not None
         self._step = step
         if self._world.roll_call is not None:
@@ -113,7 +111,10 @@ class Attempt:
                 start=self._start, host=socket.gethostname(), world=self._world.size, device=self._world.device.type,
                 first_step=step, launch_id=launch_id(),
             )  # fmt: skip
-            _write_attempts(self._run_dir, [*_completed(self._run_dir), self._record])
+            try:
+                _write_attempts(self._run_dir, [*_completed(self._run_dir), self._record])
+            except OSError as error:
+                raise UserError(f"run_dir={self._run_dir} cannot be written: {error}") from error
 
     def stepped(self, step: int) -> None:
         """Note that so many steps are done."""
@@ -124,10 +125,19 @@ class Attempt:
         if self._world is not None and self._world.roll_call is not None:
             self._world.roll_call.step = step
 
-    def stopped(self, reason: StopReason) -> None:
-        """Note why training ends."""
-        if reason is not StopReason.none:
-            self._reason = f"stopped: {reason.name.replace('_', ' ')}"
+    def finish(self, reason: StopReason) -> None:
+        """Write down why training ends, with everything saved. Every rank calls it."""
+        self._finished = True
+        roll_call = self._world.roll_call if self._world else None
+        if self._is_main:
+            preempted = reason is StopReason.preempted
+            text = f"stopped: {reason.name.replace('_', ' ')}" if reason else "finished"
+            self.record_end(code=Preempted.exit_code if preempted else 0, reason=text)
+            if roll_call is not None:
+                roll_call.announce("recorded")
+        elif roll_call is not None:
+            # A launcher ends the others when the first rank leaves, and rank 0 still has to write.
+            roll_call.await_announcement("recorded", seconds=SECONDS_FOR_RECORD)
 
     def record_end(self, *, code: int, reason: str) -> None:
         """Write `exit.json` and complete `attempts.jsonl`, unless another process holds the run. Rank 0 calls it."""
@@ -189,7 +199,9 @@ def _write_attempts(run_dir: Path, attempts: list[AttemptRecord]) -> None:
 
 def _code_and_reason(error: BaseException | None) -> tuple[int, str]:
     if error is None:
-        return 0, ""
+        return 0, "finished"
     text = str(error) if isinstance(error, ClipTrainError) else repr(error)
     reason = text.strip().split("\n")[0][:_REASON_CHARACTERS]
+    if isinstance(error, SystemExit):
+        return (error.code if isinstance(error.code, int) else int(error.code is not None)), reason
     return (error.exit_code if isinstance(error, ClipTrainError) else 1), reason

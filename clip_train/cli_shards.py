@@ -180,6 +180,24 @@ def shards_check(
         raise typer.Exit(IntegrityError.exit_code)
 
 
+@shards.command(name="overlap", epilog="clip-train shards overlap shards/mine/train /data/imagenet/val /data/flickr30k")
+def shards_overlap(
+    source: ShardsArgument,
+    sets: Annotated[list[Path], typer.Argument(help="Evaluation sets: folders of pictures or of .tar files.")],
+    distance: Annotated[int, typer.Option(help="Bits of the 64-bit perceptual hashes that may differ.")] = 10,
+    likeness: Annotated[float, typer.Option(help="Least correlation of the thumbnails.")] = 0.97,
+    out: Annotated[Path | None, typer.Option(help="CSV file to write, one line per picture that was found.")] = None,
+    jobs: Jobs = CORES,
+) -> None:
+    """Say which pictures of evaluation sets are among the training pictures, resized, re-encoded or mirrored too."""
+    from clip_train.data.shards.overlap import find_overlap, write_matches
+
+    found = find_overlap(source, sets, max_distance=distance, min_likeness=likeness, jobs=jobs)
+    print("\n".join(overlap.line() for overlap in found))
+    if out is not None:
+        write_matches(found, out)
+
+
 @shards.command(name="show", epilog="clip-train shards show shards/mine/train sheet.html")
 def shards_show(
     source: ShardsArgument,

@@ -27,6 +27,7 @@ Run the same command again and it continues with the next sample.""",
   clip-train evaluate checkpoint=runs/demo              the evaluations that the run was trained with
   clip-train evaluate checkpoint=runs/demo evaluation=[imagenet] evaluation.imagenet.root=/data/imagenet
   clip-train evaluate checkpoint=runs/demo suite=datacomp evaluation_root=/data
+  clip-train evaluate checkpoint=runs/demo reference.python=PATH    ours beside clip-benchmark's, of that Python
   clip-train evaluate checkpoint=ViT-B/32 evaluation=[imagenet] evaluation.imagenet.precision=bf16""",
 }
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clip_train.errors import TrainingFailed
+from clip_train.errors import TrainingFailed, UserError
 
 if TYPE_CHECKING:
     from clip_train.checkpoint.checkpointer import Checkpointer
     from clip_train.data.stream import BatchStream
+    from clip_train.schema import TrainConfig
 
 
 class Stretch(NamedTuple):
@@ -34,6 +36,11 @@ class Progress:
         self.step += 1
         self.samples_seen += num_samples
 
+    def skip(self, num_samples: int) -> None:
+        """Leave out the next `num_samples` pairs, rounded up to whole batches."""
+        self.samples_seen += -(-num_samples // self.global_batch_size) * self.global_batch_size
+        self.stretches.append(Stretch(self.step, self.samples_seen, self.global_batch_size))
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: two counters and the identity of the data they count."""
         return {
@@ -56,6 +63,23 @@ class Progress:
         self.stream.load_state_dict(state["data"])
         self.samples_seen = state["samples_seen"]
         self.stretches.append(Stretch(self.step, self.samples_seen, self.global_batch_size))
+
+
+def skip_samples(progress: Progress, *, config: TrainConfig, resumed_from: Path | None) -> None:
+    """Leave out what `data.skip_samples` says, if the run has just begun at the checkpoint that `resume` names.
+
+    A run that continues from a checkpoint of its own has left them out already.
+
+    Raises:
+        UserError: `resume` names the run itself, of which every newer checkpoint would skip again.
+    """
+    if not config.data.skip_samples or resumed_from is None:
+        return
+    named = Path(config.resume).resolve()
+    if named == Path(config.run_dir).resolve():
+        raise UserError(f"data.skip_samples: resume={config.resume} must name one checkpoint, {resumed_from} perhaps")
+    if named in (resumed_from.resolve(), *resumed_from.resolve().parents):
+        progress.skip(config.data.skip_samples)
 
 
 def rewind(checkpointer: Checkpointer, *, progress: Progress) -> int:

@@ -60,9 +60,10 @@ NAMED = ("tokenizer", "loss", "optim")
 """Groups whose dataclass depends on the choice: a written config tells it by `name`."""
 
 MAY_CHANGE_ON_RESUME = (
-    "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size", "micro_batch_size",
-    "profile", "watchdog_seconds", "data.train", "data.workers", "data.cache", "data.on_change",
-    "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging", "evaluation",
+    "name", "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size",
+    "micro_batch_size", "profile", "on_nonfinite", "watchdog_seconds", "data.train", "data.workers", "data.cache",
+    "data.on_change", "data.skip_samples", "optim.lr", "optim.warmup", "distributed", "checkpoint", "logging",
+    "evaluation",
 )  # fmt: skip
 """Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
 
@@ -146,6 +147,8 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise UserError(f"{key}={value} must be positive")
+        if self.data.skip_samples and self.resume in ("auto", "never"):
+            raise UserError(f"data.skip_samples={self.data.skip_samples} needs resume=CHECKPOINT, to skip from there")
         self.profiled_steps()
         given = [key for key in ("steps", "samples", "epochs") if getattr(self, key) is not None]
         if len(given) != 1:

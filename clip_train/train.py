@@ -32,7 +32,7 @@ from clip_train.metrics.profile import StepProfiler
 from clip_train.micro_batch import choose_micro_batch
 from clip_train.model.finetune import layers_above
 from clip_train.model.flops import training_flops
-from clip_train.progress import Progress, rewind
+from clip_train.progress import Progress, rewind, skip_samples
 from clip_train.schema import TrainConfig
 from clip_train.starting_point import require_precision, suited_to
 from clip_train.step import StepResult, TrainStep
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             context_length=config.model.text.context_length, kept_in=None if config.resume == "never" else run_dir
         )
         config = suited_to(tokenizer, config=config)
-        require_same_run(config, run_dir=run_dir, world=world)
+        require_same_run(config, folder=run_dir, world=world)
         image_size = config.model.vision.image_size
         stream = config.data.build_train(
             world=world,
@@ -105,7 +105,10 @@ def train(config: TrainConfig) -> dict[str, float]:
             state={"progress": progress, "loss_scale": train_step.loss_scale},
         )  # fmt: skip
         stack.callback(checkpointer.close)
-        resumed = checkpointer.resume(config.resume)
+        resumed = checkpointer.resume(
+            config.resume, check=lambda folder: require_same_run(config, folder=folder, world=world)
+        )
+        skip_samples(progress, config=config, resumed_from=resumed.path if resumed else None)
         attempt.begin(progress.step)
         cache_features(config, model=model, stream=stream, run_dir=run_dir, world=world)
         metrics = Metrics(
@@ -134,15 +137,16 @@ def train(config: TrainConfig) -> dict[str, float]:
         health = stack.enter_context(
             RunHealth(
                 config, run_dir=run_dir, world=world, model=model, loss_fn=loss_fn, stream=stream, exchange=exchange,
-                tokenizer=tokenizer, total_steps=total_steps,
+                tokenizer=tokenizer, total_steps=total_steps, record_end=attempt.record_end,
             )
         )  # fmt: skip
 
         def save() -> None:
-            health.before_save(progress.step)
+            healthy = health.before_save(progress.step)
             checkpointer.save(
-                step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config), files=tokenizer.files()
-            )
+                step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config),
+                files=tokenizer.files(), healthy=healthy,
+            )  # fmt: skip
 
         saved = progress.step
         newest: dict[str, float] = {}
@@ -203,7 +207,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             save()
         health.finish()
         checkpointer.wait()
-        attempt.stopped(reason)
+        attempt.finish(reason)
         if world.is_main:
             say_end(progress, reason=reason, run_dir=run_dir)
         if reason is StopReason.preempted:
@@ -243,15 +247,18 @@ def measures(result: StepResult) -> dict[str, Any]:
     }
 
 
-def require_same_run(config: TrainConfig, *, run_dir: Path, world: World) -> None:
-    """Refuse a config that would turn the run in `run_dir` into another one. Rank 0 reads for all.
+def require_same_run(config: TrainConfig, *, folder: Path, world: World) -> None:
+    """Refuse a config that would turn the run or checkpoint in `folder` into another one. Rank 0 reads for all.
 
     Raises:
         UserError: naming every key that differs and may not.
     """
-    path = run_dir / "config.yaml"
+    path = folder / "config.yaml"
     former = path.read_text(encoding="utf-8") if world.is_main and path.exists() and config.resume != "never" else ""
     differences = changes(former, to_yaml(config)) if (former := broadcast_object(former, world=world)) else []
     if differences:
         shown = "\n  ".join(differences[:10]) + ("\n  …" if len(differences) > 10 else "")
-        raise UserError(f"{run_dir} holds a run with another config; give a new name=, or resume=never:\n  {shown}")
+        raise UserError(
+            f"{folder} is of a run with another config; give a new name=, or resume=never, or model.init= to start "
+            f"from its weights alone:\n  {shown}"
+        )

@@ -24,11 +24,13 @@ SMALL_MODEL = [
 ]  # fmt: skip
 
 
-def arguments_of(shards: Path, run_dir: Path, *, steps: int, batch: int, workers: int = 0) -> list[str]:
+def arguments_of(
+    shards: Path, run_dir: Path, *, steps: int, batch: int, workers: int = 0, learning_rate: float = 1e-3
+) -> list[str]:
     """Return the command line of a run that saves every five steps."""
     return [
         f"data.train={shards}", f"run_dir={run_dir}", f"steps={steps}", f"global_batch_size={batch}", *SMALL_MODEL,
-        f"data.workers={workers}", "device=cpu", "precision=fp32", "optim.warmup=0", "optim.lr=1e-3",
+        f"data.workers={workers}", "device=cpu", "precision=fp32", "optim.warmup=0", f"optim.lr={learning_rate}",
         "optim.schedule=constant", "logging.every=1", "checkpoint.every=5", "distributed.timeout_seconds=60",
     ]  # fmt: skip
 

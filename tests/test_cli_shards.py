@@ -48,6 +48,17 @@ def test_make_takes_all_its_options(tmp_path):
     assert any("9 ranks x 2 workers" in warning for warning in document["warnings"])
 
 
+def test_overlap_takes_all_its_options(tmp_path):
+    numbered_shards(tmp_path / "train", [4, 5])
+    numbered_shards(tmp_path / "set", [4])
+    out = tmp_path / "found.csv"
+    said = run(
+        "overlap", tmp_path / "train", tmp_path / "set", "--out", out, "--distance", 4, "--likeness", 0.99, "--jobs", 1
+    )
+    assert "4 of 4 pictures (100.00%)" in said and "4 the same file" in said
+    assert len(out.read_text().splitlines()) == 5
+
+
 def test_make_captions_folders_of_classes(tmp_path):
     (tmp_path / "in" / "red_fox").mkdir(parents=True)
     (tmp_path / "in" / "red_fox" / "1.png").write_bytes(encoded(picture(1)))

@@ -7,11 +7,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import distribute_tensor
 
 import clip_train
 from clip_train.calibration import CALIBRATION_FILE, read_calibration
 from clip_train.config import load
-from clip_train.distributed.parallel import is_sharded, parallelize, scattered, whole
+from clip_train.distributed.parallel import parallelize
+from clip_train.distributed.shards import is_sharded, whole
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.evaluate import keep_calibration, keep_calibration_of_training, run_evaluations
@@ -35,7 +37,9 @@ def step_(model):
     with torch.no_grad():
         for seed, (_, weight) in enumerate(sorted(model.state_dict().items())):
             noise = 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-            weight.add_(scattered(noise, like=weight) if is_sharded(weight) else noise)
+            weight.add_(
+                distribute_tensor(noise, weight.device_mesh, weight.placements) if is_sharded(weight) else noise
+            )
 
 
 def toy_evaluator(world):

@@ -61,7 +61,7 @@ def test_torchrun_does_not_restart_a_run_that_was_asked_to_stop(tmp_path):
         assert job.said.count("not started again") >= 2
 
 
-@pytest.mark.parametrize(("code", "mistake"), [(2, "model.width=32"), (3, None)])
+@pytest.mark.parametrize(("code", "mistake"), [(2, "model.vision.layers=3"), (3, None)])
 def test_torchrun_does_not_restart_a_run_that_ends_with_an_error_of_its_input(tmp_path, code, mistake):
     with Job(tmp_path, "steps=3") as job:
         assert job.end(seconds=200).code == 0, job.said[-3000:]

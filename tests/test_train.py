@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,14 @@ def test_a_finished_run_started_again_changes_nothing(scenes, undisturbed):
 def test_another_model_in_the_same_run_directory_is_refused_with_the_difference(scenes, undisturbed):
     with pytest.raises(UserError, match=r"model\.vision\.layers: 2 -> 3"):
         train(load("train", overrides(scenes, undisturbed, "model.vision.layers=3", f"steps={STEPS + 10}")))
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_another_run_is_refused_with_the_difference(scenes, undisturbed, tmp_path):
+    name = f"step-{STEPS:08d}"
+    shutil.copytree(undisturbed / "checkpoints" / name, tmp_path / "checkpoints" / name)
+    with pytest.raises(UserError, match=rf"{name} is of a run with another config.*\n  seed: 0 -> 1$"):
+        train(load("train", overrides(scenes, tmp_path, "seed=1", f"steps={STEPS + 10}")))
 
 
 def test_gradient_caching_gives_the_losses_of_the_whole_batch(scenes, undisturbed, tmp_path):

@@ -14,14 +14,15 @@ from tests.runs import RunningRanks, arguments_of, batches_of, losses_of, weight
 COUNTS = [130, 45, 225]
 BATCH = 24  # every world below divides it
 WORLDS = (1, 2, 3, 4, 6, 8)
-PAIRS = sorted(permutations(WORLDS, 2))
+PAIRS = random.Random(0).sample(list(permutations(WORLDS, 2)), 30)  # any beginning of it has some of each
 WORKERS = (0, 1, 2, 3, 5)
 STEPS = 200
+LEARNING_RATE = 1e-4  # as far as the warm-up of a real run gets in that many steps
 TOLERANCE = 1e-5
 
 
 def run(shards: Path, run_dir: Path, *, steps: int, ranks: int = 1, workers: int = 0) -> None:
-    arguments = arguments_of(shards, run_dir, steps=steps, batch=BATCH, workers=workers)
+    arguments = arguments_of(shards, run_dir, steps=steps, batch=BATCH, workers=workers, learning_rate=LEARNING_RATE)
     running = RunningRanks(arguments, run_dir.with_suffix(".log"), ranks=ranks)
     try:
         running.finish(seconds=1800)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.config import EMA_SUFFIX
-from clip_train.checkpoint.files import sync_directory, write_file
+from clip_train.checkpoint.files import replace_file
 from clip_train.checkpoint.retention import checkpoint_path
 from clip_train.errors import IntegrityError, UserError
 
@@ -72,13 +71,8 @@ def read_best(run_dir: Path) -> Score | None:
 
 
 def write_best(run_dir: Path, score: Score) -> None:
-    """Name the best checkpoint, in one step that a crash cannot halve."""
-    path = run_dir / "checkpoints" / BEST_NAME
-    part = path.with_name(f".part-{BEST_NAME}-{os.getpid()}")
-    part.unlink(missing_ok=True)
-    write_file(part, chunks=[json.dumps(asdict(score)).encode() + b"\n"])
-    part.rename(path)
-    sync_directory(path.parent)
+    """Name the best checkpoint."""
+    replace_file(run_dir / "checkpoints" / BEST_NAME, json.dumps(asdict(score)).encode() + b"\n")
 
 
 def best_checkpoint(run_dir: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from clip_train.checkpoint.retention import checkpoint_path
 from clip_train.checkpoint.snapshot import num_bytes, take_snapshot, texts_of
 from clip_train.checkpoint.tensors import is_shared
 from clip_train.distributed.agree import on_main
-from clip_train.errors import UserError
+from clip_train.errors import ClipTrainError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from clip_train.checkpoint.config import CheckpointConfig
     from clip_train.checkpoint.state import Stateful
     from clip_train.distributed.world import World
+
+MAX_SAVE_SECONDS = 1800.0  # a disk that takes longer has failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +120,19 @@ class Checkpointer:
         return on_main(judge, world=self.world)
 
     def save(
-        self, *, step: int, consumed: int, config_yaml: str, files: Mapping[str, bytes] = MappingProxyType({})
+        self,
+        *,
+        step: int,
+        consumed: int,
+        config_yaml: str,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        healthy: bool = True,
     ) -> Path:
         """Save every part and return where the checkpoint stands once it is published. Every rank calls this.
 
         If `is_best` has just said so, it becomes the best checkpoint of the run.
-        `files`, by name, are what else the model needs, such as its tokenizer's.
+        `files`, by name, are what else the model needs, such as its tokenizer's. If the run was `healthy`, with no
+        update refused since the save before, that save's checkpoint becomes the last good one and stays.
 
         With `asynchronous`, this returns when the parts are copied to CPU memory; `wait` returns when they are on disk.
         A full or failing disk is survived twice in a row: the line says so and the older checkpoints stay.
@@ -138,12 +148,11 @@ class Checkpointer:
         on_main(lambda: texts.update(texts_of(parts, state, step=step, consumed=consumed)), world=self.world)
         snapshot = take_snapshot(parts, texts=texts, step=step, consumed=consumed, world=self.world)
         if not self.config.asynchronous and self.world.size == 1:
-            self._commits.commit(snapshot)
+            self._commits.commit(snapshot, healthy=healthy)
         elif snapshot.is_shared or self.world.is_main:
             # In a thread also where training waits: the ranks that wait hear from this one in `_settle`.
-            self._saving = threading.Thread(
-                target=self._commits.commit, args=(snapshot,), name="checkpoint", daemon=True
-            )
+            commit = partial(self._commits.commit, snapshot, healthy=healthy)
+            self._saving = threading.Thread(target=commit, name="checkpoint", daemon=True)
             self._saving.start()
         if not self.config.asynchronous:
             self._settle()
@@ -167,13 +176,14 @@ class Checkpointer:
             self._say(f"the last save failed: {self._commits.error}")
         self._release()
 
-    def resume(self, mode: str) -> ResumedFrom | None:
+    def resume(self, mode: str, *, check: Callable[[Path], None] = lambda path: None) -> ResumedFrom | None:
         """Load every part and say from where, or return None for a fresh start. Every rank calls this.
 
         Args:
             mode: `auto` takes the newest intact checkpoint of this run; `never` starts from scratch and moves existing
                 checkpoints aside; a path takes that checkpoint or the newest of that run, and when the same command
                 is started again, this run's newest that came from it.
+            check: refuses a checkpoint before anything of it is loaded, by an error of its own on every rank.
 
         Raises:
             UserError: nothing at the path, a newer format, or a checkpoint that does not fit the parts.
@@ -185,6 +195,7 @@ class Checkpointer:
             return None
         # Rank 0 has verified its choice; every rank reads the same files.
         manifest = Manifest.read(chosen)
+        check(chosen)
         try:
             self._load(chosen)
         except UserError as error:
@@ -227,14 +238,19 @@ class Checkpointer:
 
         def join() -> None:
             if self._saving is not None:
-                self._saving.join()
+                self._saving.join(MAX_SAVE_SECONDS)
+                if self._saving.is_alive():
+                    raise ClipTrainError(
+                        f"{self.run_dir}: a checkpoint was not written within {MAX_SAVE_SECONDS / 60:.0f} minutes"
+                    )
             self._commits.require_success(failures_allowed=failures_allowed)
 
         try:
             on_main(join, world=self.world)
         finally:
             if self._saving is not None:
-                self._saving.join()  # other ranks: their thread ends when that of rank 0 has heard from all
+                # That of another rank ends when rank 0's has heard from all; that of rank 0 has ended, or never will.
+                self._saving.join(0 if self.world.is_main else MAX_SAVE_SECONDS)
                 self._saving = None
 
     def _release(self) -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from clip_train.checkpoint.best import Score, read_best, write_best
+from clip_train.checkpoint.last_good import read_last_good, write_last_good
 from clip_train.checkpoint.manifest import Manifest, git_commit, verify
 from clip_train.checkpoint.publish import FREE_FACTOR, explain, publish, require_space
-from clip_train.checkpoint.retention import checkpoint_path, prune
+from clip_train.checkpoint.retention import checkpoint_path, prune, step_of
 from clip_train.checkpoint.writers import Writers
 from clip_train.errors import ClipTrainError, IntegrityError
 
@@ -62,6 +63,7 @@ class Commits:
         self._commit_id = git_commit() if world.is_main else None
         self._verified: set[Path] = set()
         self._resumed: set[Path] = set()
+        self._former: Path | None = None  # the checkpoint that training went on from
         self._origin: str | None = None
         self._failures = 0  # in a row
         self.error: Exception | None = None  # of the newest save
@@ -72,9 +74,10 @@ class Commits:
         self._origin = start.origin
         self._verified.add(start.path)
         self._resumed = {start.path}
+        self._former = start.path
 
-    def commit(self, snapshot: Snapshot) -> None:
-        """Publish a snapshot and note how it went."""
+    def commit(self, snapshot: Snapshot, *, healthy: bool) -> None:
+        """Publish a snapshot and note how it went; `healthy` if no update since the save before was refused."""
         path = checkpoint_path(self._run_dir, step=snapshot.step)
         needed = int(FREE_FACTOR * snapshot.num_bytes)
         try:
@@ -100,6 +103,7 @@ class Commits:
             if self._world.is_main:
                 self._verified.add(path)
                 self._keep_best(path)
+                self._keep_good(path, healthy=healthy)
                 self._prune()
                 if self._copies is not None:
                     self._copies.mirror()
@@ -120,14 +124,24 @@ class Commits:
         except OSError as error:
             self._say(f"{path} is best by {score.metric}, but that could not be written down ({error})")
 
+    def _keep_good(self, path: Path, *, healthy: bool) -> None:
+        former, self._former = self._former, path
+        if not healthy or former is None or former == path or former.parent != path.parent:
+            return
+        try:
+            write_last_good(self._run_dir, step=step_of(former))
+        except OSError as error:
+            self._say(f"{former} is good, but that could not be written down ({error})")
+
     def _prune(self) -> None:
         try:
-            best = read_best(self._run_dir)
+            best, good = read_best(self._run_dir), read_last_good(self._run_dir)
+            named = {checkpoint_path(self._run_dir, step=best.step)} if best else set()
             prune(
                 self._run_dir,
                 keep=self._config.keep,
                 milestone_every=self._config.milestone_every,
-                protected=self._resumed | ({checkpoint_path(self._run_dir, step=best.step)} if best else set()),
+                protected=self._resumed | named | ({good} if good and self._is_verified(good) else set()),
                 is_verified=self._is_verified,
             )
         except (OSError, IntegrityError) as error:

@@ -75,6 +75,15 @@ def write_files(folder: Path, *, contents: Mapping[str, Chunks]) -> dict[str, Fi
     return {name: write_file(folder / name, chunks=chunks) for name, chunks in contents.items()}
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a small file other contents, in one step that a crash cannot halve."""
+    part = path.with_name(f".part-{path.name}-{os.getpid()}")
+    part.unlink(missing_ok=True)
+    write_file(part, chunks=[content])
+    part.rename(path)
+    sync_directory(path.parent)
+
+
 def hash_file(path: Path) -> FileRecord:
     """Read a file and return its size and hash."""
     with path.open("rb") as file:

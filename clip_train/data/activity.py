@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_CELLS = 4  # per worker: what, source, shard, milliseconds of the monotonic clock
+_CELLS = 5  # per worker: what, source, shard, milliseconds of the monotonic clock, retries so far
 _MOST_SHOWN = 4
 
 
@@ -46,6 +46,16 @@ class Activity:
         cells[first + 1], cells[first + 2], cells[first + 3] = source, shard, time.monotonic_ns() // 1_000_000
         cells[first] = doing
 
+    def count_retries(self, number: int, *, worker: int) -> None:
+        """Add to the reads that a loader process had to try again."""
+        if number:
+            self._cells[_CELLS * worker + 4] += number
+
+    @property
+    def retries(self) -> int:
+        """Reads of all loader processes that were tried again."""
+        return sum(self._cells[4::_CELLS])
+
     def describe(self, shard_name: Callable[[int, int], str]) -> str:
         """Return what the loader processes are doing, such as `4 of 4 workers reading 00012.tar for 61 s`.
 
@@ -55,7 +65,7 @@ class Activity:
         groups: dict[str, list[int]] = defaultdict(list)  # what -> seconds
         count = max(1, self._workers)
         for worker in range(count):
-            doing, source, shard, since = self._cells[_CELLS * worker : _CELLS * (worker + 1)]
+            doing, source, shard, since = self._cells[_CELLS * worker : _CELLS * worker + 4]
             what = Doing(doing).name
             if doing in (Doing.reading, Doing.decoding):
                 what += f" {shard_name(source, shard)}"

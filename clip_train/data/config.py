@@ -118,6 +118,9 @@ class DataConfig:
     on_change: OnChange = OnChange.stop
     """When a run continues with other shards, sources or weights than its checkpoint: `stop`, or `new_segment`, which
     goes on with the new ones. Sources that did not change keep their place."""
+    skip_samples: int = 0
+    """With `resume=CHECKPOINT`: leave out so many samples after it, rounded up to whole batches, such as those before a
+    loss spike. Done once: the same command given again continues its own run. 0: none."""
     epoch_end: EpochEnd = EpochEnd.roll
     """`roll` lets a batch hold the end of one epoch and the start of the next. `drop_last` leaves out what does not
     fill a batch, other samples in each epoch; it needs one source and a fixed global_batch_size."""
@@ -184,7 +187,8 @@ class DataConfig:
         if self.num_samples is None or self.num_samples < 1:
             raise UserError("data.reader=streaming needs data.num_samples, the samples of an epoch")
         for key, value, only in (
-            ("epoch_end", self.epoch_end, EpochEnd.roll), ("on_change", self.on_change, OnChange.stop)
+            ("epoch_end", self.epoch_end, EpochEnd.roll), ("on_change", self.on_change, OnChange.stop),
+            ("skip_samples", self.skip_samples, 0),
         ):  # fmt: skip
             if value != only:
                 raise UserError(f"data.{key}={value} needs data.reader=indexed")

@@ -210,6 +210,7 @@ class SampleDataset(Dataset[TaskResult]):
         self._substitute = substitute
         self._filler = filler
         self._activity = activity
+        self._retries_counted = 0
         self.careful_until = 0
         """Pictures of batches that begin before this slot are decoded apart: one of them may have ended a worker."""
 
@@ -224,7 +225,10 @@ class SampleDataset(Dataset[TaskResult]):
                 raise
             return TaskResult(task.consumed, TaskFailure(None, traceback.format_exc()))
         finally:
-            self._activity.note(Doing.idle, worker=worker_number())
+            worker, retries = worker_number(), sum(reader.retries for reader in self._readers)
+            self._activity.count_retries(retries - self._retries_counted, worker=worker)
+            self._retries_counted = retries
+            self._activity.note(Doing.idle, worker=worker)
 
     def close(self) -> None:
         """Close the shards that this process opened."""

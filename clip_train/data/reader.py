@@ -38,12 +38,16 @@ class ShardReader:
     Args:
         source: the indexed shards.
         max_open: shards kept open at a time, two descriptors each.
+
+    Attributes:
+        retries: how often this process had to try a read again.
     """
 
     def __init__(self, source: Source, *, max_open: int = 64) -> None:
         self._shards = source.shards
         self._cache = source.cache
         self._max_open = max_open
+        self.retries = 0
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._verified: set[int] = set()
 
@@ -54,7 +58,10 @@ class ShardReader:
             IntegrityError: a file vanished, changed after indexing, cannot be read or fails its crc32, 6 times.
             UserError: a remote shard is absent or forbidden.
         """
-        return retry(lambda: self._read(shard, index), first_wait=FIRST_WAIT_SECONDS)
+        return retry(lambda: self._read(shard, index), first_wait=FIRST_WAIT_SECONDS, on_retry=self._count_retry)
+
+    def _count_retry(self) -> None:
+        self.retries += 1
 
     def _read(self, shard: int, index: int) -> tuple[bytes, list[bytes]]:
         entry = self._shards[shard]

@@ -77,6 +77,11 @@ class BatchStream(ABC):
         """How often workers of this rank were replaced in this process."""
         return self._failures.total
 
+    @property
+    def transport_retries(self) -> int:
+        """How often loader processes of this rank had to try a read again, in this process."""
+        return self._activity.retries
+
     def take_report(self) -> StepReport:
         """Return what the oldest batch that was yielded and not yet asked about consists of."""
         return self._reports.popleft()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
+import time
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import NamedTuple
@@ -12,6 +14,9 @@ from typing import NamedTuple
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from clip_train.errors import UserError
+
+_SECONDS_TO_CONNECT = 10.0
+_SECONDS_BETWEEN_TRIES = 0.2
 
 
 class Ranks(NamedTuple):
@@ -85,37 +90,51 @@ def open_store(ranks: Ranks, *, seconds: float) -> Store:
     """
     address, port = _master()
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    hosts = ranks.rank == 0 and not hosted
+    absent = "torchrun's agent" if hosted else "rank 0"
+    missing = UserError(
+        f"{absent} is missing: no answer from it at MASTER_ADDR={address} MASTER_PORT={port} in {seconds:.0f} s"
+    )
     opened: Future[Store] = Future()
 
     def connect() -> None:
         try:
             opened.set_result(
                 TCPStore(
-                    address, port, is_master=ranks.rank == 0 and not hosted, timeout=timedelta(seconds=seconds),
-                    wait_for_workers=False, multi_tenant=not hosted,
+                    address, port, is_master=hosts, timeout=timedelta(seconds=seconds), wait_for_workers=False,
+                    multi_tenant=not hosted,
                 )
             )  # fmt: skip
         except Exception as error:
             opened.set_exception(error)
 
+    if not hosts and not _listens(address, port, seconds=seconds):
+        raise missing
     # In a thread, since a server that is no store may take the connection and then be silent for ever.
     threading.Thread(target=connect, daemon=True).start()
     try:
-        store = opened.result(timeout=seconds + 5)
+        store = opened.result(timeout=seconds)
     except (DistError, TimeoutError) as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
                 f"MASTER_PORT={port} is in use on {socket.gethostname()}: choose another one, or start with "
                 "torchrun --standalone, which finds a free port"
             ) from error
-        absent = "torchrun's agent" if hosted else "rank 0"
-        raise UserError(
-            f"{absent} is missing: no answer from it at MASTER_ADDR={address} MASTER_PORT={port} in {seconds:.0f} s"
-        ) from error
+        raise missing from error
     # On one machine torchrun may keep one store for all restarts; with several it makes a new one each time, and the
     # machines may count restarts differently.
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "ranks", store)
+
+
+def _listens(address: str, port: int, *, seconds: float) -> bool:
+    """Wait until somebody listens there. The store would try as well, and print a page of C++ when it gives up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=_SECONDS_TO_CONNECT):
+            return True
+        time.sleep(_SECONDS_BETWEEN_TRIES)
+    return False
 
 
 def _master() -> tuple[str, int]:

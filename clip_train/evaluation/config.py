@@ -31,7 +31,7 @@ class ReferenceConfig:
 class BenchmarkConfig:
     """What is published about a set, for the table and the means of a suite."""
 
-    key: str | None = None
+    task: str | None = None
     """The set's name in `results.jsonl`, such as `vtab/dtd`; null: the evaluation's."""
     title: str | None = None
     """What people call it, for `results.jsonl`; null: the evaluation's name."""

@@ -52,7 +52,7 @@ class Evaluator(ABC):
         with evaluating(model, world=self.world, precision=self.setting.precision):
             result = self.measure(model)
         if result.collapsed:
-            result.metrics, result.intervals, result.parts = {}, {}, {}
+            result.metrics, result.intervals, result.parts, result.per_class = {}, {}, {}, []
         result.seconds = time.monotonic() - started
         return result
 

@@ -96,7 +96,7 @@ def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: s
                 if name in result.metrics and name not in LOWER_IS_BETTER
             },
             "seconds": round(result.seconds, 3),
-            **({"verdicts": result.verdicts} if result.verdicts else {}),
+            **({"verdicts": result.verdicts, "notes": result.notes} if result.verdicts else {}),
             **({"parts": {tag: _part(part) for tag, part in result.parts.items()}} if result.parts else {}),
             **result.details,
         },

@@ -60,7 +60,7 @@ class SuiteResult:
     """By name of the mean, `average` last; a mean without any score is left out."""
 
     def table(self) -> Table:
-        """Return the sets for a person."""
+        """Return the sets that were run, for a person."""
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
         table.add_column(self.suite, overflow="fold")
         table.add_column("metric", overflow="fold")
@@ -68,22 +68,25 @@ class SuiteResult:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("", overflow="fold")
         for one in self.sets:
+            if one.num_items is None:
+                continue
             table.add_row(
                 one.name,
                 one.metric,
                 "–" if one.score is None else f"{100 * one.score:.2f}",
                 "" if one.chance is None else f"{100 * one.chance:.2f}",
-                "" if one.num_items is None else f"{one.num_items:,}",
+                f"{one.num_items:,}",
                 one.remark,
             )
         return table
 
     def lines(self) -> list[str]:
-        """Return the means for a person: each says how many of its sets it is over."""
-        return [
+        """Return the means for a person, each with the number of its sets that it is over, and the sets not run."""
+        means = [
             f"{self.suite}: {name} {100 * mean.score:.2f} % over {mean.over}/{mean.of}"
             for name, mean in self.means.items()
         ]
+        return [*means, *(f"{self.suite}: {one.name} is {one.remark}" for one in self.sets if one.num_items is None)]
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
@@ -173,7 +176,7 @@ def write_lines(
     for name, result in results.items():
         published = evaluations[name].benchmark
         metrics = {**result["metrics"], "main_metric": scores[name]}
-        line = {"key": published.key or name, "dataset": published.title or name, "metrics": metrics}
+        line = {"key": published.task or name, "dataset": published.title or name, "metrics": metrics}
         lines.append(json.dumps(line) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
@@ -192,7 +195,7 @@ def _score_of(result: Mapping[str, Any], *, name: str, config: EvaluationConfig)
         ("images", extras["n"], published.images), ("classes", extras.get("classes"), published.classes),
     ):  # fmt: skip
         if expected is not None and found != expected:
-            remarks.append(f"{found:,} {what}, not {expected:,}: not the published set")
+            remarks.append(f"{found:,} {what}, {expected:,} published")
     return SetScore(
         name=name,
         metric=metric,

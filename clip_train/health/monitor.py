@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ from clip_train.health.nonfinite import NonfiniteSteps
 from clip_train.health.replicas import differing_ranks
 from clip_train.health.selftest import gather_error
 from clip_train.health.stragglers import Stragglers
-from clip_train.health.watchdog import Watchdog
+from clip_train.health.watchdog import EXIT_CODE, Watchdog
 from clip_train.schema import OnNonfinite
 
 if TYPE_CHECKING:
@@ -40,7 +40,14 @@ if TYPE_CHECKING:
     from clip_train.types import Batch
 
 OUTLIER_EVERY = 1000  # steps between two outliers that are shown
+STACKS_AFTER = 0.8  # of the seconds after which a collective fails
 REPLICAS_EVERY = 500  # steps between two comparisons of the ranks' weights
+
+
+class RecordEnd(Protocol):
+    """Writes `exit.json`."""
+
+    def __call__(self, *, code: int, reason: str) -> None: ...
 
 
 class RunHealth:
@@ -56,28 +63,33 @@ class RunHealth:
         exchange: what this rank waits for before a step.
         tokenizer: says how long an empty caption is.
         total_steps: length of the run.
+        record_end: writes down how the run ended, on rank 0.
     """
 
     def __init__(
         self, config: TrainConfig, *, run_dir: Path, world: World, model: CLIP, loss_fn: Loss,
         stream: BatchStream, exchange: StepExchange, tokenizer: Tokenizer, total_steps: int,
+        record_end: RecordEnd,
     ) -> None:  # fmt: skip
         self._config, self._run_dir, self._world, self._model = config, run_dir, world, model
         self._loss_fn, self._stream, self._exchange = loss_fn, stream, exchange
-        self._step = 0
+        self._step, self._record_end = 0, record_end
         self._doctor = Doctor(Facts.of(config, steps=total_steps))
         self._updates = UpdateRatio(model)
         self._gradients = GradientNorms()
         self._stragglers = Stragglers(world=world, exchange=exchange)
         self._gather_error: float | None = None  # until it is measured
+        self._saved = time.monotonic()
         self._outlier_told = -OUTLIER_EVERY
         self._empty_length = tokenizer.encode_padded("")[1]
         self._events = Events(run_dir, rank=world.rank)
         self._nonfinite = NonfiniteSteps(config.on_nonfinite, found=self._not_finite)
+        self._refused_at_save = 0  # updates, when the run was last saved
         self._compared = -1  # step at which the ranks' weights were last compared
         self._watchdog = Watchdog(
-            run_dir, rank=world.rank, ranks=world.size, seconds=config.watchdog_seconds, state=self._state,
-            loader=self._silence, on_hang=self._on_hang,
+            run_dir, rank=world.rank, ranks=world.size, seconds=config.watchdog_seconds,
+            stacks_after=STACKS_AFTER * config.distributed.timeout_seconds if world.size > 1 else None,
+            state=self._state, loader=self._silence, sign=lambda: stream.loader_rebuilds, on_hang=self._on_hang,
             on_silence=lambda message: self._events.warn("silent_loader", message, step=self._step),
         )  # fmt: skip
 
@@ -134,10 +146,11 @@ class RunHealth:
             self._events.warn("straggler", warning, step=self._step)
         return {
             "train/nonfinite_steps": self._nonfinite.total,
+            "perf/seconds_since_save": time.monotonic() - self._saved,
             **batch_measures(batch, empty_length=self._empty_length, world=self._world),
             **feature_measures(result.image_features, result.text_features),
             **self._updates.take(),
-            **self._rank_disagreement(result),
+            **self._over_ranks(result),
             **zscore,
             **times,
         }
@@ -152,15 +165,18 @@ class RunHealth:
         """Tell that something longer than a step begins, such as `an evaluation`; the next step ends it."""
         self._watchdog.entered(phase)
 
-    def before_save(self, step: int) -> None:
-        """Check what is about to be saved.
+    def before_save(self, step: int) -> bool:
+        """Check what is about to be saved; return whether no update was refused since the save before.
 
         Raises:
             IntegrityError: see `compare_replicas`.
         """
         self.entered("a save")
+        self._saved = time.monotonic()
         if self._compared != step:
             self.compare_replicas(step)
+        former, self._refused_at_save = self._refused_at_save, self._nonfinite.total
+        return former == self._refused_at_save
 
     def compare_replicas(self, step: int) -> None:
         """Check that all ranks hold the same weights.
@@ -192,22 +208,26 @@ class RunHealth:
         """
         self._nonfinite.judge(last=True)
 
-    def _rank_disagreement(self, result: StepResult) -> dict[str, float]:
-        """Return how far the ranks are apart where they should agree: norm of the gradient, and loss of a test batch.
+    def _over_ranks(self, result: StepResult) -> dict[str, float]:
+        """Return what loaders had to do again, and how far the ranks are apart where they should agree.
 
-        The gradients are averages, the same on all ranks even if each saw its own negatives only. Hence the test, once.
+        That is in the norm of the gradient, and in the loss of a test batch, taken once: gradients are averages, the
+        same on all ranks even if each saw its own negatives only.
         """
+        own = [result.grad_norm.item(), self._stream.loader_rebuilds, self._stream.transport_retries]
+        gathered = all_gather(torch.tensor([own]).double(), world=self._world, group=self._world.host_group)
+        norms, rebuilds, retries = gathered.unbind(1)
+        counts = {"data/loader_rebuilds": rebuilds.sum().item(), "data/transport_retries": retries.sum().item()}
         if self._world.size == 1:
-            return {}
+            return counts
         if self._gather_error is None:
             alone = self._config.build_loss(world=World(device=self._world.device))
             self._gather_error = gather_error(
                 self._loss_fn, alone=alone, world=self._world, embed_dim=self._model.config.embed_dim,
                 has_bias=self._model.logit_bias is not None,
             )  # fmt: skip
-        norms = all_gather(result.grad_norm.double().cpu()[None], world=self._world, group=self._world.host_group)
         apart = float((norms.max() - norms.min()) / norms.max()) if bool(norms.isfinite().all()) else 0.0
-        return {"health/rank_disagreement": max(apart, self._gather_error)}
+        return counts | {"health/rank_disagreement": max(apart, self._gather_error)}
 
     def _tell_outliers(self, outliers: list[Outlier]) -> None:
         """Note every outlier, and show one in so many steps."""
@@ -233,6 +253,8 @@ class RunHealth:
 
     def _on_hang(self, message: str) -> None:
         self._events.record("hang", message, step=self._step)
+        if self._world.is_main:
+            self._record_end(code=EXIT_CODE, reason=message)
         with suppress(Exception):  # nothing may keep a process that hangs from ending
             write_newest_collectives(self._run_dir / f"rank-{self._world.rank:03d}.collectives")
 

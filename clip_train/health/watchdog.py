@@ -36,20 +36,24 @@ class Watchdog:
         run_dir: gets `rank-NNN.stacks.txt`, the Python stacks of all threads.
         rank, ranks: who this is, and of how many.
         seconds: without a step that are too many; None never ends the process.
+        stacks_after: seconds without a step after which the stacks are written although the process goes on, as other
+            ranks may end it soon; None for never.
         state: what this rank is waiting for, called from the thread; lines of text.
         loader: what the loader is doing and for how many seconds this rank has waited for it; None while it does not.
+        sign: changes when something else than a step shows that the process lives.
         on_hang: told the message before the process ends.
         on_silence: told the message, once per wait, when the loader is silent for 30 s.
     """
 
     def __init__(
-        self, run_dir: Path, *, rank: int, ranks: int, seconds: float | None, state: Callable[[], list[str]],
-        loader: Callable[[], tuple[float, str] | None], on_hang: Callable[[str], object],
-        on_silence: Callable[[str], object],
+        self, run_dir: Path, *, rank: int, ranks: int, seconds: float | None, stacks_after: float | None,
+        state: Callable[[], list[str]], loader: Callable[[], tuple[float, str] | None], sign: Callable[[], object],
+        on_hang: Callable[[str], object], on_silence: Callable[[str], object],
     ) -> None:  # fmt: skip
         self._folder, self._rank, self._ranks = run_dir, rank, ranks
         self._path = run_dir / STACKS_NAME.format(rank)
-        self._seconds, self._state, self._loader = seconds, state, loader
+        self._seconds, self._stacks_after = seconds, stacks_after
+        self._state, self._loader, self._sign = state, loader, sign
         self._on_hang, self._on_silence = on_hang, on_silence
         self._look = min(LOOK_SECONDS, seconds / 10) if seconds else LOOK_SECONDS
         self._phase: str | None = "the first step"
@@ -57,6 +61,7 @@ class Watchdog:
         self._silent = 0.0  # seconds without a sign of life, as far as this process ran
         self._longest = 0.0  # step so far
         self._told = False  # that the loader is silent, in this wait
+        self._written = False  # the stacks, since the newest step
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._timer_file: Any = None
@@ -80,7 +85,7 @@ class Watchdog:
         """Tell that `step` steps are done."""
         if self._phase is None:
             self._longest = max(self._longest, self._silent)
-        self._step, self._phase, self._silent = step, None, 0.0
+        self._step, self._phase, self._silent, self._written = step, None, 0.0, False
 
     def entered(self, phase: str) -> None:
         """Tell that something longer than a step begins: an evaluation, a save. The next step ends it."""
@@ -93,12 +98,16 @@ class Watchdog:
         return self._seconds * LONG_PHASES if self._phase else max(self._seconds, SLOW_STEPS * self._longest)
 
     def _watch(self) -> None:
-        before = time.monotonic()
+        before, seen = time.monotonic(), self._sign()
         while not self._closed.wait(self._look):
             now = time.monotonic()
             self._silent += min(now - before, 2 * self._look)
             before = now
+            if (sign := self._sign()) != seen:
+                self._silent, seen = 0.0, sign
             self._watch_loader()
+            if self._stacks_after is not None and self._silent >= self._stacks_after and not self._phase:
+                self._write_stacks_once()
             if self._seconds is not None:
                 self._arm_timer()
                 if self._silent >= self.limit:
@@ -122,10 +131,18 @@ class Watchdog:
                 return  # a full disk: the stacks can still be shown
         faulthandler.dump_traceback_later(self.limit + 2 * GRACE_SECONDS, file=self._timer_file)
 
+    def _write_stacks_once(self) -> None:
+        if not self._written:
+            self._written = True
+            self._write_stacks([self._silence(), *self._state()])
+
+    def _silence(self) -> str:
+        where = f"in {self._phase}" if self._phase else f"after step {self._step}"
+        return f"rank {self._rank}: no sign of life for {self._silent:.0f} s {where}"
+
     def _end(self) -> None:
         faulthandler.dump_traceback_later(4 * GRACE_SECONDS, exit=True)  # if even the following gets stuck
-        where = f"in {self._phase}" if self._phase else f"after step {self._step}"
-        lines = [f"rank {self._rank}: no sign of life for {self._silent:.0f} s {where}", *self._state()]
+        lines = [self._silence(), *self._state()]
         self._write_stacks(lines)
         missing = self._silent_ranks()
         if missing:

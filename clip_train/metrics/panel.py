@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -58,7 +59,8 @@ class Panel:
             self.live.update(self._table(step, row, seconds_left))
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or step >= self.total_steps:
             self.last_line = time.monotonic()
-            say(" ".join([f"step {step}/{self.total_steps}", *self._phrases(row), f"ETA {duration(seconds_left)}"]))
+            phrases = [*self._phrases(row), *faults(row)]
+            say(" ".join([f"step {step}/{self.total_steps}", *phrases, f"ETA {duration(seconds_left)}"]))
 
     def close(self) -> None:
         """Leave the last state on the screen and give the terminal back."""
@@ -78,10 +80,11 @@ class Panel:
             f"data wait {100 * row['perf/data_wait']:.1f} %",
             f"memory {row['perf/memory_gib']:.1f} GiB",
             *([f"MFU {100 * row['perf/mfu']:.1f} %"] if "perf/mfu" in row else []),
+            *([f"slowest rank {row['perf/slowest_rank']:.2f}x"] if "perf/slowest_rank" in row else []),
         ]
 
     def _table(self, step: int, row: dict[str, float], seconds_left: float) -> Group:
-        loss, recall, scale, lr, rate, wait, memory, *mfu = self._phrases(row)
+        loss, recall, scale, lr, rate, wait, memory, *rest = self._phrases(row)
         head = Table.grid(padding=(0, 2))
         elapsed = duration(time.monotonic() - self.started)
         head.add_row(
@@ -93,8 +96,22 @@ class Panel:
         body = Table.grid(padding=(0, 3))
         body.add_row(Text(loss, style="cyan"), recall, scale, lr)
         waiting = Text(wait + (": raise data.workers" if slow else ""), style="yellow" if slow else "")
-        body.add_row(rate, waiting, memory, *(mfu or [""]))
-        return Group(head, body)
+        body.add_row(rate, waiting, memory, " ".join(rest))
+        found = faults(row)
+        saved = f"checkpoint {duration(row['perf/seconds_since_save'])} ago"
+        faulty = Text(" · ".join([*(found or ["no faults"]), saved]), style="yellow" if found else "")
+        return Group(head, body, faulty)
+
+
+def faults(row: Mapping[str, float]) -> list[str]:
+    """Return what went wrong so far and was survived, such as `17 bad samples`; nothing if nothing did."""
+    counts = {
+        "skipped steps": row.get("train/nonfinite_steps", 0),
+        "bad samples": sum(value for name, value in row.items() if name.startswith("data/bad_")),
+        "loader rebuilds": row.get("data/loader_rebuilds", 0),
+        "transport retries": row.get("data/transport_retries", 0),
+    }
+    return [f"{count:,.0f} {what}" for what, count in counts.items() if count]
 
 
 def duration(seconds: float) -> str:

@@ -18,12 +18,15 @@ class TransportError(Exception):
     """Bytes did not arrive, or not all of them, or not the right ones; another attempt may bring them."""
 
 
-def retry(attempt: Callable[[], _Result], *, first_wait: float) -> _Result:
+def retry(
+    attempt: Callable[[], _Result], *, first_wait: float, on_retry: Callable[[], object] | None = None
+) -> _Result:
     """Return what `attempt` returns, trying up to 5 more times while it raises `TransportError`.
 
     Args:
         attempt: what to do; its other errors pass through.
         first_wait: seconds before the second attempt; each later wait is twice as long.
+        on_retry: told before each wait.
 
     Raises:
         IntegrityError: the last attempt failed too; the message is its own.
@@ -32,6 +35,8 @@ def retry(attempt: Callable[[], _Result], *, first_wait: float) -> _Result:
         try:
             return attempt()
         except TransportError:
+            if on_retry is not None:
+                on_retry()
             time.sleep(wait)
     try:
         return attempt()

@@ -18,7 +18,7 @@ from clip_train.data.reader import ShardReader
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.tokenizer.bpe import ClipTokenizer
-from clip_train.tools.report import data_uri
+from clip_train.tools.report_pictures import data_uri
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

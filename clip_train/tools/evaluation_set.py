@@ -16,8 +16,8 @@ from clip_train.errors import UserError
 from clip_train.evaluation.classify.labelled_images import LabelledImages, open_labelled_images
 from clip_train.evaluation.classify.table import LABEL_COLUMNS
 from clip_train.evaluation.classify.table import TABLE_SUFFIXES as LABEL_TABLES
+from clip_train.evaluation.retrieve.annotations import open_annotations
 from clip_train.evaluation.retrieve.captioned_images import CaptionedImages, open_captioned_shards
-from clip_train.evaluation.retrieve.captions_file import open_captions_file
 
 if TYPE_CHECKING:
     from clip_train.data.sequential import ImageSource
@@ -45,7 +45,7 @@ def make_evaluation_set(
         if (classnames, templates) != ("auto", "auto"):
             raise UserError(f"{source} holds captions: --classnames and --templates mean nothing for it")
         captioned = (
-            open_captions_file(str(source), images=str(images) if images else None, split=split)
+            open_annotations(str(source), images=str(images) if images else None, split=split)
             if source.is_file()
             else open_captioned_shards(str(source), split=split)
         )

@@ -176,11 +176,12 @@ def _scores(folder: Path, *, step: int, averaged: bool) -> list[CardScore]:
     return [
         CardScore(
             evaluation=evaluation.name.removesuffix(EMA_SUFFIX) + ("" if evaluation in own else other),
-            metric=row.metric,
+            metric=f"{row.part}: {row.metric}" if row.part else row.metric,
             value=percent(row.value),
             interval=" – ".join(percent(end) for end in row.interval) if row.interval else "not measured",
             chance="not measured" if row.chance is None else percent(row.chance),
             num_items="not measured" if row.num_items is None else f"{row.num_items:,}",
+            verdict=row.verdict,
         )
         for evaluation in sorted(evaluations, key=lambda evaluation: evaluation not in own)
         for row in evaluation.scores

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import platform
 import time
@@ -12,27 +10,32 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
-from PIL import Image
 
+from clip_train.attempts import read_attempts
 from clip_train.config import parse_yaml
 from clip_train.errors import UserError
 from clip_train.evaluation.result import read_result
 from clip_train.evaluation.samples import ReportSamples, load_samples
+from clip_train.evaluation.table import MOST_PARTS
 from clip_train.metrics.panel import duration
 from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.charts import HEIGHT, WIDTH, Chart, compact, line_chart, show
 from clip_train.tools.confidence import read_confidence
+from clip_train.tools.report_pictures import data_uri, similarity_matrix
 
-HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1", "auroc")
+HEADLINE_METRICS = ("acc1", "lenient_mean_recall@1", "mean_recall@1", "text_acc", "jaccard", "auroc")
 METRIC_NAMES = {
     "acc1": "zero-shot accuracy",
     "acc5": "accuracy, right class among 5",
     "mean_per_class_recall": "mean per-class recall",
     "mean_recall@1": "mean recall@1",
     "lenient_mean_recall@1": "mean recall@1, equal captions count",
+    "text_acc": "right caption chosen",
+    "image_acc": "right picture chosen",
+    "acc": "right captions and pictures chosen",
+    "jaccard": "right pictures found (Jaccard)",
     "auroc": "known against foreign pictures (AUROC)",
     "aupr": "average precision (AUPR)",
     "fpr_at_95_tpr": "foreign pictures let in (FPR at 95 % TPR)",
@@ -57,6 +60,10 @@ class Score:
     interval: list[float] | None
     chance: float | None
     num_items: int | None
+    part: str = ""
+    """The tag of the items that it is about; empty: all of them."""
+    verdict: str = ""
+    """What the score means; empty where an evaluation leaves that to the reader."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +75,18 @@ class Evaluation:
     scores: list[Score]
     collapsed: str | None
     warnings: list[str]
+    notes: list[str]
     samples: ReportSamples | None
+
+    @property
+    def is_scorecard(self) -> bool:
+        """Its scores come with verdicts."""
+        return any(score.verdict for score in self.scores)
 
     @property
     def headline(self) -> Score | None:
         """The score that stands for the evaluation."""
-        by_metric = {score.metric: score for score in self.scores}
+        by_metric = {score.metric: score for score in self.scores if not score.part}
         return next((by_metric[m] for m in HEADLINE_METRICS if m in by_metric), None)
 
 
@@ -119,10 +132,12 @@ def write_report(run_dir: Path) -> Path:
         evaluations=evaluations,
         confidence=read_confidence(run_dir),
         metric_names=METRIC_NAMES,
-        matrices=[similarity_matrix(e) for e in evaluations if e.samples and len(e.samples.pair_pictures)],
+        matrices=[
+            similarity_matrix(e.samples, name=e.name) for e in evaluations if e.samples and len(e.samples.pair_pictures)
+        ],
         summary=[(key, value) for key in SUMMARY_KEYS if (value := OmegaConf.select(config, key)) is not None],
         config_text=text,
-        environment=describe_environment(),
+        environment=[*describe_attempts(run_dir), *describe_environment()],
         written=time.strftime("%Y-%m-%d %H:%M"),
         box=(WIDTH, HEIGHT),
     )
@@ -146,18 +161,10 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 def _read_evaluation(path: Path, *, step: int) -> Evaluation:
     content = read_result(path)
     extras = content.get("clip_train", {})
-    scores = [
-        Score(
-            evaluation=path.stem,
-            metric=metric,
-            value=value,
-            interval=extras.get("intervals", {}).get(metric),
-            chance=extras.get("chance", {}).get(metric),
-            num_items=extras.get("n"),
-        )
-        for metric, value in content["metrics"].items()
-        if value is not None
-    ]
+    scores = _read_scores(path.stem, {**extras, "metrics": content["metrics"]})
+    parts = extras.get("parts", {})
+    if len(parts) <= MOST_PARTS and "verdicts" not in extras:
+        scores += [score for tag, part in parts.items() for score in _read_scores(path.stem, part, tag=tag)]
     samples = path.with_suffix(".samples.json")
     return Evaluation(
         name=path.stem,
@@ -165,8 +172,26 @@ def _read_evaluation(path: Path, *, step: int) -> Evaluation:
         scores=scores,
         collapsed=extras.get("reason"),
         warnings=extras.get("warnings", []),
+        notes=extras.get("notes", []),
         samples=load_samples(samples) if samples.is_file() else None,
     )
+
+
+def _read_scores(evaluation: str, content: dict[str, Any], *, tag: str = "") -> list[Score]:
+    return [
+        Score(
+            evaluation=evaluation,
+            metric=metric,
+            value=value,
+            interval=content.get("intervals", {}).get(metric),
+            chance=content.get("chance", {}).get(metric),
+            num_items=content.get("n"),
+            part=tag,
+            verdict=content.get("verdicts", {}).get(metric, ""),
+        )
+        for metric, value in content["metrics"].items()
+        if value is not None
+    ]
 
 
 def judge(rows: list[dict[str, Any]], evaluations: list[Evaluation]) -> Verdict:
@@ -268,27 +293,6 @@ def evaluation_charts(rows: list[dict[str, Any]], evaluations: list[Evaluation])
     return [chart for chart in charts if chart]
 
 
-def similarity_matrix(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the matrix of held-out pairs: its cells' cosines and their place between the extremes, in [0, 1]."""
-    samples = evaluation.samples
-    assert samples is not None
-    cosines = samples.pair_cosines
-    low, high = float(cosines.min()), float(cosines.max())
-    best = cosines.argmax(axis=1)
-    shade = (cosines - low) / ((high - low) or 1)
-    return {
-        "name": evaluation.name,
-        "pictures": samples.pair_pictures,
-        "captions": samples.pair_captions,
-        "cosines": cosines.tolist(),
-        "shade": shade.round(3).tolist(),
-        "best": best.tolist(),
-        "low": low,
-        "high": high,
-        "on_diagonal": int((best == np.arange(len(best))).sum()),
-    }
-
-
 def describe_environment() -> list[tuple[str, str]]:
     """Return what the report was written with."""
     found = [("Python", platform.python_version()), ("system", f"{platform.system()} {platform.machine()}")]
@@ -300,18 +304,14 @@ def describe_environment() -> list[tuple[str, str]]:
     return found
 
 
-def data_uri(pixels: np.ndarray, size: int | None = None) -> str:
-    """Return uint8 [S, S, 3] as the address of an embedded PNG, or of a JPEG where that is smaller (photographs)."""
-    image = Image.fromarray(pixels)
-    if size:
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    encoded = []
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
-        buffer = io.BytesIO()
-        image.save(buffer, format=kind, **options)
-        encoded.append((len(buffer.getvalue()), kind, buffer.getvalue()))
-    _, kind, content = min(encoded)
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+def describe_attempts(run_dir: Path) -> list[tuple[str, str]]:
+    """Return what the run has cost so far, over all its restarts: device-hours and attempts."""
+    attempts = read_attempts(run_dir)
+    if not attempts:
+        return []
+    devices = " + ".join(sorted({attempt.device for attempt in attempts}))
+    hours = sum(attempt.device_hours for attempt in attempts)
+    return [("attempts", f"{len(attempts):,}"), (f"{devices} hours of all ranks", f"{hours:,.2f}")]
 
 
 def _share(value: float | None) -> str:

@@ -77,7 +77,7 @@ def save_together(run_dir, *, step: int) -> list[str]:
             texts={"train_state.json": b"{}"} if world.is_main else {}, is_shared=True, num_bytes=4 * ROWS,
         )  # fmt: skip
         try:
-            commits.commit(snapshot)
+            commits.commit(snapshot, healthy=True)
         except PowerLoss as error:
             losses.append(error)
 

@@ -6,6 +6,7 @@ import pytest
 
 from clip_train.checkpoint.best import best_checkpoint
 from clip_train.checkpoint.config import CheckpointConfig
+from clip_train.checkpoint.last_good import read_last_good
 from clip_train.checkpoint.retention import list_checkpoints, step_of
 from clip_train.errors import UserError
 from tests.checkpoint.parts import open_fixed, save_steps
@@ -147,3 +148,39 @@ def test_a_run_without_a_best_says_how_to_get_one(tmp_path):
     save_steps(tmp_path, 1)
     with pytest.raises(UserError, match=r"no best checkpoint.*checkpoint.best=EVALUATION/METRIC"):
         best_checkpoint(tmp_path)
+
+
+def test_the_last_checkpoint_that_training_went_on_from_in_good_health_stays(tmp_path):
+    checkpointer, part = open_fixed(tmp_path)
+    seen = []
+    with checkpointer:
+        for step, healthy in enumerate([True, True, True, False, False, False, True], start=1):
+            part.fill(step)
+            checkpointer.save(step=step, consumed=step, config_yaml="", healthy=healthy)
+            good = read_last_good(tmp_path)
+            seen.append(good and step_of(good))
+    assert seen == [None, 1, 2, 2, 2, 2, 6]
+    assert steps_on_disk(tmp_path) == [6, 7]
+
+
+def test_a_resumed_run_makes_its_start_the_last_good_one_at_its_first_healthy_save(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    checkpointer, _ = open_fixed(tmp_path)
+    with checkpointer:
+        checkpointer.resume("auto")
+        checkpointer.save(step=3, consumed=3, config_yaml="", healthy=False)
+        assert step_of(read_last_good(tmp_path)) == 1
+        checkpointer.resume("auto")
+        checkpointer.save(step=4, consumed=4, config_yaml="")
+    assert step_of(read_last_good(tmp_path)) == 3
+
+
+def test_a_damaged_note_of_the_last_good_one_is_named_and_costs_no_checkpoint(tmp_path):
+    lines = []
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "last_good.json").write_text("{")
+    checkpointer, _ = open_fixed(tmp_path, lines=lines)
+    with checkpointer:
+        checkpointer.save(step=3, consumed=3, config_yaml="", healthy=False)
+    assert "last_good.json: unreadable" in lines[0]
+    assert steps_on_disk(tmp_path) == [1, 2, 3]

@@ -39,3 +39,11 @@ def test_a_note_of_another_process_is_seen():
     process.start()
     process.join()
     assert "1 of 2 workers reading source2/00007.tar" in activity.describe(names)
+
+
+def test_retries_of_all_processes_add_up():
+    activity = Activity(3)
+    for worker, number in ((0, 2), (2, 1), (2, 4), (1, 0)):
+        activity.count_retries(number, worker=worker)
+    assert activity.retries == 7
+    assert activity.describe(names) == "3 of 3 workers starting"

@@ -32,6 +32,7 @@ def test_the_proposed_micro_batch(rows, size, fixed, peak, capacity, expected):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_runs_out_of_memory_says_what_fits_and_that_fits(scenes, tmp_path, monkeypatch):  # noqa: F811
     forward = CLIP.forward
 

@@ -62,6 +62,7 @@ def copies(world, cases):
     return found
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_one_of_two_ranks_is_found_and_the_tensor_named():
     digests = [hashlib.sha256(bytes([i])).digest() for i in range(4)]
     cases = [(d[0] % 2, d[1] % 128, d[2] % 31) for d in digests]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from clip_train.data.scenes.write import write_scenes
+from clip_train.exit_record import read_exit
 from clip_train.health.events import read_events
 from tests.test_train import losses, overrides, start
 
@@ -47,6 +48,7 @@ def test_a_run_whose_loader_hangs_ends_with_70_and_says_where_it_stood(scenes, t
     _, said = run.communicate(timeout=240)
     assert run.returncode == 70, said
     assert "no batch for" in said and "1 of 1 workers" in said, said
+    assert read_exit(tmp_path).code == 70
     stacks = (tmp_path / "rank-000.stacks.txt").read_text()
     assert "data/workers.py" in stacks and "in next" in stacks
     (event,) = [event for event in read_events(tmp_path) if event["kind"] == "hang"]

@@ -17,10 +17,11 @@ import sys, threading, time
 from pathlib import Path
 from clip_train.health.watchdog import Watchdog
 
-rank, ranks, seconds = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+rank, ranks, seconds, stacks_after = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])
 dog = Watchdog(
-    Path(sys.argv[1]), rank=rank, ranks=ranks, seconds=seconds, state=lambda: ["waiting for Godot"],
-    loader=lambda: None, on_hang=lambda message: print("told:", message, flush=True), on_silence=print,
+    Path(sys.argv[1]), rank=rank, ranks=ranks, seconds=seconds, stacks_after=stacks_after or None,
+    state=lambda: ["waiting for Godot"], loader=lambda: None, sign=lambda: None,
+    on_hang=lambda message: print("told:", message, flush=True), on_silence=print,
 )
 
 def wait_for_godot():
@@ -31,10 +32,12 @@ with dog:
 """
 
 
-def start(folder: Path, body: str, *, rank: int = 0, ranks: int = 1, seconds: float) -> subprocess.Popen:
+def start(
+    folder: Path, body: str, *, rank: int = 0, ranks: int = 1, seconds: float, stacks_after: float = 0
+) -> subprocess.Popen:
     script = SCRIPT + textwrap.indent(textwrap.dedent(body), "    ")
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(folder), str(rank), str(ranks), str(seconds)],
+        [sys.executable, "-c", script, str(folder), *map(str, (rank, ranks, seconds, stacks_after))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())},
     )  # fmt: skip
 
@@ -96,9 +99,42 @@ def test_native_code_that_keeps_the_interpreter_leaves_its_stack(tmp_path):
     assert "in keep_the_interpreter" in path.read_text()
 
 
+@pytest.mark.slow
+def test_the_stacks_are_written_before_a_collective_gives_up_and_the_process_goes_on(tmp_path):
+    body = """
+    def slow_step():
+        time.sleep(2)
+    slow_step()
+    dog.stepped(2)
+    print("done")
+    """
+    process = start(tmp_path, body, seconds=30, stacks_after=0.5)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out == "done\n"
+    stacks = (tmp_path / "rank-000.stacks.txt").read_text()
+    assert "in slow_step" in stacks and stacks.count("waiting for Godot") == 1
+
+
+def test_a_loader_that_is_rebuilt_is_a_sign_of_life(tmp_path):
+    looks = []
+
+    def sign():
+        looks.append(watchdog._silent)
+        if len(looks) > 6:
+            watchdog._closed.set()
+        return len(looks) > 4
+
+    watchdog, _ = dog(tmp_path, seconds=None, sign=sign)
+    watchdog._look = 0.01
+    watchdog._watch()
+    # The fifth look sees the rebuild; from the sixth on the silence counts anew.
+    assert 0 < looks[2] < looks[3] < looks[4]
+    assert looks[5] < looks[4]
+
+
 def dog(tmp_path, **changes):
     said = []
-    chosen = {"seconds": 10.0, "loader": lambda: None, **changes}
+    chosen = {"seconds": 10.0, "stacks_after": None, "loader": lambda: None, "sign": lambda: 0, **changes}
     watchdog = Watchdog(tmp_path, rank=3, ranks=4, state=list, on_hang=said.append, on_silence=said.append, **chosen)
     return watchdog, said
 

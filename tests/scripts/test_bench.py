@@ -1,6 +1,7 @@
 """The benchmarks run, compare like with like, and count what they say."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -108,3 +109,20 @@ def run(script, *flags, out):
     command = [sys.executable, str(SCRIPTS / script), *flags, f"--json={out}"]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(out.read_text())["rows"]
+
+
+@pytest.mark.slow
+def test_both_sides_make_the_same_zero_shot_classifier(tmp_path):
+    peers = [p for p in os.environ.get("CLIP_TRAIN_VERIFY_PYTHONS", "").split(":") if p]
+    if not peers:
+        pytest.skip("CLIP_TRAIN_VERIFY_PYTHONS names no Python with clip-benchmark")
+    subprocess.run(
+        [
+            sys.executable, SCRIPTS / "bench_prompts.py", "--model", "tiny", "--classes", "3", "--rounds", "1",
+            "--threads", "1", "--peer-python", peers[0], "--json", tmp_path / "x.json",
+        ],
+        check=True,
+    )  # fmt: skip
+    (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert row["prompts"] == 240 and row["max_difference"] < 1e-5
+    assert row["ratio"]["median"] == pytest.approx(row["seconds"]["clip_benchmark"][0] / row["seconds"]["ours"][0])

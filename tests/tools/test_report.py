@@ -10,6 +10,7 @@ import pytest
 
 from clip_train.calibration import CALIBRATION_FILE, write_calibration
 from clip_train.errors import UserError
+from clip_train.evaluation.result import EvaluationResult, Part, write_result
 from clip_train.evaluation.samples import load_samples, save_samples
 from clip_train.tools.report import judge, read_evaluations, write_report
 from tests.test_calibration import BOTH
@@ -84,6 +85,50 @@ def test_scores_stand_beside_chance_and_the_loss_beside_guessing(tmp_path):
     assert "chance 5 %" in text
     assert "guessing 5.55" in text
     assert "step 2,000 of 2,000" in text
+
+
+def test_a_scorecard_is_a_section_of_its_own_with_verdicts_and_no_headline(tmp_path):
+    _, before = parse(write_report(write_run(tmp_path)))
+    assert "Known pitfalls Not measured." in before
+    result = EvaluationResult(
+        task="pitfall_scorecard",
+        num_items=600,
+        metrics={"control": 0.98, "binding": 0.51},
+        chance={"control": 1 / 24, "binding": 0.5},
+        intervals={"control": (0.97, 0.99), "binding": (0.47, 0.55)},
+        verdicts={"control": "sees these drawings", "binding": "pitfall: no better than guessing"},
+        notes=["control: <b>97 %</b> elsewhere"],
+    )
+    write_result(result, tmp_path / "evaluation" / "step-00002000" / "scorecard.json", dataset="scorecard", model="m")
+    page, text = parse(write_report(tmp_path))
+    section = text.split("Known pitfalls")[1].split("Training Over")[0]
+    assert "600 questions a row" in section and "Not measured" not in section
+    assert "binding 51.0 47.0 – 55.0 50.0 pitfall: no better than guessing" in section
+    assert "<b>97 %</b> elsewhere" in section
+    assert "binding" not in text.split("Known pitfalls")[0]
+    assert ("span", {"class": "mark bad"}) in page.tags
+
+
+def test_parts_of_a_set_follow_its_scores_and_are_no_headline(tmp_path):
+    write_run(tmp_path)
+    parts = {
+        name: Part(num_items=n, metrics={"text_acc": value}, chance={"text_acc": 0.5}, intervals={"text_acc": (0.1, 1)})
+        for name, n, value in (("add_att", 30, 0.625), ("swap_obj", 20, 0.25))
+    }
+    result = EvaluationResult(
+        task="image_caption_selection",
+        num_items=50,
+        metrics={"text_acc": 0.475},
+        chance={"text_acc": 0.5},
+        intervals={"text_acc": (0.3, 0.6)},
+        parts=parts,
+    )
+    write_result(result, tmp_path / "evaluation" / "step-00002000" / "crepe.json", dataset="crepe", model="m")
+    _, text = parse(write_report(tmp_path))
+    assert "right caption chosen 47.5 30.0 – 60.0 50.00 50 " in text
+    assert "add_att: right caption chosen 62.5 10.0 – 100.0 50.00 30 swap_obj: right caption chosen 25.0" in text
+    (crepe,) = (e for e in read_evaluations(tmp_path / "evaluation") if e.name == "crepe")
+    assert crepe.headline.value == 0.475
 
 
 def test_every_curve_of_training_and_of_evaluation_is_drawn(tmp_path):
@@ -162,3 +207,13 @@ def test_a_collapsed_or_lucky_result_is_no_success(tmp_path):
     assert (verdict.kind, verdict.text) == ("bad", "Collapsed on shapes: mean cosine too high.")
     _, text = parse(write_report(tmp_path))
     assert "mean cosine too high" in text
+
+
+def test_what_all_attempts_together_have_cost_is_shown(tmp_path):
+    run = write_run(tmp_path)
+    assert "hours of all ranks" not in parse(write_report(run))[1]
+    attempt = {"host": "a", "world": 4, "device": "cuda", "first_step": 0, "launch_id": "x", "last_step": 9, "code": 85}
+    times = [("2026-11-21T10:00:00+00:00", "2026-11-21T11:30:00+00:00"), ("2026-11-21T12:00:00+00:00",) * 2]
+    lines = [json.dumps({"start": start, "end": end, **attempt}) for start, end in times]
+    (run / "attempts.jsonl").write_text("\n".join(lines) + "\n")
+    assert "attempts2cudahoursofallranks6.00" in parse(write_report(run))[1].replace(" ", "")

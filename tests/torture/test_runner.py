@@ -62,6 +62,6 @@ def test_rows_are_chosen_by_number_or_part():
 
 
 @pytest.mark.slow
-def test_the_first_case_of_every_row_passes(tmp_path):
-    failed = {row.key: o.error for row in find_rows() for o in row.run(0, 1, 0) if o.error}
+def test_the_first_case_of_every_row_of_many_passes():
+    failed = {row.key: o.error for row in find_rows() if row.nightly > 1 for o in row.run(0, 1, 0) if o.error}
     assert not failed, json.dumps(failed, indent=1)

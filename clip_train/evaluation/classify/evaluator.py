@@ -40,9 +40,8 @@ ABLATIONS = ("simple", "single")
 class Classify(Evaluator):
     """Accuracy among all classes of a labelled set: acc1, acc5 (from five classes on), mean per-class recall and F1.
 
-    Where an image may belong to several classes, the mean average precision.
-
-    Templates that hold OpenAI's seven or the single one are also scored with only these: the template ablation.
+    Where an image may belong to several classes, the mean average precision. Templates that hold OpenAI's seven or the
+    single one are also scored with only these: the template ablation.
 
     Args:
         images: the labelled set, the same on every rank.
@@ -71,7 +70,7 @@ class Classify(Evaluator):
                 }
         result.predictions, result.collapsed = {**found, "label": images.labels}, collapsed
         result.warnings += images.warnings
-        result.details |= {"templates": len(images.templates), "classes": len(names)}
+        result.details |= {"templates": max(self._prompts.counts), "classes": len(names)}
         return result
 
     def samples(self, result: EvaluationResult, *, size: int) -> ReportSamples:

@@ -18,6 +18,7 @@ from clip_train.evaluation.features import (
     tokenize_texts,
 )
 from clip_train.evaluation.prompts.files import Templates, prompts_of
+from clip_train.evaluation.prompts.memo import memo_key, recall, remember
 
 if TYPE_CHECKING:
     from clip_train.distributed.world import World
@@ -63,19 +64,27 @@ def build_ensembles(
 ) -> list[ZeroShotClassifier]:
     """Return the classifier of all prompts and, from the same features, those of only some templates.
 
+    Large ones are remembered by hashes (`memo.py`): sets with the same classes and weights share them.
+
     Args:
         model: with its text tower.
         prompts: of `tokenize_prompts`.
         world: the ranks.
         parts: places of the templates of each further classifier.
     """
+    tokens, layout = prompts.texts.tokens, (prompts.texts.rows, torch.tensor(prompts.counts), prompts.rows)
+    key = memo_key(model, tokens=tokens, layout=layout, parts=parts, world=world)
+    if (known := recall(model, key)) is not None:
+        return known
     texts = encode_texts(model, prompts.texts, world=world)
     per_class = texts.features[texts.rows].split(prompts.counts)  # U times [P, D]
     rows = prompts.rows.to(world.device)
-    return [
+    ensembles = [
         ZeroShotClassifier(
             F.normalize(torch.stack([(own if part is None else own[list(part)]).mean(dim=0) for own in per_class])),
             rows,
         )
         for part in (None, *parts)
     ]
+    remember(model, key, ensembles)
+    return ensembles

@@ -161,7 +161,8 @@ def _note_of_negation(items: Sequence[Choice], cosines: Sequence[np.ndarray]) ->
     absent = np.array(["absent" in item.tags for item in items])
     share_absent, share_present = (100 * np.mean(np.array(says_no)[mask]) for mask in (absent, ~absent))
     return (
-        f"prefers `no` to {share_absent:.1f} % where the object is absent, to {share_present:.1f} % where it is there"
+        f"the caption with `no` is preferred in {share_absent:.1f} % of the pictures without the object, in "
+        f"{share_present:.1f} % of those with it"
     )
 
 

@@ -35,6 +35,8 @@ class CardScore:
     interval: str
     chance: str
     num_items: str
+    verdict: str = ""
+    """What the score means; only a scorecard's have one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,8 @@ def model_card(
         architecture=_architecture(config),
         data=_data(run),
         recipe=[(key, value) for key in RECIPE_KEYS if (value := _select(run, key)) is not None],
-        scores=provenance.scores,
+        scores=[score for score in provenance.scores if not score.verdict],
+        pitfalls=[score for score in provenance.scores if score.verdict],
         calibration=calibration,
         diagram=DIAGRAM_FILE,
         main_score=RejectScore.max_cosine,

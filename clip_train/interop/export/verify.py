@@ -138,7 +138,7 @@ def find_libraries(pythons: Sequence[Path]) -> dict[Target, tuple[Path, str]]:
                 capture_output=True, text=True, check=True, timeout=TIMEOUT_SECONDS, env=isolated_environment(),
             )  # fmt: skip
         except (OSError, subprocess.SubprocessError) as error:
-            raise UserError(f"--verify-python {python}: it does not run as a Python ({error})") from error
+            raise UserError(f"{python} does not run as a Python ({error})") from error
         for name, version in json.loads(done.stdout).items():
             owners.setdefault(Target(name), (python, version))
     return owners

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import sys
 import tempfile
 import time
 import traceback
@@ -23,7 +24,7 @@ from clip_train.tools.selftest.saves import check_crashes, check_damage, check_f
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NAME_WIDTH = 76
+WIDTH_IN_A_FILE = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ def selftest(*, seed: int | None, keep: Path | None) -> int:
         keep: folder for what the checks write, instead of one that is deleted.
     """
     seed = time.time_ns() % 10**6 if seed is None else seed
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_IN_A_FILE)
     table = Table(title=f"clip-train {clip_train.__version__}, torch {torch.__version__}, {platform.platform()}")
     for heading in ("#", "check", "result", "seconds"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")

@@ -46,6 +46,7 @@ def make(num_known, *, world=None, lexicon=("zebra", "Cat", "stone", "bread"), *
     setting = Setting(
         world=world,
         tokenizer=ToyTokenizer(),
+        image_size=4,
         read=lambda source: lambda: toy_batches(source.pixels, world=world, **{"batch_size": 4, **reader}),
     )
     return Reject(images, foreign=foreign, lexicon=lexicon, setting=setting, data="toys"), images, foreign
@@ -138,7 +139,7 @@ def test_a_collapsed_model_gets_a_reason_and_no_score():
 def test_sets_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "classes" / "cat").mkdir(parents=True)
     (tmp_path / "classes" / "cat" / "a.png").write_bytes(b"")
-    setting = Setting(world=World(), tokenizer=ToyTokenizer(), read=lambda source: lambda: iter(()))
+    setting = Setting(world=World(), tokenizer=ToyTokenizer(), image_size=4, read=lambda source: lambda: iter(()))
     cases = [
         ({}, "at least two classes"),
         ({"foreign": {"music": "generated"}}, "only blank, noise, text, shapes can be generated"),

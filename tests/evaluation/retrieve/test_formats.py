@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clip_train.errors import IntegrityError, UserError
+from clip_train.evaluation.retrieve.annotations import open_annotations
 from clip_train.evaluation.retrieve.captioned_images import open_captioned_shards
-from clip_train.evaluation.retrieve.captions_file import open_captions_file
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.evaluation.retrieve.evaluator import score
 from clip_train.evaluation.retrieve.ranking import Ranks
@@ -17,7 +17,7 @@ CAPTIONS = {"a.jpg": ["a cup", "an old cup, chipped", "a cup"], "b.jpg": ["a boa
 
 
 def opened(path, *, split="test", images=None):
-    found = open_captions_file(str(path), images=images, split=split)
+    found = open_annotations(str(path), images=images, split=split)
     assert all(found.source.read(i) for i in range(len(found.source)))
     captions = {found.source.key(i): [] for i in range(len(found.source))}
     for caption, i in zip(found.captions, found.owner.tolist(), strict=True):
@@ -87,7 +87,7 @@ def test_wrong_files_are_refused_by_name(pictures):
     (pictures / "x.csv").write_text("path,caption\na.jpg,\n")
     with pytest.raises(IntegrityError, match=r"a\.jpg has no caption"):
         opened(pictures / "x.csv")
-    for fields in ({}, {"shards": "x", "captions": "y"}):
+    for fields in ({}, {"shards": "x", "annotations": "y"}):
         with pytest.raises(UserError, match=r"give one of evaluation\.retrieve\.shards="):
             RetrieveConfig(**fields)
 

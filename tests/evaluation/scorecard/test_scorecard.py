@@ -53,7 +53,7 @@ def test_a_model_that_knows_everything_has_full_marks(cards):
     assert (
         "answer in 0.0 % (0.0 % if it were not read); words alone are read in 100.0 %" in found["rendered_words"].note
     )
-    assert "`no` to 100.0 % where the object is absent, to 0.0 %" in found["negation"].note
+    assert "in 100.0 % of the pictures without the object, in 0.0 % of" in found["negation"].note
 
 
 def test_a_model_that_sees_nothing_is_never_right_on_choices_and_never_certain(cards):

@@ -84,7 +84,7 @@ def test_tensors_come_back_bit_for_bit_from_the_folder_and_the_archive(model, so
 
 def test_what_was_not_measured_reads_so(exported):
     card = (exported / "README.md").read_text()
-    for heading in ("Training data", "Recipe", "Metrics", "Calibration", "Verification"):
+    for heading in ("Training data", "Recipe", "Metrics", "Known pitfalls", "Calibration", "Verification"):
         section = card.split(f"## {heading}\n")[1].split("\n## ")[0]
         assert section.strip().startswith("not measured"), heading
     assert 'getattr(f, "pooler_output", f)' in card
@@ -97,12 +97,16 @@ def test_the_card_has_the_recipe_and_scores_of_these_weights_before_those_of_the
     for step, name, top in ((4, "shapes", 1), (5, "shapes", 0), (4, "shapes_ema", 0), (5, "shapes_ema", 1)):
         result = score(np.zeros(8, dtype=np.int64), np.full((8, 1), top), num_classes=2)
         write_result(result, run / "evaluation" / f"step-0000000{step}" / f"{name}.json", dataset="shapes", model="m")
+    judged = score(np.zeros(8, dtype=np.int64), np.zeros((8, 1), dtype=np.int64), num_classes=2)
+    judged.verdicts = {metric: f"pitfall: {metric}" for metric in judged.metrics}
+    write_result(judged, run / "evaluation" / "step-00000005" / "scorecard.json", dataset="scorecard", model="m")
     assert export(run, weights="raw") == 0
     card = (run / "export" / "README.md").read_text()
     assert "from run, step 5, weights `raw`" in card
     assert "| `steps` | 5 |" in card
     own = "| shapes | acc1 | 100.00 % | 67.56 % – 100.00 % | 50.00 % | 8 |"
     assert card.index(own) < card.index("| shapes, moving average | acc1 | 0.00 %")
+    assert "| acc1 | 100.00 % | 67.56 % – 100.00 % | 50.00 % | pitfall: acc1 |" in card.split("## Known pitfalls")[1]
     assert export(run / "export", out=tmp_path / "again") == 0
     assert (tmp_path / "again" / "README.md").read_text().split("## Use")[0] == card.split("## Use")[0]
     assert export(run, weights="ema") == 0

@@ -18,14 +18,14 @@ from clip_train.evaluation.retrieve.captioned_images import CaptionedImages, cap
 _LINE = re.compile(r"(.+?\.(?:jpe?g|png|webp)),(.*)", re.IGNORECASE)
 
 
-def open_captions_file(captions: str, *, images: str | None, split: str) -> CaptionedImages:
+def open_annotations(annotations: str, *, images: str | None, split: str) -> CaptionedImages:
     """Open the images that a file lists; the arguments are the fields of `RetrieveConfig`.
 
     Raises:
         UserError: the file is none of the known kinds, or cannot be read.
         IntegrityError: an image has no caption.
     """
-    path = Path(captions).expanduser()
+    path = Path(annotations).expanduser()
     folder = Path(images).expanduser() if images is not None else None
     options = InputOptions(images=folder, keep_repeats=True)
     suffix = path.suffix.lower()
@@ -41,7 +41,7 @@ def open_captions_file(captions: str, *, images: str | None, split: str) -> Capt
             rows = _karpathy(document, split=split, path=path)
             pairs = pairs_of_rows(rows, images=folder or path.parent, keep_repeats=True)
     else:
-        raise UserError(f"captions={captions} must be a .json, a .txt or a table ({', '.join(TABLE_SUFFIXES)})")
+        raise UserError(f"annotations={annotations} must be a .json, a .txt or a table ({', '.join(TABLE_SUFFIXES)})")
     source = FileImages([pair.image.path for pair in pairs], folder=folder or path.parent)
     return captioned_images(source, [[str(caption) for caption in pair.captions] for pair in pairs])
 

@@ -1,0 +1,31 @@
+"""Targets that a command of the project shows by itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.torture.row import Row, each
+
+ROOT = Path(__file__).parents[2]
+
+
+def succeeds(*arguments: str) -> None:
+    """Run Python with these arguments from the root of the project."""
+    ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, f"{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
+
+
+ROWS = [
+    Row(
+        number=16,
+        text="200,000 samples, some damaged: memory grows by less than 2 MB per process, no open file is left",
+        nightly=1,
+        run=each(lambda seed: succeeds("scripts/check_memory.py")),
+    ),
+    Row(
+        number=18,
+        text="clip-train selftest reliability",
+        nightly=1,
+        run=each(lambda seed: succeeds("-m", "clip_train", "selftest", "reliability", "--seed", str(seed))),
+    ),
+]
