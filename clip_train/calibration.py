@@ -86,7 +86,7 @@ class Rejection:
     num_tested: int
     num_foreign: Mapping[str, int]
     templates: Sequence[str] | None
-    """What the labels were put into; None if each had prompts of its own."""
+    """What the labels were put into, with `{}` for the label; None if each had prompts of its own."""
     prompts_sha256: str
     """Of all prompts, see `hash_prompts`: the scores but `max_cosine` hold for exactly these."""
     date: str

@@ -51,6 +51,9 @@ class StandinCLIP(nn.Module):
         x = images.to(self.conv1.weight.dtype).flatten(1) / 255 - 0.5
         return F.normalize(self.visual(self.conv1(x)).to(self.logit_scale.dtype), dim=-1)
 
+    def pool_image(self, images):
+        return self.encode_image(images)
+
     def encode_text(self, tokens):
         x = self.transformer(self.token_embedding(tokens) + self.positional_embedding)
         return F.normalize(x.mean(1).to(self.logit_scale.dtype), dim=-1)

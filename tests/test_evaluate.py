@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -12,12 +14,14 @@ from torch.distributed.tensor import distribute_tensor
 import clip_train
 from clip_train.calibration import CALIBRATION_FILE, read_calibration
 from clip_train.config import load
+from clip_train.data.scenes.foreign import Foreign, draw_foreign
+from clip_train.data.scenes.write import write_scenes
 from clip_train.distributed.parallel import parallelize
 from clip_train.distributed.shards import is_sharded, whole
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.evaluate import keep_calibration, keep_calibration_of_training, run_evaluations
-from clip_train.evaluation.result import EvaluationResult, write_result
+from clip_train.evaluation.result import EvaluationResult, two_halves, write_result
 from clip_train.model.zoo import create_model
 from clip_train.optim.ema import Ema
 from tests.evaluation.classify.test_classify import make
@@ -29,6 +33,7 @@ from tests.test_calibration import REJECTION, TEMPERATURE
 
 IMAGES = 22
 VOCABULARY = {"vocab_size": 1000}  # the toy tokenizer's
+FEW_WORDS = {"width": 64, "heads": 1, "layers": 1, **VOCABULARY}
 DECAY = 0.25
 
 
@@ -125,7 +130,7 @@ def confident_result(folder, name, **parts):
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_after_training_the_calibration_of_what_load_loads_is_kept_with_the_run(tmp_path, averaged):
-    live, average = (files.small_model(seed=seed) for seed in (1, 2))
+    live, average = (files.small_model(seed=seed, text=FEW_WORDS) for seed in (1, 2))
     write_run(tmp_path, live, ema=average if averaged else None)
     folder = tmp_path / "evaluation" / "step-00000005"
     confident_result(folder, "calibrate", temperature=TEMPERATURE)
@@ -142,7 +147,7 @@ def test_after_training_the_calibration_of_what_load_loads_is_kept_with_the_run(
 
 
 def test_a_run_without_such_evaluations_gets_no_calibration(tmp_path):
-    write_run(tmp_path, files.small_model())
+    write_run(tmp_path, files.small_model(text=FEW_WORDS))
     confident_result(tmp_path / "evaluation" / "step-00000005", "val")
     keep_calibration_of_training(tmp_path, names=["val", "calibrate"])
     keep_calibration_of_training(tmp_path / "none", names=["val"])
@@ -150,7 +155,7 @@ def test_a_run_without_such_evaluations_gets_no_calibration(tmp_path):
 
 
 def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tmp_path):
-    write_run(tmp_path, files.small_model(seed=1))
+    write_run(tmp_path, files.small_model(seed=1, text=FEW_WORDS))
     confident_result(tmp_path, "calibrate", temperature=TEMPERATURE)
     confident_result(tmp_path, "reject", rejection=REJECTION)
 
@@ -163,5 +168,37 @@ def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tm
     both = keep("reject")
     assert (both.temperature, both.rejection) == (TEMPERATURE, REJECTION)
     shutil.rmtree(tmp_path / "checkpoints")
-    write_run(tmp_path, files.small_model(seed=2))
+    write_run(tmp_path, files.small_model(seed=2, text=FEW_WORDS))
     assert keep("reject").temperature is None
+
+
+@pytest.mark.slow
+def test_the_commands_measure_a_threshold_and_answer_unknown_below_it(tmp_path):
+    model = files.small_model()
+    step_(model)  # fresh weights map all pictures to nearly one point
+    write_run(tmp_path / "run", model)
+    write_scenes(tmp_path / "scenes", num_train=1, num_val=1, seed=0)
+    draw_foreign(Foreign.noise, 0, seed=9, image_size=64).save(tmp_path / "noise.png")
+
+    def clip_train_(*words):
+        command = [sys.executable, "-m", "clip_train", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    classes = f"{tmp_path}/scenes/classes"
+    printed = clip_train_(
+        "evaluate", "checkpoint=run", "evaluation=[scenes_reject,scenes_calibrate]", "device=cpu",
+        f"evaluation.scenes_reject.root={classes}", f"evaluation.scenes_calibrate.root={classes}",
+    )  # fmt: skip
+    assert "scenes_reject: threshold max_cosine" in printed
+    assert "scenes_calibrate: temperature" in printed
+    kept = read_calibration(tmp_path / "run" / CALIBRATION_FILE)
+    found = np.load(tmp_path / "run" / "evaluation" / "scenes_reject.npz")
+    threshold = kept.rejection.thresholds["max_cosine"]
+    assert (found["known_max_cosine"][two_halves(800)[0]] >= threshold).mean() == pytest.approx(0.95)
+    answers = clip_train_("classify", "noise.png", "--model", "run", "--labels", "red circle,blue ring", "--json")
+    row = json.loads(answers)
+    cosine = row["labels"][0]["cosine"]
+    assert (row["answer"] == "unknown") == (cosine < threshold)
+    stricter = clip_train_("classify", "noise.png", "--model", "run", "--labels", "red circle", "--json",
+                           "--min-similarity", "1")  # fmt: skip
+    assert json.loads(stricter)["answer"] == "unknown"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from clip_train.checkpoint.best import BEST_NAME, read_best
+from clip_train.checkpoint.last_good import LAST_GOOD_NAME, read_last_good
 from clip_train.checkpoint.load import find_checkpoint, newest_verified
 from clip_train.checkpoint.manifest import Manifest
 from clip_train.checkpoint.retention import checkpoint_path, list_checkpoints, set_aside
@@ -87,5 +89,10 @@ def _newest_from(run_dir: Path, *, origin: str, say: Say) -> Path | None:
 
 def _set_aside(run_dir: Path, *, newer_than: int, say: Say) -> None:
     folder = set_aside(run_dir, newer_than=newer_than)
-    if folder is not None:
-        say(f"moved {len(list(folder.iterdir()))} checkpoints of a line that was left to {folder}")
+    if folder is None:
+        return
+    say(f"moved {len(list(folder.iterdir()))} checkpoints of a line that was left to {folder}")
+    for name, named in ((BEST_NAME, read_best(run_dir)), (LAST_GOOD_NAME, read_last_good(run_dir))):
+        note = run_dir / "checkpoints" / name
+        if named is None and note.exists():  # a later checkpoint of the same step is another one
+            note.rename(folder / name)

@@ -52,7 +52,8 @@ class Evaluator(ABC):
         with evaluating(model, world=self.world, precision=self.setting.precision):
             result = self.measure(model)
         if result.collapsed:
-            result.metrics, result.intervals, result.parts, result.per_class = {}, {}, {}, []
+            result.metrics, result.intervals, result.parts = {}, {}, {}
+            result.per_class, result.notes = [], []
         result.seconds = time.monotonic() - started
         return result
 

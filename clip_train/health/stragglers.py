@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from statistics import median_low
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from clip_train.data.delivery import StepExchange
     from clip_train.distributed.world import World
 
-SLOW = 1.5  # times the median
+SLOW = 1.5  # times the median, and
+MIN_LOSS = 0.05  # of the time of all, that the slow rank costs
 PATIENCE_STEPS = 100
 
 
@@ -36,6 +38,7 @@ class Stragglers:
         self._world, self._exchange = world, exchange
         self._seconds_loading = 0.0  # at the last call
         self._step: int | None = None  # of the last call
+        self._time = 0.0
         self._slow_since: tuple[int, int] | None = None  # rank and step
         self._warning: str | None = None
         self._warned = False
@@ -48,12 +51,14 @@ class Stragglers:
         work, loading = self._world.stalls.take_work(), self._exchange.seconds_loading
         steps = step - self._step if self._step is not None else 0
         own = [work / max(1, steps), (loading - self._seconds_loading) / max(1, steps)]
-        self._step, self._seconds_loading = step, loading
+        now = time.monotonic()
+        seconds_per_step = (now - self._time) / max(1, steps)
+        self._step, self._seconds_loading, self._time = step, loading, now
         if self._world.size == 1 or steps <= 0:
             return {}
         gathered = all_gather(torch.tensor([own]), world=self._world, group=self._world.host_group)
         ranks = [RankTimes(*row) for row in gathered.tolist()]
-        self._judge(ranks, step=step)
+        self._judge(ranks, step=step, seconds_per_step=seconds_per_step)
         totals = [sum(times) for times in ranks]
         return {
             "perf/slowest_rank": max(totals) / max(median_low(totals), 1e-9),
@@ -68,10 +73,10 @@ class Stragglers:
         warning, self._warning = self._warning, None
         return warning
 
-    def _judge(self, ranks: list[RankTimes], *, step: int) -> None:
+    def _judge(self, ranks: list[RankTimes], *, step: int, seconds_per_step: float) -> None:
         totals = [sum(times) for times in ranks]
         slowest, usual = max(range(len(ranks)), key=totals.__getitem__), median_low(totals)
-        if totals[slowest] <= SLOW * usual:
+        if totals[slowest] <= SLOW * usual or totals[slowest] - usual < MIN_LOSS * seconds_per_step:
             self._slow_since = None
         elif self._slow_since is None or self._slow_since[0] != slowest:
             self._slow_since = (slowest, step)

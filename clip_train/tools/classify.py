@@ -106,16 +106,16 @@ def classify(
         raise UserError("labels is empty: give at least one text")
     if top < 1:
         raise UserError(f"top={top} must be at least 1")
-    texts = [[name] if templates == NONE else [fill(t, classname=name) for t in load_templates(templates)]
-             for name in names]  # fmt: skip
-    threshold = choose_threshold(model, prompts=texts, min_similarity=min_similarity)
+    patterns = ["{}"] if templates == NONE else load_templates(templates)
+    threshold = choose_threshold(model, labels=names, templates=patterns, min_similarity=min_similarity)
+    texts = [[fill(pattern, classname=name) for pattern in patterns] for name in names]
     return _classify(images, model=model, names=names, texts=texts, threshold=threshold, top=top)
 
 
 def choose_threshold(
-    model: LoadedModel, *, prompts: Sequence[Sequence[str]], min_similarity: float | str
+    model: LoadedModel, *, labels: Sequence[str], templates: Sequence[str], min_similarity: float | str
 ) -> Threshold | None:
-    """Return the threshold that holds for these prompts, None for none.
+    """Return the threshold that holds for these labels in these templates, None for none.
 
     `auto` is the maximum concept matching where the prompts are exactly those that it was measured with, and else the
     highest cosine, which hardly depends on what other labels there are.
@@ -132,9 +132,15 @@ def choose_threshold(
     if model.calibration is None or model.calibration.rejection is None:
         return None
     rejection = model.calibration.rejection
-    is_same = len(prompts) > 1 and hash_prompts([p for own in prompts for p in own]) == rejection.prompts_sha256
+    prompts = [fill(template, classname=label) for label in labels for template in templates]
+    is_same = len(labels) > 1 and hash_prompts(prompts) == rejection.prompts_sha256
     score = RejectScore.mcm if is_same else RejectScore.max_cosine
-    return Threshold(score, rejection.thresholds[score], f"95 % of the pictures of {rejection.data} reach it")
+    origin = f"95 % of the pictures of {rejection.data} reach it"
+    if rejection.templates and list(rejection.templates) != [fill(t, classname="{}") for t in templates]:
+        # Other prompts have other cosines: who reads the answer must know.
+        origin += f", with labels in '{rejection.templates[0]}'"
+        origin += f" and {len(rejection.templates) - 1} more templates" if len(rejection.templates) > 1 else ""
+    return Threshold(score, rejection.thresholds[score], origin)
 
 
 @torch.no_grad()

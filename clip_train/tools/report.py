@@ -36,7 +36,7 @@ METRIC_NAMES = {
     "image_acc": "right picture chosen",
     "acc": "right captions and pictures chosen",
     "jaccard": "right pictures found (Jaccard)",
-    "auroc": "known against foreign pictures (AUROC)",
+    "auroc": "known against foreign (AUROC)",
     "aupr": "average precision (AUPR)",
     "fpr_at_95_tpr": "foreign pictures let in (FPR at 95 % TPR)",
     "ece_before": "calibration error, as trained",

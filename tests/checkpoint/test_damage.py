@@ -8,6 +8,7 @@ import pytest
 
 from clip_train.checkpoint.load import find_checkpoint, load_tensors, newest_verified
 from clip_train.checkpoint.manifest import _canonical, verify
+from clip_train.checkpoint.retention import list_checkpoints
 from clip_train.errors import IntegrityError, UserError
 from tests.checkpoint.parts import open_fixed, save_steps
 
@@ -83,7 +84,7 @@ def test_a_missing_file_is_detected(run_dir, name):
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_from_scratch_by_itself(run_dir):
-    for path in (run_dir / "checkpoints").iterdir():
+    for path in list_checkpoints(run_dir):
         (path / "model.safetensors").write_bytes(b"")
     lines = []
     checkpointer, _ = open_fixed(run_dir, lines=lines)

@@ -184,3 +184,16 @@ def test_a_damaged_note_of_the_last_good_one_is_named_and_costs_no_checkpoint(tm
         checkpointer.save(step=3, consumed=3, config_yaml="", healthy=False)
     assert "last_good.json: unreadable" in lines[0]
     assert steps_on_disk(tmp_path) == [1, 2, 3]
+
+
+def test_a_run_that_starts_afresh_leaves_the_notes_of_the_former_line_behind(tmp_path):
+    save_scored(tmp_path, [0.1, 0.9, 0.5])
+    checkpointer, _ = open_fixed(tmp_path, best="val/acc1")
+    with checkpointer:
+        assert checkpointer.resume("never") is None
+        assert checkpointer.is_best({"val/acc1": 0.2}, step=2), "the former line's 0.9 counts no more"
+        checkpointer.save(step=2, consumed=2, config_yaml="")
+    assert step_of(best_checkpoint(tmp_path)) == 2
+    assert read_last_good(tmp_path) is None
+    aside = {path.name for path in (tmp_path / "checkpoints" / "set-aside-1").iterdir()}
+    assert aside == {"step-00000002", "step-00000003", "best.json", "last_good.json"}

@@ -1,5 +1,6 @@
 """What hangs, crashes or takes all memory in a process of its own costs a sample and not the worker."""
 
+import faulthandler
 import os
 import signal
 import time
@@ -17,6 +18,11 @@ def _compute():
         pass
 
 
+def _crash():
+    faulthandler.disable()  # pytest's own: the crash is meant
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def _refuse():
     raise BadSampleError("too_small")
 
@@ -26,7 +32,7 @@ def _refuse():
     [
         pytest.param(_compute, "too_slow", marks=pytest.mark.slow),
         (lambda: time.sleep(60), "too_slow"),
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "decoder_crashed"),
+        (_crash, "decoder_crashed"),
         (lambda: os._exit(3), "decoder_crashed"),
         (lambda: 1 / 0, "decoder_crashed"),
         (lambda: bytearray(6 << 30), "out_of_memory"),

@@ -68,12 +68,12 @@ def test_a_slow_rank_is_named_once_and_a_loss_that_forgets_other_ranks_is_notice
         assert wrong > 0.1
 
 
-def alone(times):
+def alone(times, *, seconds_per_step=2.0):
     """Judge rows of (work, loading) of three ranks as they come, every 20 steps."""
     watch = Stragglers(world=World(), exchange=Waits())
     said = []
     for row, ranks in enumerate(times):
-        watch._judge([_times(*pair) for pair in ranks], step=20 * row)
+        watch._judge([_times(*pair) for pair in ranks], step=20 * row, seconds_per_step=seconds_per_step)
         said.append(watch.take_warning())
     return said
 
@@ -89,6 +89,7 @@ def test_a_rank_is_slow_when_the_same_one_is_for_a_hundred_steps():
     assert not any(alone([even] * 20))
     assert not any(alone([third, second] * 10))
     assert not any(alone([third] * 5 + [even] + [third] * 5))
+    assert not any(alone([third] * 20, seconds_per_step=60.0))  # hardly anything is lost by it
     said = alone([third] * 12)
     assert [i for i, line in enumerate(said) if line] == [5]
     assert "rank 2 is slow: by itself it needs 1.9 s for a step (0.9 s for its batch, 1 s for" in said[5]

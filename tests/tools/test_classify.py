@@ -109,7 +109,7 @@ def test_files_and_pictures_in_memory_may_be_mixed_and_keep_their_order(pictures
     assert results[1].error == "unknown format"
 
 
-def calibration(*, temperature=None, thresholds=None, prompts=()):
+def calibration(*, temperature=None, thresholds=None, prompts=(), templates=()):
     reliability = Reliability(ece=0, nll=0, brier=0, accuracy=1, counts=[], confidences=[], accuracies=[])
     return Calibration(
         weights_sha256="",
@@ -119,7 +119,7 @@ def calibration(*, temperature=None, thresholds=None, prompts=()):
         ),
         rejection=thresholds and Rejection(
             thresholds=thresholds, known_passing={}, foreign_passing={}, auroc={}, coverages=[], risks=[],
-            data="toys", num_fitted=1, num_tested=1, num_foreign={}, templates=[],
+            data="toys", num_fitted=1, num_tested=1, num_foreign={}, templates=list(templates),
             prompts_sha256=hash_prompts(prompts), date="",
         ),
     )  # fmt: skip
@@ -167,6 +167,17 @@ def test_the_measured_threshold_is_on_the_cosine_for_free_labels_and_on_mcm_for_
             assert result.unknown.value == pytest.approx(mcm, abs=1e-5)
         (result,) = run([pictures / "red.png"], labels[:2], model=model)  # other labels: other probabilities
         assert result.unknown.threshold == (RejectScore.max_cosine, 2.0, "95 % of the pictures of toys reach it")
+
+
+def test_a_threshold_that_was_measured_with_other_templates_says_so(pictures, tmp_path):
+    model = ColourModel()
+    file = tmp_path / "templates.txt"
+    file.write_text("a {c}\nthe {c}\n")
+    model.calibration = calibration(thresholds={RejectScore.max_cosine: 2.0}, templates=["a {}", "the {}"])
+    (same,) = run([pictures / "red.png"], ["red", "blue"], model=model, templates=str(file))
+    assert same.unknown.threshold.origin == "95 % of the pictures of toys reach it"
+    (other,) = run([pictures / "red.png"], ["red", "blue"], model=model)
+    assert other.unknown.threshold.origin.endswith("reach it, with labels in 'a {}' and 1 more templates")
 
 
 def test_a_single_label_is_compared_with_background_prompts_but_rejected_by_its_own_cosine(pictures):

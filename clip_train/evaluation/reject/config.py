@@ -39,7 +39,5 @@ class RejectConfig(ClassifyConfig):
         known = open_labelled_images(
             self.root, split=self.split, classnames=self.classnames, templates=self.templates
         )  # fmt: skip
-        return Reject(
-            known, foreign=open_foreign(self.foreign), lexicon=load_lexicon(self.lexicon), setting=setting,
-            data=self.root,
-        )  # fmt: skip
+        foreign = open_foreign(self.foreign, image_size=setting.image_size)
+        return Reject(known, foreign=foreign, lexicon=load_lexicon(self.lexicon), setting=setting, data=self.root)

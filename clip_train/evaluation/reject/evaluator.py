@@ -99,13 +99,15 @@ class Reject(Evaluator):
             chosen = evenly_spaced(len(source), count=max(1, NUM_PICTURES // len(sets)))
             pictures.append(read_pictures(source, chosen, size=size))
             for i in chosen:
-                truth = self.known.classnames[self.known.labels[i]] if name == KNOWN else f"{UNKNOWN}: {name}"
+                truth = (
+                    [self.known.classnames[self.known.labels[i]]] if name == KNOWN else [f"{name} ({UNKNOWN})", UNKNOWN]
+                )
                 nearest = [self.known.classnames[c] for c in result.predictions[f"{name}_top"][i]]
                 cosines = [round(float(c), 4) for c in result.predictions[f"{name}_cosine"][i]]
                 if cosines[0] < threshold:
                     nearest, cosines = [UNKNOWN, *nearest], [cosines[0], *cosines]
-                right = name != KNOWN if nearest[0] == UNKNOWN else nearest[0] == truth
-                answers.append(PictureAnswers(truth=[truth], answers=nearest, cosines=cosines, right=right))
+                right = nearest[0] in truth
+                answers.append(PictureAnswers(truth=truth, answers=nearest, cosines=cosines, right=right))
         return ReportSamples(pictures=np.concatenate(pictures), answers=answers)
 
     @cached_property

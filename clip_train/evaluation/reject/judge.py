@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clip_train.calibration import Rejection, RejectScore, hash_prompts
-from clip_train.evaluation.prompts.files import Templates, prompts_of
+from clip_train.evaluation.prompts.files import Templates, fill, prompts_of
 from clip_train.evaluation.reject import metrics
 from clip_train.evaluation.result import EvaluationResult, Part, evenly_spaced, two_halves
 
@@ -108,7 +108,7 @@ def fit_thresholds(known: Scored, foreign: Mapping[str, Scored], *, wrong: np.nd
         num_fitted=len(fitted),
         num_tested=len(tested),
         num_foreign={name: len(one.top) for name, one in foreign.items()},
-        templates=None if isinstance(of.templates, Mapping) else list(of.templates),
+        templates=None if isinstance(of.templates, Mapping) else [fill(t, classname="{}") for t in of.templates],
         prompts_sha256=hash_prompts([p for name in of.classnames for p in prompts_of(name, templates=of.templates)]),
         date=time.strftime("%Y-%m-%d"),
     )

@@ -18,11 +18,12 @@ RESERVED = ("known", "all", "aurc")  # their figures have these names
 NUM_GENERATED = 200
 
 
-def open_foreign(sets: Mapping[str, str]) -> dict[str, ImageSource]:
+def open_foreign(sets: Mapping[str, str], *, image_size: int) -> dict[str, ImageSource]:
     """Open sets of foreign pictures by name, all of the generated ones if none is named.
 
     Args:
         sets: name -> folder, shards, or `generated`; see `RejectConfig.foreign`.
+        image_size: side of the pictures that are generated, in pixels.
 
     Raises:
         UserError: a set is not there, or is not one that can be generated.
@@ -40,7 +41,7 @@ def open_foreign(sets: Mapping[str, str]) -> dict[str, ImageSource]:
         if place == GENERATED:
             if name not in list(Foreign):
                 raise UserError(f"foreign.{name}={GENERATED}: only {', '.join(Foreign)} can be generated")
-            opened[name] = ForeignImages(Foreign(name), num_images=NUM_GENERATED)
+            opened[name] = ForeignImages(Foreign(name), num_images=NUM_GENERATED, image_size=image_size)
         elif folder.is_dir() and not any(folder.glob("*.tar")):
             opened[name] = FolderImages(folder)
         else:

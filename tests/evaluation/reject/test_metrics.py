@@ -77,10 +77,10 @@ def test_selective_risk_without_ties_is_the_error_among_the_most_confident():
 def test_intervals_equal_those_of_resampling_the_pictures_one_set_at_a_time():
     known, foreign = scores_of("a few ties")
     rng = np.random.default_rng(5)
-    drawn = [(rng.choice(known, len(known)), rng.choice(foreign, len(foreign))) for _ in range(1500)]
+    drawn = [(rng.choice(known, len(known)), rng.choice(foreign, len(foreign))) for _ in range(700)]
     for name, metric in {"auroc": auroc, "aupr": aupr, "fpr_at_95_tpr": fpr_at_95_tpr}.items():
         expected = np.percentile([metric(*sets) for sets in drawn], [2.5, 97.5])
-        np.testing.assert_allclose(intervals(known, foreign)[name], expected, atol=0.02)
+        np.testing.assert_allclose(intervals(known, foreign)[name], expected, atol=0.025)
 
 
 def test_memory_for_resamples_does_not_change_the_intervals(monkeypatch):

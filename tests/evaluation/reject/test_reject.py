@@ -1,5 +1,7 @@
 """The evaluator against scikit-learn on cosines that are computed one picture and one text at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,18 +10,17 @@ from clip_train.calibration import Rejection, RejectScore, hash_prompts, rejecti
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
 from clip_train.evaluation.classify.labelled_images import LabelledImages
-from clip_train.evaluation.evaluator import Setting
 from clip_train.evaluation.reject.config import RejectConfig
 from clip_train.evaluation.reject.evaluator import Reject
 from clip_train.evaluation.result import two_halves
 from tests.evaluation.toys import (
     ToyModel,
     ToySource,
-    ToyTokenizer,
     image_features_float64,
     random_pixels,
     text_feature_float64,
     toy_batches,
+    toy_setting,
 )
 
 NAMES = ["cat", "dog", "red car", "green tree"]
@@ -43,10 +44,8 @@ def make(num_known, *, world=None, lexicon=("zebra", "Cat", "stone", "bread"), *
     images = LabelledImages(
         source=known, labels=rng.integers(len(NAMES), size=num_known), classnames=NAMES, templates=TEMPLATES
     )
-    setting = Setting(
-        world=world,
-        tokenizer=ToyTokenizer(),
-        image_size=4,
+    setting = replace(
+        toy_setting(known.pixels, world=world),
         read=lambda source: lambda: toy_batches(source.pixels, world=world, **{"batch_size": 4, **reader}),
     )
     return Reject(images, foreign=foreign, lexicon=lexicon, setting=setting, data="toys"), images, foreign
@@ -112,6 +111,7 @@ def test_thresholds_are_fitted_on_one_half_and_judged_on_the_other():
         scores = cosines_float64(model, source.pixels).max(axis=1)
         assert rejection.foreign_passing[name][RejectScore.max_cosine] == (scores >= threshold - 1e-6).mean()
     assert rejection.prompts_sha256 == hash_prompts([t.replace("{}", n) for n in NAMES for t in TEMPLATES])
+    assert rejection.templates == ["a {}", "see the {}."]
     assert rejection.num_foreign == {"far": 23, "near": 14}
 
 
@@ -133,13 +133,13 @@ def test_a_collapsed_model_gets_a_reason_and_no_score():
     model.text_weight = torch.ones_like(model.text_weight)
     result = make(20)[0].evaluate(model)
     assert "text features" in result.collapsed
-    assert (result.metrics, result.parts) == ({}, {})
+    assert (result.metrics, result.parts, result.notes) == ({}, {}, [])
 
 
 def test_sets_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "classes" / "cat").mkdir(parents=True)
     (tmp_path / "classes" / "cat" / "a.png").write_bytes(b"")
-    setting = Setting(world=World(), tokenizer=ToyTokenizer(), image_size=4, read=lambda source: lambda: iter(()))
+    setting = toy_setting(random_pixels(1), world=World())
     cases = [
         ({}, "at least two classes"),
         ({"foreign": {"music": "generated"}}, "only blank, noise, text, shapes can be generated"),
