@@ -94,12 +94,11 @@ def from_yaml(path: Path, *, root: type = TrainConfig) -> Any:
     Raises:
         UserError: the file is missing, is not YAML, or holds a key or value that this version does not know.
     """
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        values: Any = OmegaConf.create(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
         schema = OmegaConf.structured(root)
         for group in (g for g in NAMED if g in values):
             schema[group] = OmegaConf.structured(_choice(group, values[group].get("name"), path))
@@ -108,16 +107,40 @@ def from_yaml(path: Path, *, root: type = TrainConfig) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """Return a mapping in YAML as an OmegaConf node; nothing in it is run.
+
+    Raises:
+        UserError: it is something else.
+    """
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        values = OmegaConf.create(text)
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"{origin} is no config: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, DictConfig):
+        raise UserError(f"{origin} is no config: it holds no keys with values")
+    return values
+
+
 def changes(old: str, new: str) -> list[str]:
-    """Return `key: old -> new` for every key that differs between two `to_yaml` texts and may not change on resume."""
+    """Return `key: old -> new` for every key that differs between two `to_yaml` texts and may not change on resume.
+
+    Raises:
+        UserError: the old one is no config.
+    """
     from omegaconf import OmegaConf
 
     before, after = (
-        dict(_flatten(OmegaConf.to_container(OmegaConf.create(text), resolve=False))) for text in (old, new)
+        dict(_flatten(OmegaConf.to_container(parse_yaml(text, origin="the run's config.yaml"), resolve=False)))
+        for text in (old, new)
     )
     free = tuple(key + "." for key in MAY_CHANGE_ON_RESUME)
     return [

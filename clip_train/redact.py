@@ -7,9 +7,10 @@ from typing import Any
 
 SECRET_NAME = re.compile(
     r"password|passwd|secret|credential|signature|(api|access|private|account|auth)[_-]?key"
-    r"|(access|auth|api|hf|security|session)[_-]?token|^(key|token|sig)$",
+    r"|(access|auth|api|hf|security|session)[_-]?token",
     re.IGNORECASE,
 )
+_SHORT_PARAMETERS = ("key", "token", "sig")
 _HIDDEN = "REDACTED"
 _URL_LOGIN = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^/\s'\"@]*:[^/\s'\"@]*@", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?P<start>[?&;])(?P<name>[\w.-]+)=(?P<value>[^&;#\s'\"]+)")
@@ -36,5 +37,6 @@ def redact_tree(value: Any) -> Any:
 
 
 def _hide_secret(found: re.Match[str]) -> str:
-    name = found["name"].lower().removeprefix("x-amz-").removeprefix("x-goog-")
-    return f"{found['start']}{found['name']}={_HIDDEN}" if SECRET_NAME.search(name) else found[0]
+    name = found["name"].lower()
+    is_secret = name in _SHORT_PARAMETERS or SECRET_NAME.search(name)
+    return f"{found['start']}{found['name']}={_HIDDEN}" if is_secret else found[0]

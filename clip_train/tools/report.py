@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import OmegaConf
 
 from clip_train.attempts import read_attempts
+from clip_train.config import parse_yaml
 from clip_train.errors import UserError
 from clip_train.evaluation.result import read_result
 from clip_train.evaluation.samples import ReportSamples, load_samples
@@ -110,7 +111,7 @@ def write_report(run_dir: Path) -> Path:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} has no config.yaml: it is not a run directory")
     text = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    config = OmegaConf.create(text)
+    config = parse_yaml(text, origin=str(run_dir / "config.yaml"))
     rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
     evaluations = read_evaluations(run_dir / "evaluation")
     training = [row for row in rows if "train/loss" in row]

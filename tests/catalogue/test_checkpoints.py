@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_run_in_the_directory_is_refused(run_dir, go_on,
     commands.train(shards / "train", tmp_path / "other", *other).worked()
     shutil.rmtree(newest(run_dir))
     shutil.copytree(newest(tmp_path / "other"), newest(run_dir))
-    go_on().refused(2, newest(run_dir), "visual.")
+    go_on().refused(2, newest(run_dir), "model.vision.width: 96 -> 128")
 
 
 @catalogue(49)

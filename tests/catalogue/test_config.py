@@ -11,43 +11,43 @@ import pytest
 from tests.data.made import numbered_shards
 
 catalogue = pytest.mark.catalogue
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow  # tests/test_cli.py keeps the shortest of these
 
 
 GLOBAL = "# @package _global_\n"
 
 REFUSED = [
     pytest.param("optim.lrr=1", ["optim.lrr", "did you mean 'optim.lr'"], marks=catalogue(1)),
-    pytest.param("data.cach.dir=/x", ["data.cach.dir", "data.cache.dir"], marks=[catalogue(1), slow]),
+    pytest.param("data.cach.dir=/x", ["data.cach.dir", "data.cache.dir"], marks=catalogue(1)),
     pytest.param("optim.lr=fast", ["optim.lr", "fast", "Float"], marks=catalogue(2)),
-    pytest.param("steps=1.5", ["steps", "1.5", "Integer"], marks=[catalogue(2), slow]),
-    pytest.param("optim.betas=[0.9,", ["optim.betas"], marks=[catalogue(2), slow]),
-    pytest.param("logging.tensorboard=perhaps", ["logging.tensorboard", "bool"], marks=[catalogue(2), slow]),
+    pytest.param("steps=1.5", ["steps", "1.5", "Integer"], marks=catalogue(2)),
+    pytest.param("optim.betas=[0.9,", ["optim.betas"], marks=catalogue(2)),
+    pytest.param("logging.tensorboard=perhaps", ["logging.tensorboard", "bool"], marks=catalogue(2)),
     pytest.param("optim.lr=-1", ["optim.lr=-1", "positive"], marks=catalogue(3)),
-    pytest.param("optim.lr=0", ["optim.lr=0", "positive"], marks=[catalogue(3), slow]),
-    pytest.param("optim.lr=nan", ["optim.lr=nan", "positive"], marks=[catalogue(3), slow]),
-    pytest.param("global_batch_size=0", ["global_batch_size=0", "positive"], marks=[catalogue(3), slow]),
-    pytest.param("global_batch_size=nan", ["global_batch_size", "nan"], marks=[catalogue(3), slow]),
-    pytest.param("steps=-4", ["steps=-4", "positive"], marks=[catalogue(3), slow]),
-    pytest.param("max_hours=nan", ["max_hours=nan", "positive"], marks=[catalogue(3), slow]),
+    pytest.param("optim.lr=0", ["optim.lr=0", "positive"], marks=catalogue(3)),
+    pytest.param("optim.lr=nan", ["optim.lr=nan", "positive"], marks=catalogue(3)),
+    pytest.param("global_batch_size=0", ["global_batch_size=0", "positive"], marks=catalogue(3)),
+    pytest.param("global_batch_size=nan", ["global_batch_size", "nan"], marks=catalogue(3)),
+    pytest.param("steps=-4", ["steps=-4", "positive"], marks=catalogue(3)),
+    pytest.param("max_hours=nan", ["max_hours=nan", "positive"], marks=catalogue(3)),
     pytest.param("model=ViT-B-33", ["model=ViT-B-33", "did you mean ViT-B-32", "RN50"], marks=catalogue(5)),
-    pytest.param("optim=adam", ["optim=adam", "adamw"], marks=[catalogue(5), slow]),
-    pytest.param("loss=clap", ["loss=clap", "clip, siglip"], marks=[catalogue(5), slow]),
+    pytest.param("optim=adam", ["optim=adam", "adamw"], marks=catalogue(5)),
+    pytest.param("loss=clap", ["loss=clap", "clip, siglip"], marks=catalogue(5)),
     pytest.param("model.vision.image_size=33", ["image_size=33", "patch_size=16"], marks=catalogue(6)),
     pytest.param("optim.warmup=9", ["optim.warmup=9", "steps=4"], marks=catalogue(9)),
-    pytest.param("data.train=", ["data.train=''"], marks=[catalogue(10), slow]),
+    pytest.param("data.train=", ["data.train=''"], marks=catalogue(10)),
     pytest.param("data.train=/nowhere", ["data.train=/nowhere: not found"], marks=catalogue(10)),
-    pytest.param("data.train=/no/x-*.tar", ["data.train", "/no/x-*.tar"], marks=[catalogue(10), slow]),
+    pytest.param("data.train=/no/x-*.tar", ["data.train", "/no/x-*.tar"], marks=catalogue(10)),
     pytest.param(
         "data.train=/no/{0..9}.tar",
         ["/no/0.tar, /no/1.tar, /no/2.tar, /no/3.tar, /no/4.tar and 5 more"],
         marks=catalogue(11),
     ),
-    pytest.param("seed=${nope}", ["seed", "nope"], marks=[catalogue(15), slow]),
-    pytest.param("seed=${nope:1}", ["seed", "nope"], marks=[catalogue(15), slow]),
-    pytest.param("name=${oc.env:HOME}", ["name=${oc.env:HOME}"], marks=[catalogue(15), slow]),
-    pytest.param("=3", ["=3", "KEY=VALUE"], marks=[catalogue(1), slow]),
-    pytest.param("steps", ["'steps'", "KEY=VALUE"], marks=[catalogue(1), slow]),
+    pytest.param("seed=${nope}", ["seed", "nope"], marks=catalogue(15)),
+    pytest.param("seed=${nope:1}", ["seed", "nope"], marks=catalogue(15)),
+    pytest.param("name=${oc.env:HOME}", ["name=${oc.env:HOME}"], marks=catalogue(15)),
+    pytest.param("=3", ["=3", "KEY=VALUE"], marks=catalogue(1)),
+    pytest.param("steps", ["'steps'", "KEY=VALUE"], marks=catalogue(1)),
 ]
 
 
@@ -59,13 +59,11 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_the_key(train, tmp
     assert not (tmp_path / "run").exists()
 
 
-@slow
 @catalogue(1)
 def test_a_traceback_is_shown_with_debug_only(train):
     assert "Traceback" in train("optim.lrr=1", "--debug").err
 
 
-@slow
 @catalogue(4)
 def test_a_batch_that_the_ranks_cannot_share_names_the_nearest_sizes(shards, tmp_path):
     with socket.socket() as probe:
@@ -89,7 +87,7 @@ def test_a_batch_that_the_ranks_cannot_share_names_the_nearest_sizes(shards, tmp
 
 
 @catalogue(7)
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=slow)])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_type_that_the_device_lacks_is_refused(monkeypatch, train, precision):
     import torch
 
@@ -101,20 +99,17 @@ def test_a_type_that_the_device_lacks_is_refused(monkeypatch, train, precision):
     train("device=cuda", f"precision={precision}").refused(2, f"precision={precision}", "Old GPU")
 
 
-@slow
 @catalogue(8)
 def test_compiling_without_a_compiler_is_refused(monkeypatch, train):
     monkeypatch.setenv("PATH", "/nowhere")
     train("model.compile=true").refused(2, "model.compile=true", "g++")
 
 
-@slow
 @catalogue(12)
 def test_held_out_shards_that_are_trained_on_are_a_warning(train, shards):
     train(f"data.val={shards}/train").worked("data.val", "2 shards are also in data.train", "s-000.tar")
 
 
-@slow
 @catalogue(13)
 def test_paths_may_hold_any_character(train, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -133,7 +128,6 @@ def test_paths_may_hold_any_character(train, tmp_path, monkeypatch):
     train("data.train=$NOBODY/s.tar", f"run_dir={tmp_path}/none").refused(2, "not found: $NOBODY/s.tar")
 
 
-@slow
 @catalogue(14)
 @pytest.mark.parametrize(
     ("text", "parts"),
@@ -154,7 +148,6 @@ def test_a_recipe_that_is_not_plain_yaml_names_file_and_place(monkeypatch, train
     train("experiment=mine").refused(2, "mine", *parts)
 
 
-@slow
 @catalogue(14)
 def test_numbers_and_switches_of_a_recipe_have_the_type_of_their_key(monkeypatch, train, tmp_path):
     _recipe(monkeypatch, tmp_path, GLOBAL + "optim:\n  lr: 1e-4\nlogging:\n  tensorboard: no\n")
@@ -174,7 +167,6 @@ def _recipe(monkeypatch, tmp_path, text):
     monkeypatch.setattr(config, "config_dir", lambda: copy)
 
 
-@slow
 @catalogue(16)
 def test_a_key_that_may_not_change_on_resume_is_shown_from_both_sides(train, tmp_path):
     train().worked()

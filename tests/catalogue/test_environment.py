@@ -20,7 +20,7 @@ from tests.catalogue import commands
 from tests.data.made import numbered_shards
 
 catalogue = pytest.mark.catalogue
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -35,7 +35,6 @@ def rank_variables(monkeypatch, **values):
         monkeypatch.setenv(name, str(value))
 
 
-@slow
 @catalogue(56)
 def test_a_port_in_use_is_named_with_the_way_out(monkeypatch, train):
     with socket.socket() as taken:
@@ -54,7 +53,6 @@ def test_a_device_that_is_not_there_is_refused_and_auto_says_what_it_took(monkey
     train("device=cuda").refused(2, "device=cuda", "no CUDA device", "device=auto")
 
 
-@slow
 @catalogue(57)
 def test_auto_says_which_device_it_took(monkeypatch, train):
     import torch
@@ -78,7 +76,6 @@ def test_missing_or_inconsistent_rank_variables_are_named(monkeypatch, train, va
     train().refused(2, *parts)
 
 
-@slow
 @catalogue(58)
 def test_a_rank_that_was_not_started_is_named_within_the_timeout(monkeypatch, train, free_port):
     rank_variables(monkeypatch, RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port)
@@ -87,7 +84,6 @@ def test_a_rank_that_was_not_started_is_named_within_the_timeout(monkeypatch, tr
     assert time.monotonic() - started < 60
 
 
-@slow
 @catalogue(59)
 def test_a_run_directory_that_cannot_be_written_is_refused_at_the_start(train, tmp_path):
     (tmp_path / "file").write_text("")
@@ -95,21 +91,16 @@ def test_a_run_directory_that_cannot_be_written_is_refused_at_the_start(train, t
     train("run_dir=/proc/run").refused(2, "/proc/run")
 
 
-@slow
 @catalogue(59)
-def test_a_disk_that_fills_up_is_told_with_path_and_bytes_and_what_was_saved_stays(monkeypatch, train, tmp_path):
+def test_a_full_disk_is_told_with_path_and_bytes_and_what_was_saved_stays(monkeypatch, train, tmp_path):
     train("steps=2", "optim.schedule=constant").worked()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     done = train("steps=8", "optim.schedule=constant", "checkpoint.every=1")
-    assert (done.code in (1, 2), "Traceback" in done.err) == (True, False)
-    assert "step-00000003" in done.err
-    assert "No space left" in done.err
-    assert "1.0 MiB free" in done.err
+    done.refused(2, tmp_path / "run", "No space left", "1.0 MiB free")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000002"]
 
 
-@slow
 @catalogue(60)
 def test_too_little_shared_memory_is_refused_before_the_first_batch(monkeypatch, train):
     statvfs = os.statvfs
@@ -126,7 +117,6 @@ def test_too_little_shared_memory_is_refused_before_the_first_batch(monkeypatch,
     train("data.workers=1").worked()
 
 
-@slow
 @catalogue(61)
 def test_256_descriptors_are_enough_for_any_number_of_shards_and_sources(tmp_path):
     folders = [numbered_shards(tmp_path / f"source{i}", [2] * 90) for i in range(3)]
@@ -141,7 +131,6 @@ def test_256_descriptors_are_enough_for_any_number_of_shards_and_sources(tmp_pat
     done.worked("pairs from 540")
 
 
-@slow
 @catalogue(62)
 @pytest.mark.parametrize("key", ["", "0" * 40])
 def test_wandb_without_key_or_network_is_a_warning(monkeypatch, train, tmp_path, key):
@@ -153,7 +142,6 @@ def test_wandb_without_key_or_network_is_a_warning(monkeypatch, train, tmp_path,
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("train/loss") > 0
 
 
-@slow
 @catalogue(63)
 def test_a_clock_that_jumps_back_changes_nothing(monkeypatch, train):
     hours = itertools.count()
@@ -162,7 +150,6 @@ def test_a_clock_that_jumps_back_changes_nothing(monkeypatch, train):
     train("logging.every=1", "max_hours=10").worked("step 4/4")
 
 
-@slow
 @catalogue(64)
 def test_a_run_needs_no_locale_home_or_terminal(shards, tmp_path):
     folder = tmp_path / "größe"
@@ -179,7 +166,6 @@ def test_a_run_needs_no_locale_home_or_terminal(shards, tmp_path):
     assert (tmp_path / "läufe" / "metrics.jsonl").exists()
 
 
-@slow
 @catalogue(65)
 def test_a_hang_up_saves_and_asks_to_be_started_again(monkeypatch, train, tmp_path):
     step = TrainStep.__call__
@@ -195,7 +181,6 @@ def test_a_hang_up_saves_and_asks_to_be_started_again(monkeypatch, train, tmp_pa
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
 
 
-@slow
 @catalogue(66)
 def test_a_second_run_in_a_directory_learns_who_is_there(train, tmp_path):
     (tmp_path / "run").mkdir()

@@ -103,19 +103,19 @@ def test_a_set_smaller_than_a_batch_is_scored_exactly(evaluate, tmp_path, count)
 @catalogue(73)
 def test_a_model_without_bias_or_temperature_is_evaluated(run_dir, evaluate, tmp_path, shards):
     assert not [name for name in _state(run_dir) if name == "logit_bias"]
-    evaluate("evaluation=[val]", f"evaluation.val.shards={shards}/val").worked("val")
-    with_scale = (tmp_path / "out" / "val.json").read_text()
+    evaluate("evaluation=[retrieve]", f"evaluation.retrieve.shards={shards}/val").worked("retrieve")
+    with_scale = (tmp_path / "out" / "retrieve.json").read_text()
     weights = {name: tensor for name, tensor in _state(run_dir).items() if name != "logit_scale"}
     clip_train("export", run_dir, "--to", "folder", "--out", tmp_path / "export").worked()
     from safetensors.torch import save_file
 
     save_file(weights, tmp_path / "export" / "open_clip_model.safetensors")
     done = clip_train(
-        "evaluate", f"checkpoint={tmp_path}/export", "device=cpu", f"output={tmp_path}/bare", "evaluation=[val]",
-        f"evaluation.val.shards={shards}/val",
+        "evaluate", f"checkpoint={tmp_path}/export", "device=cpu", f"output={tmp_path}/bare", "evaluation=[retrieve]",
+        f"evaluation.retrieve.shards={shards}/val",
     )  # fmt: skip
     done.worked("no logit_scale")
-    assert _metrics((tmp_path / "bare" / "val.json").read_text()) == _metrics(with_scale)
+    assert _metrics((tmp_path / "bare" / "retrieve.json").read_text()) == _metrics(with_scale)
 
 
 def _state(run_dir):
@@ -147,6 +147,6 @@ def test_features_that_are_not_finite_are_damage(monkeypatch, evaluate, tmp_path
 
 @catalogue(75)
 def test_pixels_are_normalised_as_the_checkpoint_was_trained(run_dir, evaluate, tmp_path, shards):
-    evaluate("evaluation=[val]", f"evaluation.val.shards={shards}/val").worked()
+    evaluate("evaluation=[retrieve]", f"evaluation.retrieve.shards={shards}/val").worked()
     trained = (run_dir / "evaluation" / "step-00000004" / "val.json").read_text()
-    assert _metrics((tmp_path / "out" / "val.json").read_text()) == _metrics(trained)
+    assert _metrics((tmp_path / "out" / "retrieve.json").read_text()) == _metrics(trained)

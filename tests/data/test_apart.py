@@ -30,7 +30,7 @@ def _refuse():
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
-        (_compute, "too_slow"),
+        pytest.param(_compute, "too_slow", marks=pytest.mark.slow),
         (lambda: time.sleep(60), "too_slow"),
         (_crash, "decoder_crashed"),
         (lambda: os._exit(3), "decoder_crashed"),

@@ -10,14 +10,11 @@ WORST_SHARE = 0.05  # of the keys, for which another one may be named
 
 def misspelt_keys(start: int, count: int, seed: int) -> Iterator[Outcome]:
     """Misspell keys; beyond one in twenty so far, a key for which another one is named is a failure."""
-    unnamed = 0
+    named: list[bool] = []
     for index in range(start, start + count):
-        named: list[bool] = []
-        outcome = outcome_of(lambda one, named=named: named.append(misspell(one)), seed + index)
-        if named == [False]:
-            unnamed += 1
-            if unnamed > max(1, WORST_SHARE * (index - start + 1)):
-                outcome = Outcome(seed + index, f"another key is named for {draw(seed + index, all_keys())}")
+        outcome = outcome_of(lambda one: named.append(misspell(one)), seed + index)
+        if not outcome.error and not named[-1] and named.count(False) > max(1, WORST_SHARE * len(named)):
+            outcome = Outcome(seed + index, f"another key is named for {draw(seed + index, all_keys())}")
         yield outcome
 
 
