@@ -113,9 +113,11 @@ def our_classifier(settings: dict[str, Any]) -> Callable[[], torch.Tensor]:
     """Return what makes our class vectors [C, D]."""
     from clip_train.distributed.world import World
     from clip_train.evaluation.features import evaluating
+    from clip_train.evaluation.prompts import memo
     from clip_train.evaluation.prompts.classifier import build_classifier, tokenize_prompts
     from clip_train.tokenizer.bpe import ClipTokenizer
 
+    memo.MOST_KEPT = 0  # every round encodes its prompts
     model, tokenizer = our_model(settings), ClipTokenizer()
     model.load_state_dict(torch.load(settings["weights"]))
     world = World(device=torch.device(settings["device"]))

@@ -50,7 +50,7 @@ def test_the_snippet_every_tutorial_shows_runs_against_a_run(run_dir, tmp_path, 
     assert capsys.readouterr().out.startswith("Label probs: [[")
     assert values["image_features"].norm(dim=-1).allclose(values["image_features"].new_ones(1))
     cosines = values["image_features"] @ values["text_features"].T
-    assert values["logits_per_image"].allclose(values["model"].logit_scale.exp() * cosines)
+    assert values["logits_per_image"].allclose(values["model"].logit_scale.exp() * cosines, atol=1e-5)
     assert len(values["steps"]) == len(values["losses"]) > 0
 
 
