@@ -21,7 +21,10 @@ NEEDED = {  # what a choice leaves to the user
     "evaluation=[flickr30k]": "evaluation.flickr30k.annotations=x",
     "evaluation=[group_audit]": "evaluation.group_audit.root=x",
     "evaluation=[probe]": "evaluation.probe.root=x",
-    **{f"evaluation=[{n}]": f"evaluation.{n}.root=x" for n in ("calibrate", "classify", "group_audit", "reject")},
+    **{
+        f"evaluation=[{n}]": f"evaluation.{n}.root=x"
+        for n in ("calibrate", "classify", "fairface", "group_audit", "reject")
+    },
     "evaluation=[imagenet]": "evaluation.imagenet.root=x",
     "evaluation=[retrieve]": "evaluation.retrieve.shards=x",
     "evaluation=[val]": "data.val=x",

@@ -49,6 +49,7 @@ class CalibrateConfig(ClassifyConfig):
         if not self.root:
             return Calibrate(open_captioned_shards(self.shards), setting=setting, data=str(self.shards))
         images = open_labelled_images(
-            self.root, split=self.split, classnames=self.classnames, templates=self.templates
+            self.root, split=self.split, classnames=self.classnames, templates=self.templates,
+            label_column=self.label_column,
         )  # fmt: skip
         return Calibrate(images, setting=setting, data=self.root)

@@ -31,6 +31,9 @@ class ClassifyConfig(EvaluationConfig):
     `simple` (7), `single` (`a photo of a {}.`), a text file of templates, one per line, with `{}` or `{c}` for the
     name, or a `.json` file with the prompts of each class: `{"cat": ["a cat", …], …}`."""
 
+    label_column: str | None = None
+    """Column of a table that holds the label; null: `label`, `class` or another usual name."""
+
     def missing(self) -> str | None:
         """Return `root` if it is not there."""
         if ".tar" in self.root:
@@ -43,6 +46,7 @@ class ClassifyConfig(EvaluationConfig):
         from clip_train.evaluation.classify.labelled_images import open_labelled_images
 
         images = open_labelled_images(
-            self.root, split=self.split, classnames=self.classnames, templates=self.templates
+            self.root, split=self.split, classnames=self.classnames, templates=self.templates,
+            label_column=self.label_column,
         )  # fmt: skip
         return Classify(images, setting=setting)

@@ -35,7 +35,9 @@ class LabelledImages:
         return self.labels.ndim == 2
 
 
-def open_labelled_images(root: str, *, split: str, classnames: str, templates: str) -> LabelledImages:
+def open_labelled_images(
+    root: str, *, split: str, classnames: str, templates: str, label_column: str | None = None
+) -> LabelledImages:
     """Open the images of `root`; the arguments are the fields of `ClassifyConfig`.
 
     Raises:
@@ -50,7 +52,7 @@ def open_labelled_images(root: str, *, split: str, classnames: str, templates: s
     path = Path(root).expanduser()
     choices = {"classnames": classnames, "templates": templates}
     if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
-        return open_table(path, **choices)
+        return open_table(path, label_column=label_column, **choices)
     if ".tar" in root:
         return open_shards(root, root=path.parent, **choices)
     if not path.is_dir():

@@ -18,7 +18,7 @@ TABLE_SUFFIXES = (".csv", ".tsv")
 LABEL_COLUMNS = ("label", "class", "classname", "class_name", "category", "target", "cls")
 
 
-def open_table(path: Path, *, classnames: str, templates: str) -> LabelledImages:
+def open_table(path: Path, *, classnames: str, templates: str, label_column: str | None = None) -> LabelledImages:
     """Open a table of picture paths, which start at its folder, and of classes by name or number.
 
     Raises:
@@ -27,7 +27,8 @@ def open_table(path: Path, *, classnames: str, templates: str) -> LabelledImages
     with readable(path):
         columns, rows = read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
     image = _column(columns, usual=IMAGE_COLUMNS, what="picture paths", path=path)
-    label = _column(columns, usual=LABEL_COLUMNS, what="labels", path=path)
+    usual = LABEL_COLUMNS if label_column is None else (label_column,)
+    label = _column(columns, usual=usual, what="labels", path=path)
     if not rows:
         raise UserError(f"{path} holds no rows")
     texts = [str(row[label] or "").strip() for row in rows]

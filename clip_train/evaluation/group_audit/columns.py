@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_train.data.sequential import ShardImages
-from clip_train.data.shards.inputs.table import read_csv, readable
+from clip_train.data.shards.inputs.table import IMAGE_COLUMNS, read_csv, readable
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:
@@ -85,11 +85,12 @@ def _from_table(path: Path, *, source: ImageSource, split: str) -> dict[str, lis
     """Return the cells of each column in the order of the images."""
     with readable(path):
         columns, rows = read_csv(path, sep=",")
-    if KEY_COLUMN not in columns or len(columns) < 2:
+    key_column = next((name for name in (KEY_COLUMN, *IMAGE_COLUMNS) if name in columns), None)
+    if key_column is None or len(columns) < 2:
         raise UserError(f"{path} must have the column {KEY_COLUMN} and one per grouping, not {', '.join(columns)}")
     cells: dict[str, dict[str, str]] = {}
     for number, row in enumerate(rows, start=1):
-        key = row[KEY_COLUMN]
+        key = row[key_column]
         if key in cells:
             raise UserError(f"{path}, row {number}: {key!r} has a row already")
         if None in row.values() or None in row:
@@ -104,7 +105,7 @@ def _from_table(path: Path, *, source: ImageSource, split: str) -> dict[str, lis
     return {
         column: [row[column].strip() for row in in_order if row is not None]
         for column in columns
-        if column != KEY_COLUMN
+        if column != key_column
     }
 
 

@@ -19,7 +19,7 @@ class GroupAuditConfig(ClassifyConfig):
 
     name: str = "group_audit"
     groups: str = "auto"
-    """CSV file with the column `key` (the picture's path below its set, or the sample's key) and a column per grouping;
+    """CSV file with the column `key` or `path` (the picture below its set, the sample) and a column per grouping;
     an empty cell is no group. `auto`: `groups.csv` in `root` or in its split, else the `.npy` of each sample."""
     npy_columns: list[str] = field(default_factory=list)
     """What the integers of each sample's `.npy` are, in order, as in `[region, year, y]`."""
@@ -49,7 +49,8 @@ class GroupAuditConfig(ClassifyConfig):
         from clip_train.evaluation.prompts.files import read_lines
 
         images = open_labelled_images(
-            self.root, split=self.split, classnames=self.classnames, templates=self.templates
+            self.root, split=self.split, classnames=self.classnames, templates=self.templates,
+            label_column=self.label_column,
         )  # fmt: skip
         columns = open_columns(
             images.source, root=self.root, split=self.split, groups=self.groups, npy_columns=self.npy_columns,

@@ -37,7 +37,8 @@ class RejectConfig(ClassifyConfig):
         from clip_train.evaluation.reject.sets import load_lexicon, open_foreign
 
         known = open_labelled_images(
-            self.root, split=self.split, classnames=self.classnames, templates=self.templates
+            self.root, split=self.split, classnames=self.classnames, templates=self.templates,
+            label_column=self.label_column,
         )  # fmt: skip
         foreign = open_foreign(self.foreign, image_size=setting.image_size)
         return Reject(known, foreign=foreign, lexicon=load_lexicon(self.lexicon), setting=setting, data=self.root)

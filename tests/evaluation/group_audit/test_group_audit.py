@@ -206,10 +206,28 @@ def test_a_table_groups_the_pictures_by_their_path(folder):
     assert {k for k in result.parts if k.startswith("region")} == {"region=Asia", "region=Europe"}
 
 
+def test_fairface_as_published_is_one_table_of_labels_and_groups(tmp_path):
+    people = [("Male", "East Asian", "20-29"), ("Female", "Black", "3-9"), ("Female", "East Asian", "20-29")]
+    (tmp_path / "val").mkdir()
+    for i, _ in enumerate(people, start=1):
+        (tmp_path / "val" / f"{i}.png").write_bytes(picture(i))
+    rows = [f"val/{i}.png,{age},{gender},{race},True" for i, (gender, race, age) in enumerate(people, start=1)]
+    table = tmp_path / "fairface_label_val.csv"
+    table.write_text("\n".join(["file,age,gender,race,service_test", *rows]) + "\n")
+    from clip_train.config import load
+
+    config = load("evaluate", ["checkpoint=x", "evaluation=[fairface]", f"evaluation.fairface.root={table}"])
+    evaluator = config.evaluation["fairface"].build(world=World(), tokenizer=ToyTokenizer(), image_size=4)
+    assert list(evaluator.images.classnames) == ["Female", "Male"]
+    assert evaluator.images.labels.tolist() == [1, 0, 0]
+    groups = {column.name: [column.groups[g] for g in column.of_image] for column in evaluator.columns}
+    assert groups == {"race": [race for _, race, _ in people], "age": [age for *_, age in people]}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,region\nx,y\n", "must have the column key"),
+        ("name,region\nx,y\n", "must have the column key"),
         ("key,region\ncat/1.png,Asia\n", r"no row for 5 of 6 images, such as cat/3\.png"),
         ("key,region\ncat/1.png,Asia\ncat/1.png,Asia\n", "row 2: 'cat/1.png' has a row already"),
         ("key,region\ncat/1.png\n", "row 1 has not as many cells"),
