@@ -48,8 +48,8 @@ def test_a_table_with_numbers_needs_names_and_names_what_fits_neither(tmp_path):
 
 
 def test_a_table_without_the_columns_says_which_names_are_looked_for(tmp_path):
-    (tmp_path / "set.csv").write_text("file,what\na.png,1\n")
-    with pytest.raises(UserError, match=r"has the columns file, what: picture paths go under image or image_path"):
+    (tmp_path / "set.csv").write_text("thing,what\na.png,1\n")
+    with pytest.raises(UserError, match=r"has the columns thing, what: picture paths go under image or image_path"):
         open_folders(tmp_path / "set.csv")
 
 
