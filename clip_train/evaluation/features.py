@@ -77,7 +77,50 @@ class DualEncoder(Protocol):
         """Return features [B, W] of raw pixels before the projection to D dimensions."""
 
 
-class PrefixEncoder:
+class WrappedEncoder:
+    """A model behind which another one works. Kinds of it say what they do around the work.
+
+    Args:
+        model: the model that works.
+    """
+
+    same_features = False
+    """Whether features are those of `model`, so that what is remembered of its class vectors holds here too."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        self.model = model
+        self.training = model.training
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The model's own."""
+        return self.model.logit_scale
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """The model's own."""
+        return self.model.logit_bias
+
+    def train(self, mode: bool = True) -> WrappedEncoder:
+        """Set training or evaluation mode of the model."""
+        self.model.train(mode)
+        self.training = mode
+        return self
+
+    def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
+        """Return features [B, D] of raw pixels [B, H, W, 3] uint8."""
+        return self.model.encode_image(images, normalize=normalize)
+
+    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+        """Return features [B, D] of tokens [B, L]."""
+        return self.model.encode_text(tokens, normalize=normalize)
+
+    def pool_image(self, images: Tensor) -> Tensor:
+        """Return features [B, W] of raw pixels before the projection to D dimensions."""
+        return self.model.pool_image(images)
+
+
+class PrefixEncoder(WrappedEncoder):
     """A model of which only the first dimensions are used, brought to unit length again.
 
     Raises:
@@ -88,36 +131,16 @@ class PrefixEncoder:
         """Cut `model`, whose embeddings have `full` dimensions, to the first `embed_dim`."""
         if not 0 < embed_dim <= full:
             raise UserError(f"embed_dim={embed_dim} must lie between 1 and the model's {full}")
-        self._model, self._embed_dim = model, embed_dim
-        self.training = model.training
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """The model's own."""
-        return self._model.logit_scale
-
-    @property
-    def logit_bias(self) -> Tensor | None:
-        """The model's own."""
-        return self._model.logit_bias
-
-    def train(self, mode: bool = True) -> PrefixEncoder:
-        """Set training or evaluation mode of the model."""
-        self._model.train(mode)
-        self.training = mode
-        return self
+        super().__init__(model)
+        self._embed_dim = embed_dim
 
     def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, embed_dim] of raw pixels [B, H, W, 3] uint8."""
-        return self._cut(self._model.encode_image(images, normalize=normalize), normalize)
+        return self._cut(super().encode_image(images, normalize=normalize), normalize)
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, embed_dim] of tokens [B, L]."""
-        return self._cut(self._model.encode_text(tokens, normalize=normalize), normalize)
-
-    def pool_image(self, images: Tensor) -> Tensor:
-        """Return features [B, W] before the projection, which are whole."""
-        return self._model.pool_image(images)
+        return self._cut(super().encode_text(tokens, normalize=normalize), normalize)
 
     def _cut(self, features: Tensor, normalize: bool) -> Tensor:
         features = features[:, : self._embed_dim]

@@ -8,6 +8,7 @@ import torch
 
 from clip_train.distributed.collectives import all_gather
 from clip_train.distributed.stop import StopReason
+from clip_train.evaluation.features import WrappedEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,7 @@ class Interrupted(Exception):
         self.reason = reason
 
 
-class InterruptibleEncoder:
+class InterruptibleEncoder(WrappedEncoder):
     """A model that before each batch asks all ranks whether one wants to stop.
 
     Every rank encodes equally many batches, so every rank asks equally often, and all leave before the same batch.
@@ -40,40 +41,26 @@ class InterruptibleEncoder:
         Interrupted: from any method that encodes, on every rank.
     """
 
+    same_features = True
+
     def __init__(self, model: DualEncoder, *, wanted: Callable[[], StopReason], world: World) -> None:
-        self._model, self._wanted, self._world = model, wanted, world
-        self.training = model.training
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """The model's own."""
-        return self._model.logit_scale
-
-    @property
-    def logit_bias(self) -> Tensor | None:
-        """The model's own."""
-        return self._model.logit_bias
-
-    def train(self, mode: bool = True) -> InterruptibleEncoder:
-        """Set training or evaluation mode of the model."""
-        self._model.train(mode)
-        self.training = mode
-        return self
+        super().__init__(model)
+        self._wanted, self._world = wanted, world
 
     def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, D] of raw pixels [B, H, W, 3] uint8."""
         self._ask()
-        return self._model.encode_image(images, normalize=normalize)
+        return super().encode_image(images, normalize=normalize)
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, D] of tokens [B, L]."""
         self._ask()
-        return self._model.encode_text(tokens, normalize=normalize)
+        return super().encode_text(tokens, normalize=normalize)
 
     def pool_image(self, images: Tensor) -> Tensor:
         """Return features [B, W] of raw pixels before the projection to D dimensions."""
         self._ask()
-        return self._model.pool_image(images)
+        return super().pool_image(images)
 
     def _ask(self) -> None:
         own = torch.tensor([int(self._wanted())])

@@ -1,19 +1,15 @@
 """A grid of runs: every combination once, each a run of its own, one failure among them."""
 
 import itertools
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from clip_train.data.scenes.write import write_scenes
 from clip_train.errors import UserError
 from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.grid import expand
+from tests.tools.trials import start, tiny
 
 DATA = ["data.train=shards", "steps=9", "optim.warmup=1"]
 
@@ -40,54 +36,32 @@ def test_a_grid_that_cannot_work_is_refused_before_the_first_trial(overrides, me
         expand([*DATA, *overrides])
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "clip_train", "train", "-m", *arguments], cwd=folder, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    out = tmp_path_factory.mktemp("scenes")
-    write_scenes(out, num_train=40, num_val=10, seed=0)
-    return out
-
-
-def tiny(scenes: Path, *more: str) -> list[str]:
-    return [
-        f"data.train={scenes}/train", "model=tiny", "data.workers=0", "device=cpu", "precision=fp32",
-        "global_batch_size=8", "optim.warmup=0", "logging.every=1", "name=g", *more,
-    ]  # fmt: skip
-
-
 @pytest.mark.slow
 def test_a_failing_trial_is_reported_and_the_others_still_run(scenes, tmp_path):
     # The second batch size exceeds the data, which only the running trial can know.
-    grid = start(tmp_path, *tiny(scenes, "steps=2", "global_batch_size=8,4000"))
+    grid = start(tmp_path, "train", "-m", *tiny(scenes, "steps=2", "global_batch_size=8,4000"))
     shown, said = grid.communicate(timeout=600)
     assert grid.returncode == 2, said
-    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.startswith("g-")}
-    loss = read_metrics(tmp_path / "runs" / "g-global_batch_size=8")[-1]["train/loss"]
-    assert rows["g-global_batch_size=8"][1:] == ["0", "2", f"{loss:.5g}"]
-    assert rows["g-global_batch_size=4000"][1] == "2"
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.startswith("s-")}
+    loss = read_metrics(tmp_path / "runs" / "s-global_batch_size=8")[-1]["train/loss"]
+    assert rows["s-global_batch_size=8"][1:] == ["0", "2", f"{loss:.5g}"]
+    assert rows["s-global_batch_size=4000"][1] == "2"
 
 
 @pytest.mark.slow
 def test_a_stopped_grid_goes_on_where_it_stood(scenes, tmp_path):
     arguments = tiny(scenes, "steps=40", "seed=0,1")
-    grid = start(tmp_path, *arguments)
-    rows = tmp_path / "runs" / "g-seed=0" / "metrics.jsonl"
+    grid = start(tmp_path, "train", "-m", *arguments)
+    rows = tmp_path / "runs" / "s-seed=0" / "metrics.jsonl"
     deadline = time.monotonic() + 600
     while (not rows.exists() or len(rows.read_text().splitlines()) < 3) and time.monotonic() < deadline:
         time.sleep(0.02)
     grid.send_signal(signal.SIGTERM)
     shown, _ = grid.communicate(timeout=600)
     assert grid.returncode == 85 and "1 of 2 trials were not started" in shown
-    again = start(tmp_path, *arguments)
+    again = start(tmp_path, "train", "-m", *arguments)
     _, said = again.communicate(timeout=600)
     assert again.returncode == 0 and "continuing" in said
     for seed in (0, 1):
-        steps = [row["step"] for row in read_metrics(tmp_path / "runs" / f"g-seed={seed}")]
+        steps = [row["step"] for row in read_metrics(tmp_path / "runs" / f"s-seed={seed}")]
         assert sorted(set(steps)) == list(range(1, 41))

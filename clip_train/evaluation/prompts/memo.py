@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from clip_train.distributed.collectives import gather_objects
+from clip_train.evaluation.features import WrappedEncoder
 
 if TYPE_CHECKING:
     from clip_train.distributed.world import World
@@ -30,14 +31,16 @@ _kept: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = weakref.WeakK
 
 def recall(model: object, key: Hashable) -> Any:
     """Return what `remember` was given, None if nothing."""
-    return _kept.get(model, {}).get(key) if isinstance(model, nn.Module) and key is not None else None
+    module = _module(model)
+    return _kept.get(module, {}).get(key) if module is not None and key is not None else None
 
 
 def remember(model: object, key: Hashable, value: Any) -> None:
     """Keep a value for as long as the model lives, or until newer ones take its place; not for a key of None."""
-    if not isinstance(model, nn.Module) or key is None:
+    module = _module(model)
+    if module is None or key is None:
         return
-    values = _kept.setdefault(model, {})
+    values = _kept.setdefault(module, {})
     values[key] = value
     while len(values) > MOST_KEPT:
         del values[next(iter(values))]
@@ -55,16 +58,24 @@ def memo_key(
         parts: templates of each further ensemble.
         world: the ranks, all of which call this.
     """
-    if len(tokens) < MIN_PROMPTS or not isinstance(model, nn.Module):
+    module = _module(model)
+    if len(tokens) < MIN_PROMPTS or module is None:
         return None
     device = world.device.type
     precision = (torch.is_autocast_enabled(device), str(torch.get_autocast_dtype(device)))
-    weights = _digest([t for name, t in model.state_dict().items() if not name.startswith(IMAGE_TOWER)])
+    weights = _digest([t for name, t in module.state_dict().items() if not name.startswith(IMAGE_TOWER)])
     # Sharded weights differ between ranks, so that one rank's hash does not tell for all of them.
     everywhere = tuple(gather_objects(weights, world=world))
     if None in everywhere:
         return None
     return (everywhere, _digest([tokens, *layout]), tuple(map(tuple, parts)), precision)
+
+
+def _module(model: object) -> nn.Module | None:
+    """Return the module that computes the features of `model` as they are, None if there is none."""
+    while isinstance(model, WrappedEncoder) and model.same_features:
+        model = model.model
+    return model if isinstance(model, nn.Module) else None
 
 
 def _digest(tensors: Sequence[Tensor]) -> str | None:

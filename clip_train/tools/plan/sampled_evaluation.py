@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from clip_train.data.sequential import EvaluationBatch, evaluation_batches
 from clip_train.evaluation.config import EvaluationConfig
 from clip_train.evaluation.evaluator import Evaluator, Setting
+from clip_train.evaluation.features import WrappedEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -124,48 +125,32 @@ class SampledEvaluator(Evaluator):
         return self._inner.samples(result, size=size)
 
 
-class SampledEncoder:
+class SampledEncoder(WrappedEncoder):
     """A model whose towers compute until it is known how long they take."""
 
     def __init__(self, model: DualEncoder, *, clock: Clock, device: torch.device) -> None:
-        self._model, self._clock, self._device = model, clock, device
+        super().__init__(model)
+        self._clock, self._device = clock, device
         self._width: dict[str, int] = {}
-        self.training = model.training
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """The model's own."""
-        return self._model.logit_scale
-
-    @property
-    def logit_bias(self) -> Tensor | None:
-        """The model's own."""
-        return self._model.logit_bias
-
-    def train(self, mode: bool = True) -> SampledEncoder:
-        """Set training or evaluation mode of the model."""
-        self._model.train(mode)
-        self.training = mode
-        return self
 
     def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, D]."""
         return self._ask(
-            "image", self._clock.images, lambda: self._model.encode_image(images, normalize=normalize),
+            "image", self._clock.images, lambda: self.model.encode_image(images, normalize=normalize),
             rows=len(images), amount=len(images), normalize=normalize,
         )  # fmt: skip
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, D]."""
         return self._ask(
-            "text", self._clock.texts, lambda: self._model.encode_text(tokens, normalize=normalize),
+            "text", self._clock.texts, lambda: self.model.encode_text(tokens, normalize=normalize),
             rows=len(tokens), amount=tokens.numel(), normalize=normalize,
         )  # fmt: skip
 
     def pool_image(self, images: Tensor) -> Tensor:
         """Return features [B, W] before the projection."""
         return self._ask(
-            "pooled", self._clock.images, lambda: self._model.pool_image(images),
+            "pooled", self._clock.images, lambda: self.model.pool_image(images),
             rows=len(images), amount=len(images), normalize=False,
         )  # fmt: skip
 

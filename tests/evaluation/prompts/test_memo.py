@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World
-from clip_train.evaluation.features import evaluating
+from clip_train.evaluation.features import PrefixEncoder, evaluating
+from clip_train.evaluation.interruptible import InterruptibleEncoder
 from clip_train.evaluation.prompts.classifier import build_classifier, build_ensembles, tokenize_prompts
 from clip_train.evaluation.prompts.files import load_templates
 from tests.evaluation.toys import ToyTokenizer
@@ -19,6 +21,7 @@ class CountingModel(nn.Module):
         torch.manual_seed(0)
         self.embedding = nn.Embedding(1000, 6)
         self.visual = nn.Linear(2, 2)
+        self.logit_scale, self.logit_bias = torch.zeros(()), None
         self.encoded = 0
 
     def encode_text(self, tokens, *, normalize=True):
@@ -52,6 +55,17 @@ def test_the_same_weights_and_prompts_are_encoded_once(model):
         model.visual.weight += 1  # the image tower has no say in it
     build(model)
     assert model.encoded == 2400
+
+
+def test_what_a_run_in_training_builds_is_remembered_between_its_evaluations(model):
+    def wrapped():
+        return InterruptibleEncoder(model, wanted=lambda: StopReason.none, world=World())
+
+    first = build(wrapped())
+    assert torch.equal(build(wrapped()), first) and torch.equal(build(model), first)
+    assert model.encoded == 2400
+    cut = build(PrefixEncoder(model, embed_dim=3, full=6))  # other features, of the same weights
+    assert cut.shape == (30, 3) and model.encoded == 4800
 
 
 def test_a_single_changed_value_order_or_precision_encodes_anew(model):

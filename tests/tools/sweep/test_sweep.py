@@ -5,44 +5,21 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from clip_train.data.scenes.write import write_scenes
 from clip_train.tools.sweep.settings import read_settings
 from clip_train.tools.sweep.study import Study
+from tests.tools.trials import start, tiny
 
 pytestmark = pytest.mark.slow
 SECONDS = 900  # for anything that is waited for: the machine may be busy
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    out = tmp_path_factory.mktemp("scenes")
-    write_scenes(out, num_train=40, num_val=10, seed=0)
-    return out
-
-
-def tiny(scenes: Path, *more: str) -> list[str]:
-    return [
-        f"data.train={scenes}/train", "model=tiny", "data.workers=0", "device=cpu", "precision=fp32",
-        "global_batch_size=8", "optim.warmup=0", "logging.every=1", "name=s", *more,
-    ]  # fmt: skip
-
-
-def start(folder: Path, command: str, arguments: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "clip_train", command, *arguments], cwd=folder, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 def sweep(folder: Path, scenes: Path, *more: str) -> subprocess.Popen:
-    return start(folder, "sweep", tiny(scenes, *more))
+    return start(folder, "sweep", *tiny(scenes, *more))
 
 
 def wait_until(happened, process: subprocess.Popen | None = None) -> None:
@@ -201,7 +178,7 @@ def test_a_trial_that_outlived_its_sweep_is_waited_for_and_not_run_again(scenes,
     run, of_run = settings.run_of(trial.values, number=trial.number, seed=0)
     monkeypatch.chdir(Path(__file__).parents[3])
     run = tmp_path / run
-    alone = start(tmp_path, "train", of_run)
+    alone = start(tmp_path, "train", *of_run)
     wait_until((run / "lock").exists, alone)
     again = sweep(tmp_path, scenes, *arguments)
     _, said = again.communicate(timeout=SECONDS)
