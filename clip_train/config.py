@@ -213,7 +213,7 @@ def _refuse_what_is_not_to_be_saved(composed: Any) -> None:
 
 def _explain(command: str, overrides: list[str], error: Exception) -> str:
     """Turn Hydra's message into one line that names the key and the nearest right one."""
-    text = str(error) or str(error.__cause__ or type(error).__name__)  # what a broken file says is the cause's
+    text = str(error) or _unreadable_file() or str(error.__cause__ or type(error).__name__)
     in_file = re.match(r"In '([^']+)': \w+ raised while composing config:\n(.*)", text)
     if in_file:
         return _explain_file(command, *in_file.groups(), text=text)
@@ -258,6 +258,21 @@ def _explain_file(command: str, name: str, problem: str, *, text: str) -> str:
         return f"{name}.yaml: {key}: {problem}"
     near = difflib.get_close_matches(_plain(key), known_keys(ROOTS[command]), n=1, cutoff=0.5)
     return f"{name}.yaml: unknown key '{key}'" + (f": did you mean '{near[0]}'?" if near else "")
+
+
+def _unreadable_file() -> str:
+    """Name the file with an interpolation that cannot be read: of these Hydra says nothing at all."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import GrammarParseError
+
+    for path in sorted(config_dir().rglob("*.yaml")):
+        try:
+            OmegaConf.load(path)
+        except GrammarParseError as error:
+            return f"{path.relative_to(config_dir())}: {error.full_key}: {str(error).splitlines()[0]}"
+        except Exception:  # another file's trouble, of which Hydra has more to say
+            continue
+    return ""
 
 
 def _plain(key: str) -> str:

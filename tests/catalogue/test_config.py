@@ -140,6 +140,7 @@ def test_paths_may_hold_any_character(train, tmp_path, monkeypatch):
         (GLOBAL + "optim:\n  lrr: 3\n", ["mine.yaml", "unknown key 'optim.lrr': did you mean 'optim.lr'"]),
         (GLOBAL + "steps: yes\n", ["mine.yaml", "steps", "'True'", "Integer"]),
         (GLOBAL + "optim:\n  lr: !!python/object/apply:os.system [exit]\n", ["mine.yaml line 3", "os.system"]),
+        (GLOBAL + "name: ${data.train\n", ["mine.yaml", "${data.train"]),
         ("steps: \0\n", ["experiment=mine", "#x0000"]),
     ],
 )
