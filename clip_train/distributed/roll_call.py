@@ -134,7 +134,7 @@ class RollCall:
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.2)
-        silent = {rank: sign.step for rank, sign in newest.items() if sign == before[rank] and not sign.left}
+        silent = {rank: self._seen_at(sign) for rank, sign in newest.items() if sign == before[rank] and not sign.left}
         stopped = [rank for rank in silent if self._wake(rank)]
         what = "gives no sign of life: it hangs" if timed_out else "is gone: killed, out of memory, or cut off"
         texts = [
@@ -143,6 +143,10 @@ class RollCall:
             for rank, step in silent.items()
         ]
         return TrainingFailed("; ".join(texts)) if texts else None
+
+    def _seen_at(self, sign: _Sign) -> int | None:
+        """A step needs all ranks, so a rank did what this one did; one step less, as a device lags behind its host."""
+        return max(sign.step or 0, (self.step or 0) - 1) or None
 
     def _wake(self, rank: int) -> bool:
         """Let a rank of this machine that is stopped go on, so that it sees the end of the others and ends too."""
