@@ -1,13 +1,16 @@
 """Launched runs: stops and deaths leave nothing behind, lose nothing, and are started again only where that helps."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.data.made import numbered_shards
 from tests.launched import FLAGS, Job, attempts, require_exact_audit, saved_steps, steps_done
+from tests.runs import RunningRanks, arguments_of
 from tests.torture.stops import asked_to_stop, chained, rank_stopped
 
 pytestmark = [
@@ -24,6 +27,20 @@ def test_five_runs_that_are_asked_to_stop_save_where_they_stand_and_continue_the
 def test_two_jobs_with_a_stopped_rank_end_in_time_and_name_it():
     errors = [outcome.error for outcome in chained(rank_stopped)(0, 2, 12) if outcome.error]
     assert not errors, "\n".join(errors)
+
+
+def test_a_stopped_rank_that_keeps_the_store_of_the_others_is_named_and_ends(tmp_path):
+    shards = numbered_shards(tmp_path / "shards", [130, 45, 225])
+    arguments = arguments_of(shards, tmp_path / "run", steps=100000, batch=8)
+    running = RunningRanks([*arguments, "distributed.timeout_seconds=5"], tmp_path / "log", ranks=2)  # no launcher
+    running.wait_until(lambda: steps_done(tmp_path / "run") >= 3)
+    os.kill(running.pids[0], signal.SIGSTOP)
+    try:
+        running.end_after_a_kill()
+    finally:
+        running.kill()
+    assert re.search(r"rank 0, last seen at step \d+, is stopped, as by SIGSTOP", (tmp_path / "log").read_text())
+    require_exact_audit(tmp_path / "run", steps=steps_done(tmp_path / "run"))
 
 
 def test_no_process_outlives_a_killed_launcher_and_what_they_did_is_saved(tmp_path):

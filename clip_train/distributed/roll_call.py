@@ -53,6 +53,7 @@ class RollCall:
     def __init__(self, store: Store, *, ranks: Ranks) -> None:
         self.step: int | None = None  # steps that this rank has done; the trainer keeps it
         self._store, self._rank, self._size = store, ranks.rank, ranks.size
+        self._first = (own_host(), os.getpid())  # rank 0, which keeps the store if no launcher does
         self._closed = threading.Event()
         self._signs = threading.Thread(target=self._give_signs, name="signs of life", daemon=True)
 
@@ -70,6 +71,7 @@ class RollCall:
             self._store.set(keys[self._rank], str(self._size))
             self._store.wait(keys, timedelta(seconds=seconds))
             sizes = [int(self._store.get(key)) for key in keys]
+            self._first = self._process_of(0)
         except DistError as error:
             raise UserError(self._who_did_not_come(keys, seconds=seconds)) from error
         if len(set(sizes)) > 1:
@@ -118,7 +120,12 @@ class RollCall:
         try:
             missing = found.result(timeout=3 * SECONDS_OF_SILENCE)
         except TimeoutError:
-            missing = TrainingFailed("rank 0 or the launcher gives no sign of life: the ranks' store does not answer")
+            if self._rank and _wake(*self._first):
+                missing = TrainingFailed(f"rank 0, last seen {_at(self.step)}, is stopped, as by SIGSTOP")
+            else:
+                missing = TrainingFailed(
+                    "rank 0 or the launcher gives no sign of life: the ranks' store does not answer"
+                )
         return missing or TrainingFailed(f"the ranks no longer reach each other: {str(error).splitlines()[0]}")
 
     def _find_missing(self, *, timed_out: bool) -> ClipTrainError | None:
@@ -135,7 +142,7 @@ class RollCall:
                 break
             time.sleep(0.2)
         silent = {rank: self._seen_at(sign) for rank, sign in newest.items() if sign == before[rank] and not sign.left}
-        stopped = [rank for rank in silent if self._wake(rank)]
+        stopped = [rank for rank in silent if _wake(*self._process_of(rank))]
         what = "gives no sign of life: it hangs" if timed_out else "is gone: killed, out of memory, or cut off"
         texts = [
             f"rank {rank}, last seen {_at(step)}{self._elsewhere(rank)}, "
@@ -148,16 +155,10 @@ class RollCall:
         """A step needs all ranks, so a rank did what this one did; one step less, as a device lags behind its host."""
         return max(sign.step or 0, (self.step or 0) - 1) or None
 
-    def _wake(self, rank: int) -> bool:
-        """Let a rank of this machine that is stopped go on, so that it sees the end of the others and ends too."""
+    def _process_of(self, rank: int) -> tuple[str, int]:
+        """Return the machine and the process id of a rank that checked in."""
         host, pid = json.loads(self._store.get(f"process/{rank}"))
-        stat = Path(f"/proc/{pid}/stat")
-        if host != own_host() or not stat.exists():
-            return False
-        stopped = stat.read_text().rpartition(")")[2].split()[0] == "T"
-        if stopped:
-            os.kill(pid, signal.SIGCONT)
-        return stopped
+        return host, pid
 
     def _give_signs(self) -> None:
         count = 0
@@ -179,7 +180,7 @@ class RollCall:
 
     def _elsewhere(self, rank: int) -> str:
         """Name the machine of a rank that checked in, if it is another one."""
-        host, _ = json.loads(self._store.get(f"process/{rank}"))
+        host, _ = self._process_of(rank)
         return "" if host == own_host() else f" on {host}"
 
     def _who_did_not_come(self, keys: list[str], *, seconds: float) -> str:
@@ -199,6 +200,17 @@ class RollCall:
             f"{ranks} of WORLD_SIZE={self._size}{where} did not come within {seconds:.0f} s: start every rank, or one "
             "process without RANK and WORLD_SIZE; distributed.arrival_seconds= lets them be later"
         )
+
+
+def _wake(host: str, pid: int) -> bool:
+    """Let a rank of this machine that is stopped go on, so that it sees the end of the others and ends too."""
+    stat = Path(f"/proc/{pid}/stat")
+    if host != own_host() or not stat.exists():
+        return False
+    stopped = stat.read_text().rpartition(")")[2].split()[0] == "T"
+    if stopped:
+        os.kill(pid, signal.SIGCONT)
+    return stopped
 
 
 def _at(step: int | None) -> str:

@@ -67,7 +67,7 @@ def test_a_rank_that_left_without_an_error_is_named(ranks):
 def test_a_rank_that_gives_no_sign_of_life_is_named_and_one_that_does_is_not(ranks, failure, text):
     ranks[2].start()
     error = ranks[0].explain(failure)
-    assert str(error).startswith(f"rank 1, last seen before the first step, {text}")
+    assert str(error).startswith(f"rank 1, last seen at step 19, {text}")
     assert "rank 2" not in str(error)
 
 
@@ -84,7 +84,7 @@ def test_a_stopped_rank_is_named_and_woken(ranks):
         ranks[0]._store.set("process/1", f'["{own_host()}", {process.pid}]')
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        assert "rank 1, last seen before the first step, is stopped" in str(ranks[0].explain(LATE))
+        assert "rank 1, last seen at step 19, is stopped" in str(ranks[0].explain(LATE))
         assert process.wait(10) == 0
 
 

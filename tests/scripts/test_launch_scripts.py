@@ -138,7 +138,9 @@ def test_the_torchrun_template_leaves_with_the_code_of_the_run(tmp_path):
     for number, code, steps in ((signal.SIGUSR1, 85, 100000), (signal.SIGINT, 0, 100000), (None, 0, 400)):
         former = steps_done(tmp_path / "run")
         command = [SCRIPTS / "torchrun.sh", *arguments(tmp_path, f"steps={former + 4 if number is None else steps}")]
-        job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        # A shell's background jobs ignore SIGINT, their children inherit that, and bash cannot trap what it inherits.
+        heeding = ["env", "--default-signal=INT", *command]
+        job = subprocess.Popen(heeding, env=environment, stderr=subprocess.PIPE, text=True)
         if number is not None:
             deadline = time.monotonic() + 240
             while steps_done(tmp_path / "run") < former + 3:

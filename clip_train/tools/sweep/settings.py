@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BATCH_SIZE = "global_batch_size"
 SETTINGS_NAME = "sweep.yaml"
 _SECTION = "sweep"
+_LENGTHS = ("steps", "samples", "epochs")
 _MAY_CHANGE = (
     *(f"sweep.{name}" for name in ("trials", "parallel", "processes_per_trial", "max_failures", "dir")),
     *(f"train.{name}" for name in ("device", "max_hours", "watchdog_seconds", "profile", "data.workers", "data.cache")),
@@ -98,15 +99,17 @@ def read_settings(overrides: list[str]) -> Settings:
     options = load("sweep", own).sweep
     space = parse_space(options.space, given=ranges)
     _require_free(space, runs=runs, seeds=options.seeds)
-    base = load("train", runs)
+    probes = _probes(space)
+    length = [value for value in probes[0] if _key(value) in _LENGTHS]  # without one there is no run
+    base = load("train", [*runs, *length])
     if base.launch.name != "none":
         raise UserError(
             f"launch={base.launch.name}: the sweep starts its runs; sweep.processes_per_trial= gives them ranks"
         )
-    for values in _probes(space):
+    for values in probes:
         load("train", [*runs, *values])
     recipe = [one for one in runs if _key(one) != BATCH_SIZE]
-    recipe_batch_size = (load("train", recipe) if recipe != runs else base).global_batch_size
+    recipe_batch_size = (load("train", [*recipe, *length]) if recipe != runs else base).global_batch_size
     objective = objective_of(base, metric=options.metric)
     if options.pruner is not Pruner.none:
         require_intermediate(objective, config=base, pruner=options.pruner.value)
