@@ -245,6 +245,9 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
     if full_key and "missing mandatory value" in text:
         return f"{full_key.group(1)}= is required; `clip-train help {_plain(full_key.group(1))}` says what it is"
     first = text.strip().splitlines()[0]
+    absent = re.match(r"Interpolation key '(\S+)' not found", first)
+    if absent and full_key:  # what training takes from its data, another command has to be told
+        return f"{full_key.group(1)}= is required: `clip-train {command}` has no {absent.group(1)} to take it from"
     return f"{full_key.group(1)}: {first}" if full_key else first
 
 

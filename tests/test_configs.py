@@ -79,6 +79,13 @@ def test_held_out_pairs_can_be_named_without_training_data():
     assert config.evaluation["val"].cache == CacheConfig()
 
 
+def test_held_out_pairs_that_are_not_named_are_asked_for():
+    with pytest.raises(
+        UserError, match=r"evaluation\.val\.shards= is required: `clip-train evaluate` has no data\.val"
+    ):
+        load("evaluate", ["checkpoint=x", "evaluation=[val]"])
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_recipe_composes_and_carries_its_own_name(experiment):
     config = load("train", [f"experiment={experiment}"])
