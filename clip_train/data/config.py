@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -58,17 +58,19 @@ class CacheConfig:
     counts_from_stats: bool = False
     """Without an index beside the shards, believe img2dataset's `NAME_stats.json` instead of downloading every shard
     once to count. Checked when a shard is first read: another number stops the run."""
+    public_only: bool = False
+    """As `data.public_only`, which an evaluation of `data.val` follows, for the shards of another evaluation."""
 
     def __post_init__(self) -> None:
         if self.max_bytes < 1:
             raise UserError(f"data.cache.max_bytes={self.max_bytes} must be positive")
 
-    def build(self, *, public_only: bool = False) -> ShardCache:
+    def build(self) -> ShardCache:
         """Return the cache, which is made at its first use."""
         from clip_train.data.remote.cache import ShardCache
 
         folder = Path(self.dir).expanduser().absolute()
-        return ShardCache(folder=folder, max_bytes=self.max_bytes, public_only=public_only)
+        return ShardCache(folder=folder, max_bytes=self.max_bytes, public_only=self.public_only)
 
 
 def cache_in(folder: Path | None) -> ShardCache:
@@ -220,9 +222,10 @@ class DataConfig:
             raise UserError("data.train is not set: name the shards, as in data.train='shards/train-{000..009}.tar'")
         by_source = patterns_by_source(self.train)
         fields = {name: "data.train" if name == TRAIN_SOURCE else f"data.train.{name}.shards" for name in by_source}
+        cache = replace(self.cache, public_only=self.public_only or self.cache.public_only).build()
         open_one = partial(
-            open_source, world=world, captions=captions, index_dir=index_dir,
-            cache=self.cache.build(public_only=self.public_only), counts_from_stats=self.cache.counts_from_stats,
+            open_source, world=world, captions=captions, index_dir=index_dir, cache=cache,
+            counts_from_stats=self.cache.counts_from_stats,
         )  # fmt: skip
         return [open_one(patterns, name=name, field=fields[name]) for name, (patterns, _) in by_source.items()]
 
@@ -236,7 +239,7 @@ class DataConfig:
 
         if self.val is None:
             raise UserError("data.val is not set: name the held-out shards, as in data.val=shards/val")
-        return find_shards(self.val, field="data.val")
+        return find_shards(self.val, field="data.val", public_only=self.public_only)
 
     def build_train(
         self, *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer, image_size: int

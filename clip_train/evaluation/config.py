@@ -59,12 +59,12 @@ def names_shards(place: str) -> bool:
     return ".tar" in place or "://" in place
 
 
-def missing_shards(patterns: str | Sequence[str], *, field: str) -> str | None:
+def missing_shards(patterns: str | Sequence[str], *, field: str, public_only: bool) -> str | None:
     """Return what is wrong with a pattern of shards, None if there are such shards."""
     from clip_train.data.source import find_shards
 
     try:
-        find_shards(patterns, field=field)
+        find_shards(patterns, field=field, public_only=public_only)
     except UserError as error:
         return str(error)
     return None

@@ -10,6 +10,7 @@ from clip_train.data.remote.cache import ShardCache
 from clip_train.data.source import open_source
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
+from clip_train.evaluation.retrieve.captioned_images import open_captioned_shards
 from clip_train.storage import public, remote
 from tests.data.made import numbered_shards
 from tests.data.served import Served
@@ -36,6 +37,17 @@ def test_a_server_on_this_machine_is_never_reached(tmp_path, host, pattern):
         assert not server.requests
         if pattern:
             assert opened(tmp_path, url, public_only=False).counts == [3]
+
+
+def test_an_evaluation_of_the_held_out_pairs_of_such_a_run_reaches_none_either(tmp_path):
+    numbered_shards(tmp_path / "origin", [3])
+    with Served(tmp_path / "origin") as server:
+        run = ["data.train=x", "steps=5", "optim.warmup=0", "data.public_only=true", "evaluation=[val]"]
+        config = load("train", [*run, f"data.val={server.url}/s-000.tar", f"data.cache.dir={tmp_path / 'cache'}"])
+        val = config.evaluation["val"]
+        with pytest.raises(UserError, match=r"is no public address, and data\.public_only=true"):
+            open_captioned_shards(val.shards, caption=val.caption, split=val.split, cache=val.cache.build())
+        assert not server.requests
 
 
 def test_a_redirect_to_such_an_address_is_not_followed(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ class CalibrateConfig(ClassifyConfig):
         """Return `root` if it is not there, or what is wrong with the shards."""
         if self.root:
             return ClassifyConfig.missing(self)
-        return missing_shards(self.shards, field=f"evaluation.{self.name}.shards")
+        return missing_shards(self.shards, field=f"evaluation.{self.name}.shards", public_only=self.cache.public_only)
 
     def open(self, setting: Setting) -> Calibrate:
         """Open the images and make the evaluator. Every rank reads the same list of images."""

@@ -29,7 +29,11 @@ class ChooseConfig(EvaluationConfig):
         from clip_train.evaluation.choose.files import find_rows
 
         try:
-            return None if find_rows(self.path) else missing_shards(self.path, field="path")
+            return (
+                None
+                if find_rows(self.path)
+                else missing_shards(self.path, field="path", public_only=self.cache.public_only)
+            )
         except UserError as error:
             return str(error)
 

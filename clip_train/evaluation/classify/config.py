@@ -37,7 +37,7 @@ class ClassifyConfig(EvaluationConfig):
     def missing(self) -> str | None:
         """Return `root` if it is not there."""
         if names_shards(self.root):
-            return missing_shards(self.root, field="root")
+            return missing_shards(self.root, field="root", public_only=self.cache.public_only)
         return None if Path(self.root).expanduser().exists() else self.root
 
     def open(self, setting: Setting) -> Evaluator:

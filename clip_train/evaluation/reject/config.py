@@ -28,7 +28,7 @@ class RejectConfig(ClassifyConfig):
         """Return the first of `root` and the foreign sets that is not there."""
         from clip_train.evaluation.reject.sets import missing_foreign
 
-        return ClassifyConfig.missing(self) or missing_foreign(self.foreign)
+        return ClassifyConfig.missing(self) or missing_foreign(self.foreign, public_only=self.cache.public_only)
 
     def open(self, setting: Setting) -> Reject:
         """Open the known and the foreign pictures and make the evaluator. Every rank reads the same lists."""

@@ -53,12 +53,13 @@ def open_foreign(
     return opened
 
 
-def missing_foreign(sets: Mapping[str, str]) -> str | None:
+def missing_foreign(sets: Mapping[str, str], *, public_only: bool) -> str | None:
     """Return the first set that is not there, or what is wrong with its shards; None if all are there."""
     for name, place in sets.items():
-        if names_shards(place) and (wrong := missing_shards(place, field=f"foreign.{name}")):
-            return wrong
-        if place != GENERATED and not names_shards(place) and not Path(place).expanduser().exists():
+        if names_shards(place):
+            if wrong := missing_shards(place, field=f"foreign.{name}", public_only=public_only):
+                return wrong
+        elif place != GENERATED and not Path(place).expanduser().exists():
             return place
     return None
 

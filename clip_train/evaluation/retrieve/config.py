@@ -60,7 +60,7 @@ class RetrieveConfig(EvaluationConfig):
                 return None
             if not folder.exists() and not set("*?{[:") & set(self.shards):
                 return self.shards
-        return missing_shards(self.shards, field=f"evaluation.{self.name}.shards")
+        return missing_shards(self.shards, field=f"evaluation.{self.name}.shards", public_only=self.cache.public_only)
 
     def open(self, setting: Setting) -> Retrieve:
         """Open the pairs and make the evaluator. Every rank reads the same list of pairs."""
