@@ -42,6 +42,7 @@ def check_ranks(config: TrainConfig, *, world: World) -> None:
             raise UserError(
                 f"rank {rank} on {host} was started with another config than rank 0: {'; '.join(different)}"
             )
+    require_precision(config.precision.value, device=world.device)
 
 
 def require_precision(precision: str, *, device: torch.device) -> None:
