@@ -54,8 +54,9 @@ def redact(text: str) -> str:
 
 def unsigned(url: str) -> str:
     """Return a URL, or a text with some, without its login and signature: what stays when these are renewed."""
-    url = _URL_LOGIN.sub(rf"\g<scheme>{_HIDDEN}@", url)
-    return _PARAMETER.sub(_hide_secret, url)
+    if "@" in url:  # asked for the name of every shard, of which there may be 200,000
+        url = _URL_LOGIN.sub(rf"\g<scheme>{_HIDDEN}@", url)
+    return _PARAMETER.sub(_hide_secret, url) if "=" in url else url
 
 
 def redact_tree(value: Any) -> Any:

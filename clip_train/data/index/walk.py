@@ -154,11 +154,12 @@ def index_shard(path: Path, *, options: IndexOptions, earlier: ShardEntry | None
             incomplete["+".join(sorted(sample.members))] += 1
         else:
             rows.append(row)
-            pairs.append(sample)
+            if options.rule:  # kept by the thousands, they would keep the garbage collector busy
+                pairs.append(sample)
     if not cuts:
-        _check_stats(path, pairs=len(pairs), incomplete=incomplete)
+        _check_stats(path, pairs=len(rows), incomplete=incomplete)
     records = np.array(rows, dtype=record_layout(options.captions))
-    reasons = options.rule(path, pairs) if options.rule else [None] * len(pairs)
+    reasons = options.rule(path, pairs) if options.rule else [None] * len(rows)
     kept = np.array([reason is None for reason in reasons], dtype=bool)
     records = records[kept]
     _fill_crcs(path, records, crc=options.crc, earlier=earlier)
