@@ -19,7 +19,8 @@ from clip_train.model.clip import CLIP
 from clip_train.model.zoo import create_model
 from clip_train.train import train
 from tests.evaluation.classify.test_classify import make
-from tests.evaluation.toys import random_pixels, toy_setting
+from tests.evaluation.probe.test_probe import make as make_probe
+from tests.evaluation.toys import ToyModel, random_pixels, toy_setting
 from tests.gloo import run_on_ranks
 from tests.runs import SMALL_MODEL
 
@@ -142,6 +143,19 @@ def leave_when_rank_one_is_asked(world):
 @pytest.mark.slow
 def test_all_ranks_leave_before_the_same_batch_for_the_reason_of_one():
     assert run_on_ranks(leave_when_rank_one_is_asked) == [(3, StopReason.preempted, True)] * 2
+
+
+def test_a_fit_of_a_probe_is_left_too():
+    probe, train_images, test_images = make_probe(40)
+    batches, asked = sum(-(-len(images.labels) // 4) for images in (train_images, test_images)), []
+
+    def wanted():
+        asked.append(None)
+        return StopReason.preempted if len(asked) == batches + 3 else StopReason.none
+
+    with pytest.raises(Interrupted):
+        probe.evaluate(InterruptibleEncoder(ToyModel(seed=1), wanted=wanted, world=World()))
+    assert len(asked) == batches + 3, "the third pass of a fit is the one that was left"
 
 
 def test_whoever_is_not_asked_to_stop_gets_the_same_scores():

@@ -27,6 +27,11 @@ class Interrupted(Exception):
         self.reason = reason
 
 
+def asker_of(model: DualEncoder) -> Callable[[], None]:
+    """Return what long work without this model calls now and then, as often on every rank, so that it can be left."""
+    return model.ask if isinstance(model, InterruptibleEncoder) else lambda: None
+
+
 class InterruptibleEncoder(WrappedEncoder):
     """A model that before each batch asks all ranks whether one wants to stop.
 
@@ -49,20 +54,21 @@ class InterruptibleEncoder(WrappedEncoder):
 
     def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, D] of raw pixels [B, H, W, 3] uint8."""
-        self._ask()
+        self.ask()
         return super().encode_image(images, normalize=normalize)
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
         """Return features [B, D] of tokens [B, L]."""
-        self._ask()
+        self.ask()
         return super().encode_text(tokens, normalize=normalize)
 
     def pool_image(self, images: Tensor) -> Tensor:
         """Return features [B, W] of raw pixels before the projection to D dimensions."""
-        self._ask()
+        self.ask()
         return super().pool_image(images)
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
+        """Leave if a rank wants to. Every rank calls it as often."""
         own = torch.tensor([int(self._wanted())])
         reason = StopReason(int(all_gather(own, world=self._world, group=self._world.host_group).max()))
         if reason:

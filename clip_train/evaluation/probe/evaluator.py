@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from clip_train.evaluation.confidence import bootstrap, bootstrap_ratio
 from clip_train.evaluation.draw import draw_shots, held_out
 from clip_train.evaluation.evaluator import Evaluator, Setting
 from clip_train.evaluation.features import DualEncoder, gather_items, to_numpy
+from clip_train.evaluation.interruptible import asker_of
 from clip_train.evaluation.probe.average_precision import eleven_point, rank
 from clip_train.evaluation.probe.logistic_regression import MAX_ITERATIONS, Rows, Solution, fit, search_c
 from clip_train.evaluation.result import EvaluationResult, item_keys
@@ -73,8 +75,9 @@ class Probe(Evaluator):
         train, test = (self._encode(model, images) for images in (self.train, self.test))
         with torch.autocast(self.world.device.type, enabled=False):
             choosing = held_out(self.train.labels, share=SHARE_TO_CHOOSE)
-            c, scores = self._choose_c(train.among(~choosing), train.among(choosing))
-            solution = fit(train.rows, c=c, num_classes=self._num_classes, world=self.world)
+            fitted = partial(fit, num_classes=self._num_classes, world=self.world, before_each=asker_of(model))
+            c, scores = self._choose_c(fitted, train.among(~choosing), train.among(choosing))
+            solution = fitted(train.rows, c=c)
             logits = self._test_logits(solution, test)
             result = self._score_several(logits) if self.test.multilabel else self._score_one(logits)
             result.details |= {
@@ -84,7 +87,7 @@ class Probe(Evaluator):
             if solution.iterations >= MAX_ITERATIONS:
                 result.warnings.append(f"the fit stopped at {MAX_ITERATIONS} iterations, before it had converged")
             for shots in self._shots:
-                self._few_shots(result, train, test, shots=shots, choosing=choosing)
+                self._few_shots(result, fitted, train, test, shots=shots, choosing=choosing)
         result.notes.append(
             f"features: {self._features}; C = {c:.3g} from a fifth of {len(self.train.labels):,} training images. "
             "Not comparable with clip-benchmark's probe, which is trained with AdamW on unit features"
@@ -112,15 +115,14 @@ class Probe(Evaluator):
         targets = torch.from_numpy(images.labels)[place[valid]].to(device)
         return Encoded(Rows(own, targets), place[valid], statistics.reason("image"))
 
-    def _choose_c(self, rows: Rows, choosing: Rows) -> tuple[float, dict[float, float]]:
+    def _choose_c(
+        self, fitted: Callable[..., Solution], rows: Rows, choosing: Rows
+    ) -> tuple[float, dict[float, float]]:
         newest: Solution | None = None
 
         def accuracy(c: float) -> float:
             nonlocal newest
-            newest = fit(
-                rows, c=c, num_classes=self._num_classes, world=self.world, start=newest,
-                max_iterations=SEARCH_ITERATIONS,
-            )  # fmt: skip
+            newest = fitted(rows, c=c, start=newest, max_iterations=SEARCH_ITERATIONS)
             return self._accuracy(newest, choosing)
 
         return search_c(accuracy)
@@ -176,7 +178,14 @@ class Probe(Evaluator):
         )
 
     def _few_shots(
-        self, result: EvaluationResult, train: Encoded, test: Encoded, *, shots: int, choosing: np.ndarray
+        self,
+        result: EvaluationResult,
+        fitted: Callable[..., Solution],
+        train: Encoded,
+        test: Encoded,
+        *,
+        shots: int,
+        choosing: np.ndarray,
     ) -> None:
         """Add the mean score of a few-shot probe over the draws; its interval resamples the test images."""
         logits, chosen = [], []
@@ -185,8 +194,8 @@ class Probe(Evaluator):
             to_choose = draw_shots(
                 self.train.labels, among=choosing, shots=min(shots, MOST_SHOTS_TO_CHOOSE), seed=seed
             )  # fmt: skip
-            c, _ = self._choose_c(few, train.among(to_choose))
-            solution = fit(few, c=c, num_classes=self._num_classes, world=self.world)
+            c, _ = self._choose_c(fitted, few, train.among(to_choose))
+            solution = fitted(few, c=c)
             logits.append(to_numpy(self._test_logits(solution, test)))
             chosen.append(c)
         labels, metric = self.test.labels, SEVERAL if self.test.multilabel else "acc1"

@@ -54,6 +54,7 @@ def fit(
     start: Solution | None = None,
     max_iterations: int = MAX_ITERATIONS,
     tolerance: float = TOLERANCE,
+    before_each: Callable[[], object] = lambda: None,
 ) -> Solution:
     """Minimise the mean log loss over all ranks' rows + |weights|² / (2 C n), the intercepts free.
 
@@ -68,6 +69,7 @@ def fit(
         start: where to begin; all zeros if None. It changes the time, not the result.
         max_iterations: of L-BFGS.
         tolerance: largest gradient at which it stops.
+        before_each: called before each pass over the rows, as often on every rank; may leave by an exception.
     """
     features = rows.features
     outputs = 1 if rows.targets.ndim == 1 and num_classes == 2 else num_classes
@@ -81,6 +83,7 @@ def fit(
     )  # fmt: skip
 
     def closure() -> Tensor:
+        before_each()
         loss, gradient = _loss_and_gradient(rows, weights)
         summed = all_reduce(torch.cat([loss[None], gradient.flatten()]), world=world) / total
         penalty = weights / (c * total)
