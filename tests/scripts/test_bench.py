@@ -1,7 +1,6 @@
 """The benchmarks run, compare like with like, and count what they say."""
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -9,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from clip_train.interop.export.targets import Target
+from clip_train.interop.export.verify import find_libraries
+from tests.interop.export.test_export import PYTHONS
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 ADAMW = {"lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.2}
@@ -113,13 +116,13 @@ def run(script, *flags, out):
 
 @pytest.mark.slow
 def test_both_sides_make_the_same_zero_shot_classifier(tmp_path):
-    peers = [p for p in os.environ.get("CLIP_TRAIN_VERIFY_PYTHONS", "").split(":") if p]
-    if not peers:
+    found = find_libraries(PYTHONS)
+    if Target.clip_benchmark not in found:
         pytest.skip("CLIP_TRAIN_VERIFY_PYTHONS names no Python with clip-benchmark")
     subprocess.run(
         [
             sys.executable, SCRIPTS / "bench_prompts.py", "--model", "tiny", "--classes", "3", "--rounds", "1",
-            "--threads", "1", "--peer-python", peers[0], "--json", tmp_path / "x.json",
+            "--threads", "1", "--peer-python", found[Target.clip_benchmark][0], "--json", tmp_path / "x.json",
         ],
         check=True,
     )  # fmt: skip
