@@ -103,6 +103,7 @@ def test_two_processes_continue_a_run_of_one_with_the_same_losses(scenes, undist
     assert max(abs(together[s] - apart[s]) for s in apart) < 1e-5
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_asks_to_be_started_again(scenes, undisturbed, tmp_path):
     arguments = overrides(scenes, tmp_path, "checkpoint.every=1000")
     first = start(arguments)

@@ -252,6 +252,7 @@ def _hold_all(folder: str, max_bytes: int, shards: list[RemoteShard], gate) -> N
             assert hashlib.file_digest(shard.path.open("rb"), "sha256").hexdigest() == shard.sha256
 
 
+@pytest.mark.slow
 def test_several_processes_download_a_shard_once(served, tmp_path):
     source = opened(tmp_path, f"{served.url}/s-{{000..004}}.tar")
     shutil.rmtree(tmp_path / "cache")

@@ -71,6 +71,7 @@ def test_mistakes_are_refused(path, scenes, tmp_path):
         train_tokenizer(str(tmp_path / "empty"), tmp_path / "t.json", vocab_size=330, cleaning=Cleaning.clip)
 
 
+@pytest.mark.slow
 def test_a_model_trains_with_it_and_is_loaded_and_continued_with_it(path, scenes, tmp_path):
     copy = tmp_path / "mine.json"
     copy.write_bytes(path.read_bytes())
