@@ -51,12 +51,23 @@ NEEDED = {  # what a choice leaves to the user
     "tokenizer=huggingface": "tokenizer.path=x tokenizer.eos=x",
 }
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
+EVALUATIONS = sorted(p.stem for p in (CONFIGS / "evaluation").glob("*.yaml"))
+USUAL_MODELS = ("model=tiny", "model=demo", "model=timm", "model=ViT-B-32", "model=RN50", "model=ViT-B-16-SigLIP")
 CHOICES = [
-    f"{group.name}={p.stem}" if group.name != "evaluation" else f"evaluation=[{p.stem}]"
+    pytest.param(choice, marks=[pytest.mark.slow] if group.name == "model" and choice not in USUAL_MODELS else [])
     for group in sorted(CONFIGS.iterdir())
-    if group.is_dir() and group.name not in ("experiment", "suite")
-    for p in sorted(group.glob("*.yaml"))
+    if group.is_dir() and group.name not in ("evaluation", "experiment", "suite")
+    for choice in (f"{group.name}={p.stem}" for p in sorted(group.glob("*.yaml")))
 ]
+
+
+def test_all_evaluations_compose_together_and_read_back(tmp_path):
+    needed = [key for name in EVALUATIONS for key in NEEDED.get(f"evaluation=[{name}]", "").split()]
+    config = load("train", [*BASE, f"evaluation=[{','.join(EVALUATIONS)}]", *needed])
+    assert sorted(config.evaluation) == EVALUATIONS
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert from_yaml(path) == config
 
 
 @pytest.mark.parametrize("choice", CHOICES)
