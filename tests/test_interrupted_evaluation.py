@@ -12,6 +12,7 @@ from clip_train.data.scenes.write import write_scenes
 from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World
 from clip_train.errors import Preempted
+from clip_train.evaluation.features import PrefixEncoder
 from clip_train.evaluation.interruptible import Interrupted, InterruptibleEncoder
 from clip_train.exit_record import read_exit
 from clip_train.metrics.sinks import read_metrics
@@ -145,7 +146,8 @@ def test_all_ranks_leave_before_the_same_batch_for_the_reason_of_one():
     assert run_on_ranks(leave_when_rank_one_is_asked) == [(3, StopReason.preempted, True)] * 2
 
 
-def test_a_fit_of_a_probe_is_left_too():
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_fit_of_a_probe_is_left_too(cut):
     probe, train_images, test_images = make_probe(40)
     batches, asked = sum(-(-len(images.labels) // 4) for images in (train_images, test_images)), []
 
@@ -154,7 +156,8 @@ def test_a_fit_of_a_probe_is_left_too():
         return StopReason.preempted if len(asked) == batches + 3 else StopReason.none
 
     with pytest.raises(Interrupted):
-        probe.evaluate(InterruptibleEncoder(ToyModel(seed=1), wanted=wanted, world=World()))
+        encoder = InterruptibleEncoder(ToyModel(seed=1), wanted=wanted, world=World())
+        probe.evaluate(PrefixEncoder(encoder, embed_dim=4, full=12) if cut else encoder)
     assert len(asked) == batches + 3, "the third pass of a fit is the one that was left"
 
 

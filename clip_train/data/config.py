@@ -59,7 +59,7 @@ class CacheConfig:
     """Without an index beside the shards, believe img2dataset's `NAME_stats.json` instead of downloading every shard
     once to count. Checked when a shard is first read: another number stops the run."""
     public_only: bool = False
-    """As `data.public_only`, which an evaluation of `data.val` follows, for the shards of another evaluation."""
+    """As `data.public_only`, for an evaluation; that of `data.val` follows it."""
 
     def __post_init__(self) -> None:
         if self.max_bytes < 1:
@@ -145,6 +145,8 @@ class DataConfig:
         if self.train is not None:
             patterns_by_source(self.train)
         self._check_reader()
+        if self.cache.public_only and not self.public_only:
+            raise UserError("data.cache.public_only=true: for training it is data.public_only=true")
         if self.val is not None and not is_patterns(self.val):
             raise UserError(f"data.val={self.val!r} must be a pattern or a list of patterns")
         self.caption_fields()
@@ -222,7 +224,7 @@ class DataConfig:
             raise UserError("data.train is not set: name the shards, as in data.train='shards/train-{000..009}.tar'")
         by_source = patterns_by_source(self.train)
         fields = {name: "data.train" if name == TRAIN_SOURCE else f"data.train.{name}.shards" for name in by_source}
-        cache = replace(self.cache, public_only=self.public_only or self.cache.public_only).build()
+        cache = replace(self.cache, public_only=self.public_only).build()
         open_one = partial(
             open_source, world=world, captions=captions, index_dir=index_dir, cache=cache,
             counts_from_stats=self.cache.counts_from_stats,

@@ -121,7 +121,9 @@ class RollCall:
             missing = found.result(timeout=3 * SECONDS_OF_SILENCE)
         except TimeoutError:
             if self._rank and _wake(*self._first):
-                missing = TrainingFailed(f"rank 0, last seen {_at(self.step)}, is stopped, as by SIGSTOP")
+                missing = TrainingFailed(
+                    f"rank 0, last seen {_at(self._seen_at(_Sign(0, None)))}, is stopped, as by SIGSTOP"
+                )
             else:
                 missing = TrainingFailed(
                     "rank 0 or the launcher gives no sign of life: the ranks' store does not answer"

@@ -29,7 +29,11 @@ class Interrupted(Exception):
 
 def asker_of(model: DualEncoder) -> Callable[[], None]:
     """Return what long work without this model calls now and then, as often on every rank, so that it can be left."""
-    return model.ask if isinstance(model, InterruptibleEncoder) else lambda: None
+    while isinstance(model, WrappedEncoder):
+        if isinstance(model, InterruptibleEncoder):
+            return model.ask
+        model = model.model
+    return lambda: None
 
 
 class InterruptibleEncoder(WrappedEncoder):

@@ -113,3 +113,5 @@ def test_places_whose_host_cannot_be_checked_are_refused(tmp_path):
     streaming = ["data.train=x", "steps=5", "optim.warmup=0", "data.reader=streaming", "data.num_samples=9"]
     with pytest.raises(UserError, match=r"data\.public_only=True needs data\.reader=indexed"):
         load("train", [*streaming, "data.public_only=true"])
+    with pytest.raises(UserError, match=r"for training it is data\.public_only=true"):
+        load("train", [*streaming[:3], "data.cache.public_only=true"])
