@@ -16,8 +16,8 @@ from clip_train.errors import UserError
 from clip_train.interop import open_clip, transformers
 from clip_train.interop.tokenizers import read_tokenizer
 from clip_train.interop.weights import read_tensors, read_weights
+from clip_train.model.adapters import Adapters, split_adapters
 from clip_train.model.config import LoraConfig, ModelConfig
-from clip_train.model.finetune import Adapters, split_adapters
 from clip_train.tokenizer.config import TOKENIZERS
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _read_run(path: Path, *, weights: str) -> Source:
     values = _read_yaml(checkpoint / RUN_CONFIG_FILE)
     config = _model_config(values, path=checkpoint / RUN_CONFIG_FILE)
     tokenizer = _tokenizer(values, path=checkpoint / RUN_CONFIG_FILE, context_length=config.text.context_length)
-    tensors, adapters = split_adapters(load_tensors(checkpoint, part), alpha=config.lora.alpha)
+    tensors, adapters = split_adapters(load_tensors(checkpoint, part), config=config.lora)
     merged = adapters.merged_into(tensors) if adapters else tensors
     unadapted = dataclasses.replace(config, lora=LoraConfig())
     return Source(unadapted, merged, checkpoint, tokenizer, adapters=adapters)

@@ -1,17 +1,14 @@
-"""Train part of a model: the order of its layers, locked ones (LiT), low-rank adapters (LoRA)."""
+"""Train part of a model: the order of its layers, and locked ones (LiT)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
-from clip_train.distributed.parallel import SCALARS, transformer_blocks
+from clip_train.distributed.parallel import SCALARS
 from clip_train.errors import UserError
+from clip_train.model.adapters import add_adapters
 
 if TYPE_CHECKING:
     from clip_train.model.clip import CLIP
@@ -31,9 +28,6 @@ _HEADS = (
     "visual.ln_post", "visual.proj", "visual.attnpool", "visual.head", "visual.trunk.norm.", "visual.trunk.fc_norm",
     "visual.trunk.attn_pool", "visual.trunk.head", "ln_final", "text_projection",
 )  # fmt: skip
-# How torch names a parameter of a module that an adapter changes, and the adapter's two factors.
-_ORIGINAL, _DOWN, _UP = ".original", ".0.down", ".0.up"
-_ADAPTED = ".parametrizations"
 
 
 class Place(NamedTuple):
@@ -84,7 +78,7 @@ def prepare(model: CLIP, *, seed: int) -> None:
     statistics do not move and they drop nothing.
 
     Raises:
-        UserError: a tower has fewer blocks than are to be unlocked, or none that adapters fit.
+        UserError: a tower has fewer blocks than are to be unlocked, or none that adapters fit, or peft is missing.
     """
     config = model.config
     unlocked = {VISION: config.vision.unlocked_blocks, TEXT: config.text.unlocked_blocks}
@@ -99,85 +93,19 @@ def prepare(model: CLIP, *, seed: int) -> None:
             )
         parameters[name].requires_grad_(count > 0 and place.depth > place.num_blocks - count)
     if config.lora.rank:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            _adapt(model)
+        _adapt(model, seed=seed)
     model.locked = [
         module for module in model.modules()
         if any(True for _ in module.parameters()) and not any(p.requires_grad for p in module.parameters())
     ]  # fmt: skip
 
 
-class LowRank(nn.Module):
-    """A matrix plus a trained one of low rank, W + alpha/rank · up·down (LoRA, Hu et al. 2022); 0 at the start."""
-
-    def __init__(self, weight: Tensor, *, rank: int, alpha: float) -> None:
-        super().__init__()
-        outputs, inputs = weight.shape
-        self.scale = alpha / rank
-        self.down = nn.Parameter(torch.empty(rank, inputs))
-        self.up = nn.Parameter(torch.zeros(outputs, rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the changed matrix, in the precision of the parameters also under autocast."""
-        with torch.autocast(weight.device.type, enabled=False):
-            return weight + self.scale * (self.up @ self.down).to(weight.dtype)
-
-
-class Adapters(NamedTuple):
-    """The trained parts of a run with LoRA, apart from its temperature and bias."""
-
-    rank: int
-    alpha: float
-    factors: dict[str, tuple[Tensor, Tensor]]  # by native name of the matrix: down [rank, inputs], up [outputs, rank]
-
-    def merged_into(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights with each adapter added to its matrix."""
-        scale = self.alpha / self.rank
-        return dict(tensors) | {name: tensors[name] + scale * (up @ down) for name, (down, up) in self.factors.items()}
-
-
-def split_adapters(tensors: Mapping[str, Tensor], *, alpha: float | None) -> tuple[dict[str, Tensor], Adapters | None]:
-    """Return the weights that a run with adapters leaves alone, under native names, and the adapters, None without any.
-
-    alpha: the run's `model.lora.alpha`; None is the rank.
-    """
-    left = {name.removesuffix(_ORIGINAL).replace(_ADAPTED, ""): t for name, t in tensors.items() if _is_weight(name)}
-    factors = {
-        stem.replace(_ADAPTED, ""): (tensors[stem + _DOWN], tensors[stem + _UP])
-        for name in tensors
-        if (stem := name.removesuffix(_ORIGINAL)) != name
-    }
-    if not factors:
-        return left, None
-    rank = len(next(iter(factors.values()))[0])
-    return left, Adapters(rank, rank if alpha is None else alpha, factors)
-
-
-def _is_weight(name: str) -> bool:
-    return _ADAPTED not in name or name.endswith(_ORIGINAL)
-
-
-def _adapt(model: CLIP) -> None:
-    """Freeze what trains, except temperature and bias, and adapt the matrices of unlocked blocks."""
-    lora = model.config.lora
-    places_of = places(model)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and name in places_of}
-    for name in trained:
-        model.get_parameter(name).requires_grad_(False)
-    blocks = set(transformer_blocks(model))
-    adapted = set()
-    for prefix, block in [(name, module) for name, module in model.named_modules() if module in blocks]:
-        for name, weight in list(block.named_parameters()):
-            full = f"{prefix}.{name}"
-            owner, _, leaf = name.rpartition(".")
-            if full not in trained or weight.ndim != 2 or leaf not in ("weight", "in_proj_weight"):
-                continue
-            low_rank = LowRank(weight, rank=lora.rank, alpha=lora.rank if lora.alpha is None else lora.alpha)
-            parametrize.register_parametrization(block.get_submodule(owner), leaf, low_rank)
-            adapted.add(places_of[full].tower)
-    for tower in {places_of[name].tower for name in trained} - adapted:
+def _adapt(model: CLIP, *, seed: int) -> None:
+    """Add adapters in every tower that is not wholly locked."""
+    lora, places_of = model.config.lora, places(model)
+    unlocked = {place.tower for name, place in places_of.items() if model.get_parameter(name).requires_grad}
+    adapted = {places_of[name].tower for name in add_adapters(model, config=lora, seed=seed)}
+    for tower in sorted(unlocked - adapted):
         raise UserError(
             f"model.lora.rank={lora.rank}: the {tower} tower has no transformer block to adapt; lock it with "
             f"model.{tower}.unlocked_blocks=0"

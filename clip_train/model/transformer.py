@@ -53,13 +53,21 @@ class Attention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.in_proj: nn.Linear | None = None  # in place of the two parameters, after split_projection
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
+    def split_projection(self) -> None:
+        """Make the input projection a layer of its own, as adapters can only change layers."""
+        outputs, width = self.in_proj_weight.shape
+        self.in_proj = nn.Linear(width, outputs, device="meta")
+        self.in_proj.weight, self.in_proj.bias = self.in_proj_weight, self.in_proj_bias
+        del self.in_proj_weight, self.in_proj_bias
+
     def forward(self, x: Tensor, *, causal: bool, packing: Packing | None = None) -> Tensor:
         """Attend from every position: [n, T, width] to [n, T, width], or [row, width] of packed captions."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias) if self.in_proj is None else self.in_proj(x)
         if packing is not None:
             q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)  # [row, heads, w]
             return self.out_proj(packing.attention(q, k, v).flatten(1))
@@ -74,8 +82,11 @@ class Attention(nn.Module):
         query: [n, width]; x: [n, T, width], mask bool [n, T] of what it sees; or x [row, width] of packed captions.
         """
         width = x.shape[-1]
-        q = F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
-        kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        if self.in_proj is None:
+            q = F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
+            kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        else:
+            q, kv = self.in_proj(query)[:, :width], self.in_proj(x)[..., width:]
         if packing is not None:
             k, v = kv.unflatten(1, (2, self.heads, -1)).unbind(1)  # [row, heads, w]
             return self.out_proj(packing.attention_of_ends(q.unflatten(1, (self.heads, -1)), k, v).flatten(1))

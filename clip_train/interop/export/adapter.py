@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from clip_train.model.adapters import Adapters
     from clip_train.model.config import ModelConfig
-    from clip_train.model.finetune import Adapters
 
 ADAPTER_FOLDER = "adapter"
 _PREFIX = "base_model.model."

@@ -155,6 +155,7 @@ def fake_model(config: TrainConfig, *, fakes: FakeTensorMode, device: str) -> CL
         settings = replace(settings, ragged=Ragged.buckets)  # what a CPU does
     with torch.device("meta"):  # timm's models compute with real numbers while they are built
         model = settings.build(seed=config.seed)
+        prepare(model, seed=config.seed)
     with fakes:
         made: dict[nn.Parameter, nn.Parameter] = {}  # one that two modules share stays one
         for module in model.modules():
@@ -162,7 +163,6 @@ def fake_model(config: TrainConfig, *, fakes: FakeTensorMode, device: str) -> CL
                 module._parameters[name] = made.setdefault(parameter, _like(parameter, device=device))
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-        prepare(model, seed=config.seed)
     return model.train()
 
 

@@ -10,7 +10,7 @@ import clip_train
 from clip_train.interop.export.folder import write_transformers
 from clip_train.interop.transformers import matrix_names
 from clip_train.model.config import LoraConfig
-from clip_train.model.finetune import LowRank, prepare
+from clip_train.model.finetune import prepare
 from clip_train.model.zoo import model_config
 from clip_train.tokenizer.bpe import ClipTokenizer
 from tests.interop import files
@@ -30,8 +30,8 @@ def exported(tmp_path_factory):
     prepare(adapted, seed=0)
     with torch.no_grad():
         adapted.logit_scale.fill_(3.25)
-        for i, module in enumerate(m for m in adapted.modules() if isinstance(m, LowRank)):
-            torch.nn.init.normal_(module.up, std=0.1, generator=torch.Generator().manual_seed(i))
+        for i, name in enumerate(name for name, _ in adapted.named_parameters() if "lora_B" in name):
+            torch.nn.init.normal_(adapted.get_parameter(name), std=0.1, generator=torch.Generator().manual_seed(i))
     write_run(root / "run", adapted)
     assert export(root / "run") == 0
     return root / "base", root / "run" / "export"
