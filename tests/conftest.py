@@ -1,11 +1,14 @@
 """Shared set-up: one thread per process, so that results do not depend on the machine's core count."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_SILENT", "true")
+if not Path("/dev/nvidiactl").exists():  # no GPU: kernels are interpreted, as Triton decides when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from clip_train.distributed.collectives import all_gather, all_reduce
 from clip_train.loss.base import ContrastiveLoss
 from clip_train.loss.exchange import Pairs, TextExchange, no_gradient_yet
-from clip_train.loss.fused import FusedLogitTiles
+from clip_train.loss.fused import logit_tiles
 from clip_train.loss.tiles import LineSums, LogitTiles, finite
 
 if TYPE_CHECKING:
@@ -62,9 +62,8 @@ class _Problem:
         self.exchange, self.pairs, self.world, self.group, self.tile = exchange, pairs, world, group, tile
 
     def tiles(self, image: Tensor, text: Tensor, scale: Tensor) -> LogitTiles:
-        kind = FusedLogitTiles if image.is_cuda else LogitTiles
         first = self.world.rank * len(image)
-        return kind(image, text, scale=scale, pairs=self.pairs, first=first, tile=self.tile)
+        return logit_tiles(image, text, scale=scale, pairs=self.pairs, first=first, tile=self.tile)
 
 
 class _OneSidedInfoNCE(torch.autograd.Function):
@@ -74,20 +73,19 @@ class _OneSidedInfoNCE(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
         world, pairs = problem.world, problem.pairs
         all_text = problem.exchange.rows()  # [G, D]
-        x = image.to(all_text.dtype)
         scale = logit_scale.exp().to(pairs.num_valid.dtype)
-        rows, columns, own = _log_sums(problem.tiles(x, all_text, scale))
+        rows, columns, own = _log_sums(problem.tiles(image, all_text, scale))
         best = own >= rows.maximum  # ahead of every other caption
         row_log_sum = rows.log()  # [B]
         column_log_sum = _over_ranks(columns, world=world, group=problem.group).log()  # [G]
 
-        first = world.rank * len(x)
-        terms = row_log_sum + column_log_sum[first : first + len(x)] - 2 * own
+        first = world.rank * len(image)
+        terms = row_log_sum + column_log_sum[first : first + len(image)] - 2 * own
         if pairs.valid is not None and pairs.all_valid is not None:
             terms, best = terms.masked_fill(~pairs.valid, 0.0), best & pairs.valid
             row_log_sum = row_log_sum.masked_fill(~pairs.valid, torch.inf)  # exp(S - inf) = 0: no gradient from padding
             column_log_sum = column_log_sum.masked_fill(~pairs.all_valid, torch.inf)
-        ctx.save_for_backward(x, all_text, row_log_sum, column_log_sum, scale)
+        ctx.save_for_backward(image, all_text, row_log_sum, column_log_sum, scale)
         ctx.problem, ctx.types = problem, (image.dtype, logit_scale.dtype)
         ctx.text_gradient = no_gradient_yet(text)
         recall = world.size * best.sum() / pairs.num_valid
@@ -97,28 +95,25 @@ class _OneSidedInfoNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, all_text, row_log_sum, column_log_sum, scale = ctx.saved_tensors
+        image, all_text, row_log_sum, column_log_sum, scale = ctx.saved_tensors
         problem: _Problem = ctx.problem
         needs_image, needs_text, needs_scale, _ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
-            tiles = problem.tiles(x, all_text, scale)
+        with torch.autocast(image.device.type, enabled=False):
+            tiles = problem.tiles(image, all_text, scale)
             of_text = torch.zeros_like(all_text, dtype=scale.dtype) if needs_text else None
             # The temperature's gradient is read off either side; a frozen image tower leaves the text's.
-            of_image = torch.zeros_like(x, dtype=scale.dtype) if needs_image or not needs_text else None
+            of_image = torch.zeros_like(image, dtype=scale.dtype) if needs_image or not needs_text else None
             for tile in tiles:
-                entries = tiles.gradient(*tile, row_log_sum, column_log_sum)
-                if of_image is not None:
-                    tiles.add_image_gradient(of_image, entries, *tile)
-                if of_text is not None:
-                    tiles.add_text_gradient(of_text, entries, *tile)
+                tiles.add_products(tiles.gradient(*tile, row_log_sum, column_log_sum), of_image, of_text, *tile)
             # All factors come after the products, whose entries in [-2, 2] suit short types.
             factor = gradient * problem.world.size * scale / (2 * problem.pairs.num_valid)
             of_scale = None
-            if needs_scale:
-                per_row = (of_image * x).sum(1) if of_image is not None else (of_text * all_text).sum(1)
-                of_scale = (per_row.sum() * factor).to(ctx.types[1])
+            if needs_scale and of_image is not None:
+                of_scale = (tiles.dot_image(of_image) * factor).to(ctx.types[1])
+            elif needs_scale and of_text is not None:
+                of_scale = (tiles.dot_text(of_text) * factor).to(ctx.types[1])
             if of_text is not None:
-                problem.exchange.start_scatter(of_text)
+                problem.exchange.start_scatter(of_text, anew=True)
                 problem.exchange.set_scale(factor)
             image_gradient = of_image.mul_(factor).to(ctx.types[0]) if of_image is not None and needs_image else None
         return image_gradient, ctx.text_gradient if needs_text else None, of_scale, None
@@ -130,11 +125,7 @@ def _log_sums(tiles: LogitTiles) -> tuple[LineSums, LineSums, Tensor]:
     columns = LineSums.of_nothing(len(tiles.text), like=tiles.scale)
     own = tiles.scale.new_empty(len(tiles.image))
     for tile in tiles:
-        sums = tiles.sums(*tile)
-        rows.add(tile[0], sums.rows)
-        columns.add(tile[1], sums.columns)
-        if sums.own is not None:
-            own[tiles.own_rows(*tile)] = sums.own
+        tiles.add_sums((rows, columns), own, *tile)
     return rows, columns, own
 
 

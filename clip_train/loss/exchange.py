@@ -40,15 +40,19 @@ class TextExchange:
         self._scale: Tensor | None = None
         self._scatter: Work | None = None
         self._sent: Tensor | None = None
+        self._anew = False
 
     def rows(self) -> Tensor:
         """Return the text features of all ranks [G, D], waiting for them if need be."""
         self._gather.wait()
         return self._gathered
 
-    def start_scatter(self, gradient: Tensor) -> None:
-        """Start summing `gradient` [G, D] over the ranks, each receiving its own rows. Called by every rank."""
-        self._sent = gradient  # kept alive until it has been sent
+    def start_scatter(self, gradient: Tensor, *, anew: bool) -> None:
+        """Start summing `gradient` [G, D] over the ranks, each receiving its own rows. Called by every rank.
+
+        anew: each backward pass computes and sends it again, so that what arrives may be scaled in place.
+        """
+        self._sent, self._anew = gradient, anew  # kept alive until it has been sent
         self._gradient, scatter = reduce_scatter_async(gradient, world=self._world, group=self._group)
         self._scatter = self._world.stalls.watch(scatter, device=gradient.device)
 
@@ -61,7 +65,10 @@ class TextExchange:
         assert self._gradient is not None and self._scale is not None and self._scatter is not None
         self._scatter.wait()
         self._sent = None
-        return self._gradient * self._scale
+        if not self._anew:
+            return self._gradient * self._scale
+        arrived, self._gradient = self._gradient, None
+        return arrived.mul_(self._scale)
 
 
 class TextPort(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from clip_train.loss.base import ContrastiveLoss
 from clip_train.loss.exchange import Pairs, TextExchange, no_gradient_yet
+from clip_train.loss.fused import logit_tiles
 from clip_train.loss.ring import TextRing
 from clip_train.loss.tiles import LogitTiles
 
@@ -86,27 +87,14 @@ class _Totals:
     def take(self, tiles: LogitTiles) -> Tensor | None:
         """Add all tiles; return the gradient of their text features, if asked for."""
         of_text = torch.zeros_like(tiles.text, dtype=self.loss.dtype) if self.of_image is not None else None
-        zero = self.loss.new_zeros(())
         for rows, columns in tiles:
-            logits = tiles.logits(rows, columns)
-            torch.maximum(self.row_maximum[rows], logits.amax(1), out=self.row_maximum[rows])
-            own = tiles.own(logits, rows, columns)
-            if own is not None:
-                self.own[tiles.own_rows(rows, columns)] = own
-                valid = tiles.pairs.valid
-                flipped = (
-                    -own if valid is None else (-own).masked_fill(~valid[tiles.own_rows(rows, columns)], -torch.inf)
-                )
-                own.copy_(flipped)  # -log σ(U) is log(1 + exp(-U)): as accurate as all the others
-            self.loss += torch.logaddexp(logits, zero, out=tiles.buffer(1, logits.shape)).sum()
-            if self.of_image is None or of_text is None:
-                continue
-            gradient = logits.sigmoid_()
-            if own is not None:
-                own.neg_()
-            self.of_bias += gradient.sum()
-            tiles.add_image_gradient(self.of_image, gradient, rows, columns)
-            tiles.add_text_gradient(of_text, gradient, rows, columns)
+            sums = tiles.sigmoid(self.own, rows, columns, differentiate=self.of_image is not None)
+            torch.maximum(self.row_maximum[rows], sums.row_maximum, out=self.row_maximum[rows])
+            self.loss += sums.loss
+            self.of_bias += sums.gradient_sum
+            if sums.gradient is not None:
+                tiles.add_products(sums.gradient, self.of_image, of_text, rows, columns)
+            del sums  # before the next tile takes memory
         return of_text
 
 
@@ -122,30 +110,27 @@ class _Sigmoid(torch.autograd.Function):
         differentiate = problem.differentiate and any(ctx.needs_input_grad[:4])
 
         def tiles(all_text: Tensor, *, pairs: Pairs, first: int) -> LogitTiles:
-            return LogitTiles(x, all_text, scale=scale, bias=bias, pairs=pairs, first=first, tile=problem.tile)
+            return logit_tiles(image, all_text, scale=scale, bias=bias, pairs=pairs, first=first, tile=problem.tile)
 
+        totals = _Totals(image, like=scale, differentiate=differentiate)
         if isinstance(exchange, TextRing):
             for owner, visitors in exchange.visits():
-                if owner == world.rank:  # the first visit
-                    x = image.to(visitors.dtype)
-                    totals = _Totals(x, like=scale, differentiate=differentiate)
                 first = 0 if owner == world.rank else len(visitors)
-                of_text = totals.take(tiles(visitors, pairs=problem.pairs_with(owner, len(visitors)), first=first))
+                visited = tiles(visitors, pairs=problem.pairs_with(owner, len(visitors)), first=first)
+                of_text = totals.take(visited)
                 if of_text is not None:
                     exchange.add_gradient(of_text)
         else:
-            all_text = exchange.rows()
-            x = image.to(all_text.dtype)
-            totals = _Totals(x, like=scale, differentiate=differentiate)
-            of_text = totals.take(tiles(all_text, pairs=pairs, first=world.rank * len(x)))
+            visited = tiles(exchange.rows(), pairs=pairs, first=world.rank * len(image))
+            of_text = totals.take(visited)
             if of_text is not None and ctx.needs_input_grad[1]:
-                exchange.start_scatter(of_text)
+                exchange.start_scatter(of_text, anew=False)
 
         best = totals.own >= totals.row_maximum
         if pairs.valid is not None:
             best = best & pairs.valid
         if totals.of_image is not None:
-            of_scale = (totals.of_image * x).sum()
+            of_scale = visited.dot_image(totals.of_image)
             ctx.save_for_backward(totals.of_image, scale, of_scale, totals.of_bias)
         ctx.problem, ctx.text_gradient = problem, no_gradient_yet(text)
         ctx.types = image.dtype, text.dtype, logit_scale.dtype, logit_bias.dtype

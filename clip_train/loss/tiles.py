@@ -1,7 +1,8 @@
 """The matrix of logits, tile by tile: its size never matters to memory.
 
-Rows are this rank's images [B], columns the captions of all ranks [G]. A tile is named by two slices. Two buffers of
-one tile's size are reused throughout, because on a CPU fresh memory costs as much time as the arithmetic on it.
+Rows are this rank's images [B], columns the captions of all ranks [G]. A tile is named by two slices. This is how a CPU
+does it; `fused.py` has what CUDA does otherwise. Two buffers of one tile's size are reused throughout, because on a CPU
+fresh memory costs as much time as the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from clip_train.loss.exchange import Pairs
 
-TILE = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+# On CUDA a tile of products and its gradient in bf16 take 75 MB: large enough for GEMMs, little beside features [G, D].
+TILE = {"cpu": (1024, 2048), "cuda": (2048, 6144)}
 
 
 class LineSums(NamedTuple):
@@ -28,9 +30,13 @@ class LineSums(NamedTuple):
         """Return the sums of `lines` empty lines."""
         return cls(like.new_full((lines,), -torch.inf), like.new_zeros(lines))
 
-    def add(self, lines: slice, other: LineSums) -> None:
-        """Add `other` to these `lines`, in place."""
-        maximum, total = self.maximum[lines], self.total[lines]
+    def of_lines(self, lines: slice) -> LineSums:
+        """Return a view of these lines."""
+        return LineSums(self.maximum[lines], self.total[lines])
+
+    def add(self, other: LineSums) -> None:
+        """Add `other` to all lines, in place."""
+        maximum, total = self
         merged = torch.maximum(maximum, other.maximum)
         base = finite(merged)
         total.mul_((maximum - base).exp_()).add_(other.total * (other.maximum - base).exp_())
@@ -41,12 +47,13 @@ class LineSums(NamedTuple):
         return self.maximum + self.total.log()
 
 
-class TileSums(NamedTuple):
-    """What the forward pass keeps of a tile."""
+class SigmoidSums(NamedTuple):
+    """What the sigmoid loss keeps of a tile [I, J]."""
 
-    rows: LineSums
-    columns: LineSums
-    own: Tensor | None  # logits of the pairs that belong together, where the tile holds some
+    loss: Tensor  # [], Σ log(1 + exp(±U))
+    gradient_sum: Tensor  # []
+    row_maximum: Tensor  # [I], largest logit
+    gradient: Tensor | None  # [I, J], of the loss by the logits, where asked for
 
 
 def finite(maximum: Tensor) -> Tensor:
@@ -70,23 +77,22 @@ class LogitTiles:
     ) -> None:
         """Prepare the buffers.
 
-        image: [B, D] and text: [G, D] in the type of the products; scale and bias: [] in the type of the sums;
+        image: [B, D]; text: [G, D] in the type of the products; scale and bias: [] in the type of the sums;
         first: the column of this rank's first pair.
         """
         self.image, self.text, self.scale, self.pairs = image, text, scale, pairs
         self._first, self._bias = first, bias
         most_rows, most_columns = tile or TILE[image.device.type]
         self._block = min(most_rows, len(image)), min(most_columns, len(text))
-        # CUDA multiplies short types straight into float32; elsewhere they are converted block by block.
-        self._mixed = image.is_cuda and image.dtype != scale.dtype
-        self._buffers = None if self._mixed else scale.new_empty(2, self._block[0] * self._block[1])
+        self._buffers: Tensor | None = None
         self._row_bias = self._column_bias = None
         if pairs.valid is not None and pairs.all_valid is not None:
             self._row_bias, self._column_bias = (
                 scale.new_zeros(valid.shape).masked_fill_(~valid, -torch.inf)
                 for valid in (pairs.valid, pairs.all_valid)
             )
-        self._scaled: tuple[int, Tensor] | None = None  # scaled features of the row block at work
+        self._cast: tuple[int, Tensor] | None = None  # of the row block at work, image features as they are multiplied
+        self._scaled: tuple[int, Tensor] | None = None  # and scaled
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """Yield the tiles row by row, as (rows, columns)."""
@@ -97,19 +103,19 @@ class LogitTiles:
                     slice(j, min(j + self._block[1], len(self.text))),
                 )
 
-    def sums(self, rows: slice, columns: slice) -> TileSums:
-        """Return the sums of exp along the rows and along the columns of one tile."""
+    def add_sums(self, sums: tuple[LineSums, LineSums], own: Tensor, rows: slice, columns: slice) -> None:
+        """Add the sums of exp along the rows and along the columns of one tile, in place.
+
+        sums: of all rows and of all columns; own: [B], gets the logits of pairs that belong together.
+        """
         logits = self.logits(rows, columns)
         scratch = self.buffer(1, logits.shape)
-        own = self.own(logits, rows, columns)
-        row_maximum, column_maximum = logits.amax(1), logits.amax(0)
-        row_total = torch.sub(logits, finite(row_maximum)[:, None], out=scratch).exp_().sum(1)
-        column_total = torch.sub(logits, finite(column_maximum), out=scratch).exp_().sum(0)
-        return TileSums(
-            LineSums(row_maximum, row_total),
-            LineSums(column_maximum, column_total),
-            None if own is None else own.clone(),
-        )
+        self.copy_own(logits, own, rows, columns)
+        for line_sums, lines, axis in zip(sums, (rows, columns), (1, 0), strict=True):
+            maximum = logits.amax(axis)
+            base = finite(maximum).unsqueeze(axis)
+            total = torch.sub(logits, base, out=scratch).exp_().sum(axis)
+            line_sums.of_lines(lines).add(LineSums(maximum, total))
 
     def gradient(self, rows: slice, columns: slice, row_log_sum: Tensor, column_log_sum: Tensor) -> Tensor:
         """Return exp(S - R) + exp(S - C) - 2δ of one tile: its entries lie in [-2, 2].
@@ -125,14 +131,33 @@ class LogitTiles:
             own.sub_(2.0 if self.pairs.valid is None else 2.0 * self.pairs.valid[self.own_rows(rows, columns)])
         return gradient
 
+    def sigmoid(self, own: Tensor, rows: slice, columns: slice, *, differentiate: bool) -> SigmoidSums:
+        """Return what the sigmoid loss needs of one tile.
+
+        own: [B], gets the logits of pairs that belong together.
+        """
+        logits = self.logits(rows, columns)
+        row_maximum = logits.amax(1)
+        self.copy_own(logits, own, rows, columns)
+        pairs = self.own(logits, rows, columns)
+        if pairs is not None:
+            valid = self.pairs.valid
+            flipped = -pairs
+            if valid is not None:
+                flipped.masked_fill_(~valid[self.own_rows(rows, columns)], -torch.inf)
+            pairs.copy_(flipped)  # -log σ(U) is log(1 + exp(-U)): as accurate as all the others
+        zero = logits.new_zeros(())
+        loss = torch.logaddexp(logits, zero, out=self.buffer(1, logits.shape)).sum()
+        if not differentiate:
+            return SigmoidSums(loss, zero, row_maximum, None)
+        gradient = logits.sigmoid_()
+        if pairs is not None:
+            pairs.neg_()
+        return SigmoidSums(loss, gradient.sum(), row_maximum, gradient)
+
     def logits(self, rows: slice, columns: slice) -> Tensor:
         """Return the logits of one tile [I, J] in the type of the sums. The next call overwrites them."""
-        if self._mixed:
-            logits = self.product(rows, columns).mul_(self.scale)
-            for addend in self._addends(rows, columns):
-                logits.add_(addend)
-        else:
-            logits = self._product_in_buffer(rows, columns)
+        logits = self._product_in_buffer(rows, columns)
         if self.pairs.ids is not None and self.pairs.all_ids is not None:
             own = self.own(logits, rows, columns)
             kept = None if own is None else own.clone()
@@ -141,18 +166,36 @@ class LogitTiles:
                 own.copy_(kept)
         return logits
 
-    def product(self, rows: slice, columns: slice) -> Tensor:
-        """Return <x_i, y_j> of one tile [I, J] in the type of the sums."""
-        x, y = self.image[rows], self.text[columns]
-        return torch.mm(x, y.T, out_dtype=self.scale.dtype) if self._mixed else torch.mm(x, y.T)
+    def add_products(
+        self, gradient: Tensor, of_image: Tensor | None, of_text: Tensor | None, rows: slice, columns: slice
+    ) -> None:
+        """Add gradient·Y of one tile to of_image [B, D] and gradientᵀ·X to of_text [G, D], in place, where given."""
+        if of_image is not None:
+            self._add_product(of_image[rows], gradient, self.text[columns])
+        if of_text is not None:
+            self._add_product(of_text[columns], gradient.T, self.image_rows(rows))
 
-    def add_image_gradient(self, sums: Tensor, gradient: Tensor, rows: slice, columns: slice) -> None:
-        """Add gradient·Y of one tile to sums [B, D], in place."""
-        self._add_product(sums[rows], gradient, self.text[columns])
+    def image_rows(self, rows: slice) -> Tensor:
+        """Return image features [I, D] in the type of the products. All of them at once would be memory for nothing."""
+        if self._cast is None or self._cast[0] != rows.start:
+            self._cast = rows.start, self.image[rows].to(self.text.dtype)
+        return self._cast[1]
 
-    def add_text_gradient(self, sums: Tensor, gradient: Tensor, rows: slice, columns: slice) -> None:
-        """Add gradientᵀ·X of one tile to sums [G, D], in place."""
-        self._add_product(sums[columns], gradient.T, self.image[rows])
+    def dot_image(self, of_image: Tensor) -> Tensor:
+        """Return Σ <row of of_image [B, D], image features> [], without another [B, D]."""
+        per_row = [
+            (of_image[i : i + self._block[0]] * self.image[i : i + self._block[0]].to(self.text.dtype)).sum(1)
+            for i in range(0, len(of_image), self._block[0])
+        ]
+        return torch.cat(per_row).sum()
+
+    def dot_text(self, of_text: Tensor) -> Tensor:
+        """Return Σ <row of of_text [G, D], text features> []."""
+        per_row = [
+            (of_text[i : i + self._block[1]] * self.text[i : i + self._block[1]]).sum(1)
+            for i in range(0, len(of_text), self._block[1])
+        ]
+        return torch.cat(per_row).sum()
 
     def own_rows(self, rows: slice, columns: slice) -> slice:
         """Return the rows of one tile whose own caption is among its columns; empty if there is none."""
@@ -169,10 +212,16 @@ class LogitTiles:
             found.start - rows.start : found.stop - rows.start, found.start + shift : found.stop + shift
         ].diagonal()
 
+    def copy_own(self, logits: Tensor, own: Tensor, rows: slice, columns: slice) -> None:
+        """Copy the logits of pairs that belong together from one tile into own [B]."""
+        found = self.own(logits, rows, columns)
+        if found is not None:
+            own[self.own_rows(rows, columns)] = found
+
     def buffer(self, which: int, shape: torch.Size) -> Tensor:
-        """Return reused memory for one tile."""
+        """Return reused memory for one tile, `which` is 0 or 1."""
         if self._buffers is None:
-            return self.scale.new_empty(shape)
+            self._buffers = self.scale.new_empty(2, self._block[0] * self._block[1])
         return self._buffers[which, : shape.numel()].view(shape)
 
     def _addends(self, rows: slice, columns: slice) -> list[Tensor]:
@@ -184,7 +233,7 @@ class LogitTiles:
 
     def _product_in_buffer(self, rows: slice, columns: slice) -> Tensor:
         if self._scaled is None or self._scaled[0] != rows.start:
-            self._scaled = rows.start, self.image[rows].to(self.scale.dtype) * self.scale
+            self._scaled = rows.start, self.image_rows(rows).to(self.scale.dtype) * self.scale
         x, y = self._scaled[1], self.text[columns].to(self.scale.dtype)
         out = self.buffer(0, torch.Size((len(x), len(y))))
         addends = self._addends(rows, columns)
@@ -199,7 +248,4 @@ class LogitTiles:
         return torch.addmm(out, x, y.T, out=out)
 
     def _add_product(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
-        if self._mixed:
-            sums.add_(torch.mm(a.to(b.dtype), b, out_dtype=sums.dtype))
-        else:
-            torch.addmm(sums, a, b.to(sums.dtype), out=sums)
+        torch.addmm(sums, a, b.to(sums.dtype), out=sums)

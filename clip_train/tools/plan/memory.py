@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clip_train.tools.plan.trace import StepTrace
 
 _FLOAT32 = 4
-_CPU_BUFFERS, _CUDA_TILES = 2, 3  # of one tile: those that are reused; those alive at once where they are not
+_CPU_BUFFERS = 2  # of one tile
 _ROW_EXTRAS = 17  # bytes of length, slot and flag
 
 
@@ -153,7 +153,8 @@ def _loss_bytes(config: TrainConfig, *, rows: int, ranks: int, device: str) -> t
     ring = isinstance(config.loss, SigLipLossConfig) and config.loss.exchange is Exchange.ring
     columns = 2 * rows if ring and ranks > 1 else rows * ranks
     short = _FLOAT32 if config.precision.value == "fp32" else 2
-    features = columns * width * (short + _FLOAT32) + rows * width * (short + 3 * _FLOAT32)
+    features = columns * width * (short + _FLOAT32) + rows * width * 3 * _FLOAT32
     most_rows, most_columns = TILE[device]
     tile = min(most_rows, rows) * min(most_columns, rows if ring else columns) * _FLOAT32
-    return features, tile * (_CUDA_TILES if device == "cuda" and short == 2 else _CPU_BUFFERS)
+    # On CUDA products, always float32, and their gradient; on a CPU two buffers.
+    return features, tile + tile * short // _FLOAT32 if device == "cuda" else tile * _CPU_BUFFERS
