@@ -28,8 +28,12 @@ ABSENT_NAMES = {
 }  # fmt: skip
 
 
-def imported(tree):
-    for node in ast.walk(tree):
+# Files for CUDA alone, imported where a tensor is on CUDA.
+FOR_CUDA = {"loss/kernels.py"}
+
+
+def imported(nodes):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,10 +52,20 @@ def at_import(node):
         yield from at_import(child)
 
 
-def test_no_file_imports_a_library_that_exists_for_cuda_or_linux_alone():
-    found = {(path, name) for path, _, tree in modules() for name in imported(tree)}
-    assert not {(path, name) for path, name in found if name.partition(".")[0] in ABSENT_MODULES}
+def test_only_files_for_cuda_import_a_library_that_exists_for_cuda_or_linux_alone():
+    found = {(str(path), name) for path, _, tree in modules() for name in imported(ast.walk(tree))}
+    assert {path for path, name in found if name.partition(".")[0] in ABSENT_MODULES} == FOR_CUDA
     assert not {(path, name) for path, name in found if name.startswith("torch.cuda")}
+
+
+def test_files_for_cuda_are_not_imported_with_the_package():
+    names = {f"clip_train.{path.removesuffix('.py').replace('/', '.')}" for path in FOR_CUDA}
+    for path, _, tree in modules():
+        typing_only = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ]
+        hidden = {id(inner) for node in typing_only for inner in ast.walk(node)}
+        assert not names & {*imported(node for node in at_import(tree) if id(node) not in hidden)}, path
 
 
 def test_nothing_asks_for_cuda_while_it_is_imported():
