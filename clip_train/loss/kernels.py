@@ -89,7 +89,9 @@ def _sum_block(
 
 
 @triton.jit
-def _merge_parts(parts, maximum, total, num_parts, num_lines, LINES: tl.constexpr, PARTS: tl.constexpr):
+def _merge_parts(
+    parts, maximum, total, num_lines, num_parts: tl.constexpr, LINES: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
     """Add the parts [2, parts, lines] of every line to its running maximum and total, in a fixed order."""
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     here = line < num_lines
@@ -164,7 +166,9 @@ def add_line_sums(product: Tensor, mask: Mask, *, rows: LineSums, columns: LineS
     _sum_block[grid](*_arguments(product, mask), row_parts, column_parts, own, **_SUMMED)
     for parts, sums in ((row_parts, rows), (column_parts, columns)):
         _, count, lines = parts.shape
-        _merge_parts[(triton.cdiv(lines, _MERGED["LINES"]),)](parts, *sums, count, lines, **_MERGED)
+        _merge_parts[(triton.cdiv(lines, _MERGED["LINES"]),)](
+            parts, *sums, lines, num_parts=count, **_MERGED
+        )  # fmt: skip
 
 
 def gradient(

@@ -59,7 +59,7 @@ def main(capability):
             print("sigmoid", *usage(kernels._sigmoid_block, absent=absent, **variant))
         variant = given | kernels._WRITTEN
         print("sigmoid", *usage(kernels._sigmoid_block, absent=[*absent, "gradient"], **variant))
-    print("merge", *usage(kernels._merge_parts, capability=capability, **kernels._MERGED))
+    print("merge", *usage(kernels._merge_parts, capability=capability, num_parts=48, **kernels._MERGED))
 
 
 if __name__ == "__main__":
