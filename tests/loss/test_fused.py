@@ -21,9 +21,9 @@ TILES = [(96, (13, 50)), (300, (113, 260))]  # tiles of less than one block of a
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Let CPU tensors take CUDA's tiles. conftest.py has Triton interpret where there is no CUDA."""
-    if torch.cuda.is_available():
-        pytest.skip("Triton compiles here")
+    """Let CPU tensors take CUDA's tiles. conftest.py has Triton interpret where there is no GPU."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton compiles here: `TRITON_INTERPRET=1 pytest tests/loss/test_fused.py`")
     monkeypatch.setattr(fused, "LogitTiles", fused.FusedLogitTiles)
 
 
@@ -62,6 +62,17 @@ def test_fused_and_plain_tiles_count_the_same_hits(kind, interpreted, monkeypatc
         monkeypatch.undo()  # the second is plain
     assert 0 < hits[0] < 1 and hits[0] == hits[1]
     assert torch.allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [ClipLoss, SigLipLoss])
+def test_a_number_that_is_not_finite_reaches_the_loss_and_a_gradient(kind, value, interpreted):
+    features = draw(40, scale=10.0, dtype=torch.float32, **({"bias": -10.0} if kind is SigLipLoss else {}))
+    with torch.no_grad():
+        features.text[3, 1] = value
+    loss = kind(world=World(), tile=(16, 24))(features)["contrastive_loss"]
+    assert not loss.isfinite()
+    assert not all(gradient.isfinite().all() for gradient in gradients(loss, features)[1:])
 
 
 def test_a_softplus_far_below_zero_keeps_its_digits(interpreted):
