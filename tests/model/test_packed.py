@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clip_train.errors import UserError
 from clip_train.model.config import Ragged
-from clip_train.model.packed import ROW_TOKENS, adapt, pack
+from clip_train.model.packed import ROW_TOKENS, Packing, adapt, pack
+from clip_train.model.transformer import BlockStyle, ReadingBlock, ResidualAttentionBlock
 from clip_train.model.zoo import create_model
 
 from . import reference
@@ -111,6 +113,29 @@ def test_both_signatures_of_torchs_function_are_called_by_keyword():
 def test_torchs_function_has_a_signature_that_is_understood():
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     assert callable(adapt(varlen.varlen_attn))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [ResidualAttentionBlock, ReadingBlock])
+def test_torchs_operator_is_traced_into_one_graph_with_its_block(kind):
+    """On tensors of a CUDA device that need not be there: shapes and graph breaks, no numbers."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    real = pack(LENGTHS, width=77, context_length=77, device=torch.device("cpu"), attend=adapt(varlen.varlen_attn))
+    with FakeTensorMode(), torch.no_grad():
+        block = kind(128, heads=2, style=BlockStyle())
+        for module in block.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                fake = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+                module._parameters[name] = torch.nn.Parameter(fake)
+        fakes = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in real if isinstance(t, torch.Tensor)]
+        packing = Packing(*fakes, context_length=77, attend=real.attend)
+        x = torch.empty(len(real.tokens), 128, dtype=torch.bfloat16, device="cuda")
+        compiled = torch.compile(block, fullgraph=True, backend="eager")
+        out = compiled(x, causal=True, packing=packing)
+    assert out.device.type == "cuda" and out.shape == (
+        len(x) if kind is ResidualAttentionBlock else len(real.ends),
+        128,
+    )
 
 
 @pytest.mark.gpu
