@@ -182,20 +182,12 @@ class LogitTiles:
         return self._cast[1]
 
     def dot_image(self, of_image: Tensor) -> Tensor:
-        """Return Σ <row of of_image [B, D], image features> [], without another [B, D]."""
-        per_row = [
-            (of_image[i : i + self._block[0]] * self.image[i : i + self._block[0]].to(self.text.dtype)).sum(1)
-            for i in range(0, len(of_image), self._block[0])
-        ]
-        return torch.cat(per_row).sum()
+        """Return Σ <row of of_image [B, D], image features> []."""
+        return self._dot(of_image, self.image, rows=self._block[0])
 
     def dot_text(self, of_text: Tensor) -> Tensor:
         """Return Σ <row of of_text [G, D], text features> []."""
-        per_row = [
-            (of_text[i : i + self._block[1]] * self.text[i : i + self._block[1]]).sum(1)
-            for i in range(0, len(of_text), self._block[1])
-        ]
-        return torch.cat(per_row).sum()
+        return self._dot(of_text, self.text, rows=self._block[1])
 
     def own_rows(self, rows: slice, columns: slice) -> slice:
         """Return the rows of one tile whose own caption is among its columns; empty if there is none."""
@@ -223,6 +215,11 @@ class LogitTiles:
         if self._buffers is None:
             self._buffers = self.scale.new_empty(2, self._block[0] * self._block[1])
         return self._buffers[which, : shape.numel()].view(shape)
+
+    def _dot(self, gradient: Tensor, features: Tensor, *, rows: int) -> Tensor:
+        """Return the dot product of two matrices, so many rows at a time: another matrix like them would be memory."""
+        blocks = zip(gradient.split(rows), features.split(rows), strict=True)
+        return torch.cat([(a * b.to(self.text.dtype)).sum(1) for a, b in blocks]).sum()
 
     def _addends(self, rows: slice, columns: slice) -> list[Tensor]:
         """What is added to the scaled products: the bias, and -inf for padding."""
