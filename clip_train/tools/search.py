@@ -124,10 +124,7 @@ def embed_query(query: str, *, model: LoadedModel) -> np.ndarray:
         if isinstance(pixels, str):
             raise UserError(f"{query}: {pixels}")
         return model.encode_image(pixels[None].to(model.logit_scale.device))[0].cpu().numpy()
-    try:
-        return model.encode(texts=[query], progress=False)[0]
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
+    return model.encode(texts=[query], progress=False)[0]
 
 
 def nearest(index: ImageIndex, vector: np.ndarray, *, top: int) -> list[Match]:

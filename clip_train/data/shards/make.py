@@ -140,7 +140,7 @@ def make_shards(
                 progress("written", len(indexed), len(shards))
         publish_index(indexed, options=_INDEX_OPTIONS)
     return MakeSummary(
-        kind=found.kind,
+        kind=str(found),
         train=verdicts.count("train"),
         val=verdicts.count("val"),
         shards=len(shards),
@@ -160,7 +160,7 @@ def shuffled(pairs: Sequence[Pair], *, options: MakeOptions) -> list[Pair]:
         return list(pairs)
 
     def place(pair: Pair) -> bytes:
-        return hashlib.sha256(f"{options.seed}/{pair.name}".encode(errors="surrogateescape")).digest()
+        return hashlib.sha256(f"{options.seed}/{pair.name}".encode(errors="surrogatepass")).digest()
 
     return sorted(pairs, key=place)
 

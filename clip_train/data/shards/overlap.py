@@ -15,8 +15,8 @@ import numpy as np
 
 from clip_train.data.config import cache_in
 from clip_train.data.images.decode import BadSampleError, decode_image
+from clip_train.data.images.folder import files_below, is_picture
 from clip_train.data.images.perceptual_hash import NUM_BITS, THUMBNAIL_SIDE, distances, fingerprint, likeness
-from clip_train.data.index.files import IMAGE_EXTENSIONS
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.sequential import FileImages, ImageSource, ShardImages
 from clip_train.data.shard_file import ShardFile, find_files
@@ -247,9 +247,9 @@ def _open_set(folder: Path) -> ImageSource:
     """Open every picture below a folder, those in shards if there are any."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of pictures or of .tar files")
-    if shards := sorted(folder.rglob("*.tar")):
+    files = sorted(files_below(folder))
+    if shards := [path for path in files if path.suffix == ".tar"]:
         return ShardImages(shards)
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
-    if not pictures:
+    if not (pictures := list(filter(is_picture, files))):
         raise UserError(f"{folder} holds neither pictures nor .tar files")
     return FileImages(pictures, folder=folder)
