@@ -13,7 +13,7 @@ from clip_train.data.index.walk import index_shards
 from clip_train.data.remote.index import load_remote_index
 from clip_train.distributed.agree import on_main
 from clip_train.errors import UserError
-from clip_train.redact import unsigned
+from clip_train.redact import has_login, unsigned
 from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
 
 if TYPE_CHECKING:
@@ -164,6 +164,8 @@ def _local_matches(name: str, *, field: str) -> list[str]:
 
 def _remote_matches(name: str, *, field: str, public_only: bool) -> list[str]:
     check_scheme(name, field=field)
+    if has_login(name):
+        raise UserError(f"{field}={unsigned(name)}: put the password into ~/.netrc, where no process list shows it")
     base = name.partition("?")[0]  # of a signed URL
     return [name] if base.endswith(".tar") and "*" not in base else list_shards(name, public_only=public_only)
 
