@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import webdataset
 
 from clip_train.data.index.files import RECORD, load_index
+from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.walk import IndexOptions, index_shard, index_shards, publish_index
 from clip_train.data.reader import ShardReader
 from clip_train.data.shards.index import index_source
@@ -75,6 +78,13 @@ def test_indexing_in_several_processes_gives_the_same_files(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     index_shards(shards, jobs=2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_ctrl_c_waits_for_the_processes_of_a_job_and_never_reaches_them():
+    here = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    there = list(run_jobs(partial(signal.pthread_sigmask, signal.SIG_BLOCK), [[], []], jobs=2))
+    assert [signal.SIGINT in blocked for blocked in there] == [True, True]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == here
 
 
 def test_the_fingerprint_follows_content_and_not_the_place(tmp_path):
