@@ -24,6 +24,7 @@ from uuid import uuid4
 import numpy as np
 
 from clip_train.errors import IntegrityError, UserError
+from clip_train.files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -173,13 +174,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    part = part_of(path, attempt=uuid4().hex)
+    attempt = uuid4().hex
     try:
-        write_synced(part, content)
-        publish(part, path)
+        publish(write_part(path, content, attempt=attempt), path)
     finally:
         with suppress(OSError):
-            part.unlink()
+            part_of(path, attempt=attempt).unlink()
 
 
 def part_of(path: Path, *, attempt: str) -> Path:
@@ -199,20 +199,20 @@ def publish(part: Path, path: Path) -> None:
         raise UserError(_cannot_write(path, error)) from error
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk, making its folder if needed.
+def write_part(path: Path, content: bytes, *, attempt: str) -> Path:
+    """Write a file under its attempt's name, which is returned, and make its folder if needed.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    part = part_of(path, attempt=attempt)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        write_file(part, chunks=[content])
     except OSError as error:
         raise UserError(_cannot_write(path, error)) from error
+    return part
 
 
 def write_listing(

@@ -27,7 +27,7 @@ from clip_train.data.index.files import (
     read_listing,
     record_layout,
     write_listing,
-    write_synced,
+    write_part,
 )
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.tar import BLOCK, TarSample, read_samples
@@ -173,7 +173,7 @@ def index_shard(path: Path, *, options: IndexOptions, earlier: ShardEntry | None
     _fill_crcs(path, records, crc=options.crc, earlier=earlier)
     content = records.tobytes()
     place = idx_path(path, captions=options.captions, index_dir=options.index_dir)
-    write_synced(part_of(place, attempt=options.attempt), content)
+    write_part(place, content, attempt=options.attempt)
     entry = ShardEntry(
         path=path,
         n=len(records),
