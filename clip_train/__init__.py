@@ -24,9 +24,23 @@ _MODULE_OF = {
     "load": "clip_train.interop.load",
     "tokenize": "clip_train.tokenizer.bpe",
 }
+_LOAD = "load('ViT-B-32:laion2b_s34b_b79k') or load(PATH) returns (model, preprocess)"
+_INSTEAD_OF = {  # open_clip's names
+    "create_model_and_transforms": _LOAD,
+    "create_model_from_pretrained": _LOAD,
+    "get_tokenizer": "the model that load returns has its own, model.tokenize",
+    "list_models": "available_models() is it here",
+    "list_pretrained": "available_models() has the names, load(NAME) tells the published weights of one",
+}
 
 
 def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        hint = f": {_INSTEAD_OF[name]}" if name in _INSTEAD_OF else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the names that load lazily as well, for completion in notebooks."""
+    return sorted({*globals(), *_MODULE_OF})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -48,6 +49,8 @@ app.add_typer(tests, name="selftest")
 def main() -> None:
     """Run the command line and exit with its code: 2 for a user's mistake, 3 for damaged data or checkpoints."""
     follow_launcher()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may hold what no encoding has
     if logging.lastResort is not None:  # shows warnings, as nothing else is set up
         logging.lastResort.setFormatter(RedactingFormatter())
     arguments = [a for a in sys.argv[1:] if a != "--debug"]

@@ -245,7 +245,7 @@ def shards_scenes(
     """Draw compositional pictures with captions; 20 combinations of shape and colour are kept out of training."""
     from clip_train.data.scenes.write import write_scenes
 
-    print(write_scenes(out, num_train=train, num_val=val, seed=seed))
+    print(write_scenes(out, num_train=train, num_val=val, seed=seed, workers=CORES))
 
 
 @shards.command(name="replay", epilog="clip-train shards replay runs/demo --step 100 --images batch")

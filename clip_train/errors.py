@@ -13,6 +13,10 @@ class UserError(ClipTrainError):
     exit_code = 2
 
 
+class CaptionTooLong(UserError, RuntimeError):
+    """A caption has more tokens than the context; OpenAI CLIP raises a RuntimeError for it."""
+
+
 class IntegrityError(ClipTrainError):
     """Damaged or changed data, or a damaged checkpoint. Exit code 3."""
 

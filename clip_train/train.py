@@ -22,6 +22,7 @@ from clip_train.distributed.stop import StopReason, StopRequest
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import Preempted, UserError
 from clip_train.evaluate import Evaluations
+from clip_train.files import replace_file
 from clip_train.health.monitor import RunHealth
 from clip_train.initial_weights import build_model
 from clip_train.locked_tower import cache_features
@@ -222,9 +223,8 @@ def due(step: int, *, every: int | None, total: int) -> bool:
 
 def begin_run(config: TrainConfig, *, run_dir: Path, files: Mapping[str, bytes]) -> None:
     """Write down what the run is, for those who load it and for the same command given again."""
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    for name, content in files.items():
-        (run_dir / name).write_bytes(content)
+    for name, content in {**files, "config.yaml": to_yaml(config).encode()}.items():
+        replace_file(run_dir / name, content)
 
 
 def say_end(progress: Progress, *, reason: StopReason, run_dir: Path) -> None:

@@ -18,7 +18,8 @@ ROWS = [
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
     {"distributed", "storage", "calibration", "overrides", "requirements", "sweep_config"},
-    {"types", "errors", "config_dir", "exit_record", "redact"},
+    {"exit_record"},
+    {"types", "errors", "files", "config_dir", "redact"},
 ]
 
 

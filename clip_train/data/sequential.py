@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clip_train.data.images.decode import BadSampleError, open_image
+from clip_train.data.images.folder import pictures_below
 from clip_train.data.images.transforms import preprocess_pixels
 from clip_train.data.index.files import IMAGE_EXTENSIONS
 from clip_train.data.index.tar import Member, read_samples
@@ -155,10 +156,8 @@ class FolderImages(FileImages):
     """
 
     def __init__(self, folder: Path) -> None:
-        pictures = (p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
-        super().__init__(
-            sorted(pictures, key=lambda path: os.fsencode(path.relative_to(folder).as_posix())), folder=folder
-        )
+        pictures = sorted(pictures_below(folder), key=lambda path: os.fsencode(path.relative_to(folder).as_posix()))
+        super().__init__(pictures, folder=folder)
         if not len(self):
             raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
 

@@ -50,8 +50,12 @@ def locate(name: str, *, cache_dir: str | None) -> Path:
         UserError: there is nothing, or it cannot be reached.
     """
     path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError) as error:  # longer than a path may be, or with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name[:60]!r}… is neither a path nor a name: {reason}") from error
     if name.startswith(HUB_PREFIX):
         return local_weights(name) or fetch(name.removeprefix(HUB_PREFIX), wanted=name, cache_dir=cache_dir)
     published = pretrained_weights()
@@ -184,5 +188,15 @@ def _unknown(name: str) -> str:
         return f"{name} names an architecture, not weights: load a run or a file, or call create_model{listed}"
     if ":" in name and tagged:
         return f"{name}: no such weights; published are {', '.join(difflib.get_close_matches(name, tagged, 10, 0.0))}"
-    near = difflib.get_close_matches(name, [*OPENAI_NAMES, *published], n=3, cutoff=0.0)
-    return f"{name}: neither a path nor a model with published weights; the nearest names are {', '.join(near)}"
+    near = _near_paths(name) or difflib.get_close_matches(name, [*OPENAI_NAMES, *published], n=3)
+    hint = f"the nearest names are {', '.join(near)}" if near else "available_models() lists the names"
+    return f"{name}: neither a path nor a model with published weights; {hint}"
+
+
+def _near_paths(name: str) -> list[str]:
+    """Return what lies beside a path that is not there under names like it."""
+    path = Path(name).expanduser()
+    if path.parent == path or not path.parent.is_dir() or len(path.parts) < 2:
+        return []
+    beside = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=3)
+    return [str(path.parent / other) for other in beside]

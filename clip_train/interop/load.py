@@ -65,6 +65,8 @@ def load(
         if dtype not in DTYPES:
             raise UserError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size={image_size} must be at least 1")
     source = read_source(name_or_path, weights=weights, model=model, cache_dir=download_root)
     if image_size is not None and image_size != source.config.vision.image_size:
         source = _resize(source, image_size=image_size)
@@ -89,6 +91,8 @@ def read_source(
     """Find and read what `load` would load, without building the model. The arguments are those of `load`."""
     if weights not in WEIGHT_CHOICES:
         raise UserError(f"weights={weights!r} must be one of {', '.join(WEIGHT_CHOICES)}")
+    if not isinstance(name_or_path, str | Path):
+        raise UserError(f"a {type(name_or_path).__name__} is no model to load: give a path or a name")
     path = locate(str(name_or_path), cache_dir=cache_dir)
     if path.is_dir():
         source = read_folder(path, weights=weights)._replace(calibration=read_folder_calibration(path))

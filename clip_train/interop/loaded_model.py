@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
 import torch
+from PIL import ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -80,23 +84,47 @@ class LoadedModel(CLIP):
                 model's device.
             normalize: False gives what OpenAI CLIP and open_clip return.
         """
+        self._check_images(images)
+        if not len(images):
+            return self.logit_scale.new_empty(0, self.config.embed_dim, dtype=torch.float32)
         return super().encode_image(images, normalize=normalize)
 
-    def encode_text(self, tokens: Tensor | str | list[str], *, normalize: bool = True) -> Tensor:
+    def encode_text(self, tokens: Tensor | str | Iterable[str], *, normalize: bool = True) -> Tensor:
         """Embed token ids [n, L] or captions, [n, D] in float32, by default of unit length.
 
         Raises:
-            RuntimeError: a caption given as text is longer than the context.
+            UserError: not such tokens, or a caption is longer than the context (a RuntimeError, too).
         """
         if not isinstance(tokens, Tensor):
-            tokens = self.tokenize(tokens).to(self.logit_scale.device)
+            texts = tokens if isinstance(tokens, str) else list(tokens)
+            tokens = self.tokenize(texts).to(self.logit_scale.device)
+        if tokens.ndim != 2:
+            raise UserError(f"tokens of shape {list(tokens.shape)} are no batch: give [n, L]")
+        if not len(tokens):
+            return self.logit_scale.new_empty(0, self.config.embed_dim, dtype=torch.float32)
         return super().encode_text(tokens, normalize=normalize)
+
+    def _check_images(self, images: object) -> None:
+        if not isinstance(images, Tensor):
+            raise UserError(
+                f"encode_image takes a batch of tensors, not {type(images).__name__}: stack what preprocess returns, "
+                "or call encode(images=[…])"
+            )
+        size = self.preprocess.image_size
+        raw = images.dtype == torch.uint8
+        channels_at, sides = (3, images.shape[1:3]) if raw else (1, images.shape[2:])
+        fits = images.ndim == 4 and images.shape[channels_at] == 3
+        if not fits or (self.config.vision.timm is None and tuple(sides) != (size, size)):
+            raise UserError(
+                f"images of shape {list(images.shape)} ({images.dtype}): this model takes what preprocess returns, "
+                f"stacked to [B, 3, {size}, {size}], or raw pixels uint8 [B, {size}, {size}, 3]"
+            )
 
     @torch.no_grad()
     def encode(
         self,
         *,
-        images: Iterable[Image.Image | str | Path | np.ndarray] | None = None,
+        images: Iterable[Image.Image | str | Path | np.ndarray | Tensor] | None = None,
         texts: Iterable[str] | None = None,
         batch_size: int = BATCH_SIZE,
         normalize: bool = True,
@@ -106,8 +134,9 @@ class LoadedModel(CLIP):
         """Embed any number of pictures or captions in batches: numpy float32 [n, D], in their order.
 
         Args:
-            images: PIL images, files, or uint8 arrays [H, W, 3] of any sizes; one array [n, H, W, 3] will do. Give
-                these or `texts`.
+            images: PIL images, files, or uint8 arrays [H, W, 3] of any sizes, or what `preprocess` returned; one array
+                [n, H, W, 3] will do. Of an iterator one batch is held at a time. As in `preprocess`, EXIF orientation
+                is not applied. Give these or `texts`.
             texts: captions.
             batch_size: pictures or captions at a time.
             normalize: unit length; False gives raw features.
@@ -115,54 +144,89 @@ class LoadedModel(CLIP):
             progress: show a bar on standard error, if that is a terminal.
 
         Raises:
-            UserError: neither or both of images and texts, a file that is no picture, an array of another shape.
-            RuntimeError: a caption is longer than the context.
+            UserError: neither or both of images and texts, a file that is no picture, an array of another shape, what
+                is no caption, or one longer than the context (a RuntimeError, too).
         """
         if (images is None) == (texts is None):
             raise UserError("encode takes images=… or texts=…, one of them")
-        if isinstance(texts, str) or isinstance(images, (str, Path)):
+        single = isinstance(images, np.ndarray | Tensor) and images.ndim < 4
+        if single or isinstance(texts, str) or isinstance(images, str | Path | PIL.Image.Image):
             raise UserError("encode takes several images or texts: put a single one into a list")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
-        embed = self._embed_pictures if texts is None else self._embed_captions
-        items: list[Any] = list(images) if images is not None else list(texts or [])
-        features = np.empty((len(items), self.config.embed_dim), dtype=np.float32)
-        with progress_bar(len(items), what="images" if texts is None else "texts", shown=progress) as advance:
-            for start in range(0, len(items), batch_size):
-                batch = items[start : start + batch_size]
-                encoded = embed(batch, normalize=normalize, truncate=truncate)
-                features[start : start + len(batch)] = encoded.cpu().numpy()
+        given: Iterable[Any] = texts if images is None else images  # type: ignore[assignment]  # one is there
+        total = len(given) if isinstance(given, Sized) else None
+        features = [np.empty((0, self.config.embed_dim), dtype=np.float32)]
+        items, done = iter(given), 0
+        with progress_bar(total, what="texts" if images is None else "images", shown=progress) as advance:
+            while batch := list(islice(items, batch_size)):
+                if images is None:
+                    encoded = self._embed_captions(batch, normalize=normalize, truncate=truncate)
+                else:
+                    encoded = self._embed_pictures(batch, normalize=normalize, first=done)
+                features.append(encoded.cpu().numpy())
+                done += len(batch)
                 advance(len(batch))
-        return features
+        return np.concatenate(features)
 
-    def _embed_pictures(self, items: list[Any], *, normalize: bool, truncate: bool) -> Tensor:
-        del truncate  # of captions
-        pixels = torch.stack([self.preprocess(_as_picture(item)) for item in items])
-        return self.encode_image(pixels.to(self.logit_scale.device), normalize=normalize)
+    def _embed_pictures(self, items: list[Any], *, normalize: bool, first: int) -> Tensor:
+        pixels = []
+        for place, item in enumerate(items, start=first):
+            try:
+                pixels.append(read_picture(item, preprocess=self.preprocess))
+            except BadSampleError as error:
+                name = item if isinstance(item, str | os.PathLike) else f"images[{place}]"
+                raise UserError(f"{name}: {error.reason.replace('_', ' ')}") from error
+        return self.encode_image(torch.stack(pixels).to(self.logit_scale.device), normalize=normalize)
 
     def _embed_captions(self, texts: list[str], *, normalize: bool, truncate: bool) -> Tensor:
         tokens = self.tokenize(texts, truncate=truncate)
         return self.encode_text(tokens.to(self.logit_scale.device), normalize=normalize)
 
 
-def _as_picture(item: Image.Image | str | Path | np.ndarray) -> Image.Image:
+def read_picture(item: object, *, preprocess: Preprocess, upright: bool = False) -> Tensor:
+    """Return what the model takes of a picture, float32 [3, S, S].
+
+    Args:
+        item: a PIL image, a file, an array uint8 [H, W, 3], or what `preprocess` returned.
+        preprocess: the model's.
+        upright: apply EXIF orientation.
+
+    Raises:
+        UserError: the item is of another kind.
+        BadSampleError: the picture cannot be read.
+    """
+    if isinstance(item, Tensor):
+        size = preprocess.image_size
+        if not item.is_floating_point() or item.shape != (3, size, size):
+            raise UserError(
+                f"a tensor {item.dtype} {list(item.shape)} is no picture: give what preprocess returns, "
+                f"float [3, {size}, {size}]"
+            )
+        return item.float()
     if isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3:
             raise UserError(f"an array {item.dtype} {list(item.shape)} is no picture: give uint8 [H, W, 3]")
-        return PIL.Image.fromarray(item)
-    if isinstance(item, PIL.Image.Image):
-        return item
+        item = PIL.Image.fromarray(item)
+    if not isinstance(item, PIL.Image.Image | str | os.PathLike):
+        raise UserError(f"{type(item).__name__} is no picture: give a PIL image, a file, or an array uint8 [H, W, 3]")
+    if isinstance(item, str) and "://" in item:
+        raise BadSampleError("a URL, and pictures are read from files: download it first")
     try:
-        return open_image(Path(item).read_bytes())
-    except BadSampleError as error:
-        raise UserError(f"{item}: {error.reason.replace('_', ' ')}") from error
+        image = item if isinstance(item, PIL.Image.Image) else open_image(Path(item).read_bytes())
+        with warnings.catch_warnings(action="ignore"):  # of damage that does not matter; what matters raises
+            return preprocess(ImageOps.exif_transpose(image) if upright else image)
+    except (BadSampleError, MemoryError):
+        raise
     except OSError as error:
-        raise UserError(f"{item}: {error.strerror or error}") from error
+        raise BadSampleError(error.strerror or str(error)) from error
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        raise BadSampleError(str(error) or "undecodable") from error
 
 
 @contextmanager
-def progress_bar(total: int, *, what: str, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a bar on standard error."""
+def progress_bar(total: int | None, *, what: str, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances a bar on standard error; one without an end if `total` is None."""
     with Progress(
         TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True, disable=not shown or not sys.stderr.isatty(),
@@ -200,8 +264,20 @@ class Preprocess:
         self.mean = torch.tensor(config.mean).view(3, 1, 1)
         self.std = torch.tensor(config.std).view(3, 1, 1)
 
+    def __repr__(self) -> str:
+        """Say what it does."""
+        size, fit = self.image_size, "squash" if self.squash else "resize the short side, crop the centre"
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return f"Preprocess({fit} to {size} x {size}, mean={mean}, std={std})"
+
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return float32 [3, S, S]."""
+        """Return float32 [3, S, S].
+
+        Raises:
+            UserError: `image` is no PIL image.
+        """
+        if not isinstance(image, PIL.Image.Image):
+            raise UserError(f"preprocess takes a PIL image, not {type(image).__name__}: PIL.Image.open(FILE) gives one")
         square = preprocess_pixels(image, image_size=self.image_size, squash=self.squash)  # uint8 [S, S, 3]
         pixels = torch.from_numpy(square.copy())
         return pixels.permute(2, 0, 1).float().div(255).sub_(self.mean).div_(self.std).contiguous()

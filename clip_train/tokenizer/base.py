@@ -8,6 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_train.errors import CaptionTooLong, UserError
+
+_SHOWN = 60  # characters of a caption in a message
+
 
 class Tokenizer(ABC):
     """Turn captions into token ids. Instances can be pickled, to go to loader workers.
@@ -47,16 +51,24 @@ class Tokenizer(ABC):
             truncate: cut a caption that does not fit, keeping the end token, instead of raising.
 
         Raises:
-            RuntimeError: a caption does not fit and `truncate` is False, as in OpenAI CLIP.
+            CaptionTooLong: a caption does not fit and `truncate` is False.
+            UserError: a caption is no text, or the context has no place for a caption.
         """
         length = self.context_length if context_length is None else context_length
+        special = 1 if self.start_id is None else 2
+        if length < special:
+            raise UserError(f"context_length={length} must be at least {special}, for the special tokens")
         texts = [texts] if isinstance(texts, str) else texts
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"{_shortened(text)} is no caption: give str")
         tokens = np.full((len(texts), length), self.pad_id, dtype=np.int64)
         for row, text in zip(tokens, texts, strict=True):
             used = self._fill(row, text)
             if used > length and not truncate:
-                raise RuntimeError(
-                    f"{text!r} has {used} tokens, context_length={length}: shorten it or pass truncate=True"
+                raise CaptionTooLong(
+                    f"{_shortened(text)} has {used} tokens, context_length={length}: shorten it, or cut it with "
+                    "truncate=True"
                 )
         return torch.from_numpy(tokens)
 
@@ -76,3 +88,8 @@ class Tokenizer(ABC):
         row[first : first + len(content)] = content
         row[first + len(content)] = self.end_id
         return first + len(ids) + 1
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -80,7 +80,7 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
     """Tokenize as `clip.tokenize` of OpenAI CLIP: int64 [n, context_length].
 
     Raises:
-        RuntimeError: a caption does not fit and `truncate` is False.
+        CaptionTooLong: a caption does not fit and `truncate` is False; a RuntimeError, as OpenAI CLIP's.
     """
     return _shared_tokenizer()(texts, context_length=context_length, truncate=truncate)
 

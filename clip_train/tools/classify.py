@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from clip_train.calibration import RejectScore, hash_prompts
-from clip_train.data.images.decode import BadSampleError, open_image
+from clip_train.data.images.decode import BadSampleError
 from clip_train.errors import UserError
-from clip_train.evaluation.features import similarity
+from clip_train.evaluation.features import TEXT_BATCH_SIZE, similarity
 from clip_train.evaluation.prompts.files import fill, load_templates
 from clip_train.evaluation.reject.scores import reject_scores
+from clip_train.interop.loaded_model import read_picture
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL import Image
+
     from clip_train.calibration import Temperature
     from clip_train.interop.loaded_model import LoadedModel
 
@@ -174,10 +178,7 @@ def _classify(
         names = names + [f"({prompt})" for prompt in BACKGROUND]
         texts = texts + [[prompt] for prompt in BACKGROUND]
     device = model.logit_scale.device
-    vectors = torch.stack(
-        [model.encode_text(model.tokenize(prompts).to(device)).float().mean(dim=0) for prompts in texts]
-    )
-    vectors = F.normalize(vectors, dim=-1)  # [C, D]
+    vectors = _label_vectors(texts, model=model)
     for batch in pixel_batches(images, model=model):
         pixels = [loaded for _, loaded in batch if isinstance(loaded, Tensor)]
         features = model.encode_image(torch.stack(pixels).to(device)) if pixels else vectors[:0]
@@ -191,6 +192,18 @@ def _classify(
             order = cosine.argsort(descending=True, stable=True)[:top].tolist()
             scores = [LabelScore(names[c], float(probability[c]), float(cosine[c])) for c in order]
             yield PictureScores(picture, scores, _reject(cosine[:num_labels], names=names, threshold=threshold), None)
+
+
+def _label_vectors(texts: list[list[str]], *, model: LoadedModel) -> Tensor:
+    """Return the mean unit feature of each label's prompts, [C, D] of unit length."""
+    device = model.logit_scale.device
+    labels_at_once = max(1, TEXT_BATCH_SIZE // len(texts[0]))
+    means = []
+    for start in range(0, len(texts), labels_at_once):
+        group = texts[start : start + labels_at_once]
+        features = model.encode_text(model.tokenize([prompt for own in group for prompt in own]).to(device))
+        means += [own.float().mean(dim=0) for own in features.split([len(own) for own in group])]
+    return F.normalize(torch.stack(means), dim=-1)
 
 
 def _probabilities(cosines: Tensor, *, model: LoadedModel) -> Tensor:
@@ -222,14 +235,11 @@ def pixel_batches(
     """Yield names of pictures with their pixels [3, S, S], or with the reason why they cannot be read."""
     batch: list[tuple[str, Tensor | str]] = []
     for place, image in enumerate(images):
-        name = f"picture {place}" if isinstance(image, Image.Image) else str(image)
+        name = str(image) if isinstance(image, str | os.PathLike) else f"picture {place}"
         try:
-            opened = image if isinstance(image, Image.Image) else open_image(Path(image).read_bytes())
-            batch.append((name, model.preprocess(ImageOps.exif_transpose(opened))))
+            batch.append((name, read_picture(image, preprocess=model.preprocess, upright=True)))
         except BadSampleError as error:
             batch.append((name, error.reason.replace("_", " ")))
-        except (OSError, ValueError, SyntaxError) as error:
-            batch.append((name, getattr(error, "strerror", None) or str(error)))
         if len(batch) == BATCH_SIZE:
             yield batch
             batch = []

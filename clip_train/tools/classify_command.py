@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clip_train.data.index.files import IMAGE_EXTENSIONS
+from clip_train.data.images.folder import pictures_below
 from clip_train.errors import IntegrityError, UserError
 from clip_train.evaluation.prompts.files import read_lines
 from clip_train.tools.classify import AUTO, BACKGROUND, NONE, OFF, PictureScores, classify
@@ -123,8 +123,7 @@ def find_pictures(places: Iterable[str]) -> Iterator[Path]:
         if place == STDIN:
             yield from find_pictures(line.strip() for line in sys.stdin if line.strip())
         elif path.is_dir():
-            found = (p for p in path.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
-            yield from sorted(found, key=os.fsencode)
+            yield from sorted(pictures_below(path), key=os.fsencode)
         elif glob.has_magic(place) and not path.exists():
             yield from (Path(name) for name in sorted(glob.glob(place, recursive=True), key=os.fsencode))  # noqa: PTH207 absolute patterns
         else:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_train.checkpoint.files import hash_file, replace_file
 from clip_train.errors import UserError
+from clip_train.files import hash_file, replace_file
 from clip_train.interop.loaded_model import progress_bar
 from clip_train.interop.weights import weights_sha256
 from clip_train.tools.classify import pixel_batches
@@ -124,10 +124,7 @@ def embed_query(query: str, *, model: LoadedModel) -> np.ndarray:
         if isinstance(pixels, str):
             raise UserError(f"{query}: {pixels}")
         return model.encode_image(pixels[None].to(model.logit_scale.device))[0].cpu().numpy()
-    try:
-        return model.encode(texts=[query], progress=False)[0]
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
+    return model.encode(texts=[query], progress=False)[0]
 
 
 def nearest(index: ImageIndex, vector: np.ndarray, *, top: int) -> list[Match]:

@@ -19,6 +19,15 @@ def test_the_public_names_are_there_and_others_are_not():
         assert callable(getattr(clip_train, name))
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = clip_train.lod
+    assert set(clip_train.__all__) <= set(dir(clip_train))  # a notebook completes them
+
+
+def test_names_of_open_clip_say_what_takes_their_place():
+    with pytest.raises(AttributeError, match=r"'create_model_and_transforms': load\('ViT-B-32:"):
+        _ = clip_train.create_model_and_transforms
+    with pytest.raises(AttributeError, match=r"model\.tokenize"):
+        _ = clip_train.get_tokenizer
+    assert not hasattr(clip_train, "list_models")
 
 
 def test_tokenize_has_openais_signature_and_error():

@@ -38,10 +38,26 @@ def test_encode_gives_the_features_of_one_call_each_in_their_order(model, tmp_pa
     for given in (images, arrays, [tmp_path / f"{i}.png" for i in range(5)], (image for image in images)):
         features = model.encode(images=given, batch_size=2, progress=False)
         assert features.dtype == np.float32 and np.abs(features - one_by_one).max() < 1e-6
+    preprocessed = torch.stack([model.preprocess(image) for image in images])
+    assert np.abs(model.encode(images=preprocessed, batch_size=2) - one_by_one).max() < 1e-6
     texts = ["a cat", "a dog in a house", "", "three"]
     one_by_one = torch.cat([model.encode_text([text], normalize=False) for text in texts]).detach().numpy()
     assert np.abs(model.encode(texts=texts, batch_size=3, normalize=False) - one_by_one).max() < 1e-5
-    assert model.encode(texts=[]).shape == (0, model.config.embed_dim)
+    for column in (np.array(texts), iter(texts)):
+        assert np.abs(model.encode(texts=column, batch_size=3, normalize=False) - one_by_one).max() < 1e-5
+    nothing = (model.encode(texts=[]), model.encode(images=iter([])), model.encode_text([]))
+    size = model.visual.input_resolution
+    assert all(
+        v.shape == (0, model.config.embed_dim) for v in (*nothing, model.encode_image(torch.ones(0, 3, size, size)))
+    )
+
+
+def test_encode_holds_one_batch_of_an_iterator_at_a_time(model, monkeypatch):
+    drawn, held = [], []
+    encode_text = type(model).encode_text
+    monkeypatch.setattr(type(model), "encode_text", lambda *a, **k: held.append(len(drawn)) or encode_text(*a, **k))
+    model.encode(texts=(drawn.append(i) or "a" for i in range(6)), batch_size=2)
+    assert held == [2, 4, 6]
 
 
 def test_encode_cuts_long_captions_only_when_told(model):
@@ -62,11 +78,48 @@ def test_encode_cuts_long_captions_only_when_told(model):
         ({"images": [np.zeros((4, 4), dtype=np.uint8)]}, r"uint8 \[4, 4\] is no picture"),
         ({"images": ["absent.png"]}, "absent.png: No such file"),
         ({"images": [__file__]}, r"test_encode\.py: "),
+        ({"images": ["https://x.org/a.png"]}, "a.png: a URL"),
+        ({"images": [b"bytes"]}, "bytes is no picture"),
+        ({"images": [torch.ones(3, 5, 5)]}, r"tensor torch.float32 \[3, 5, 5\] is no picture"),
+        ({"images": Image.new("RGB", (9, 9))}, "put a single one into a list"),
+        ({"images": np.zeros((9, 9, 3), dtype=np.uint8)}, "put a single one into a list"),
+        ({"texts": ["a", float("nan")]}, "nan is no caption"),
+        ({"texts": ["long " * 900]}, "'long .{40,59}… has 902 tokens"),
     ],
 )
 def test_encode_refuses_what_it_cannot_embed(model, arguments, message):
     with pytest.raises(UserError, match=message):
         model.encode(**arguments)
+
+
+def test_a_picture_cut_short_is_named(model, tmp_path):
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"a\.png: image file is truncated"):
+        model.encode(images=[tmp_path / "a.png"])
+    expected = pytest.raises(UserError, match=r"images\[1\]: image file is truncated")
+    with Image.open(tmp_path / "a.png") as cut, expected:
+        model.encode(images=[Image.new("RGB", (9, 9)), cut], batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.ones(3, 32, 32), r"\[3, 32, 32\]"),
+        (torch.ones(32, 32), r"\[32, 32\]"),  # once taken for features
+        (torch.ones(1, 3, 48, 48), r"stacked to \[B, 3, 32, 32\]"),
+        (torch.ones(1, 3, 32, 32, dtype=torch.uint8), r"raw pixels uint8 \[B, 32, 32, 3\]"),
+        (Image.new("RGB", (32, 32)), "not Image: stack what preprocess returns"),
+    ],
+)
+def test_images_of_another_shape_are_told_the_right_one(model, images, message):
+    with pytest.raises(UserError, match=message):
+        model.encode_image(images)
+    with pytest.raises(UserError, match="give \\[n, L\\]"):
+        model.encode_text(model.tokenize("a")[0])
+    with pytest.raises(UserError, match="preprocess takes a PIL image, not str"):
+        model.preprocess("a.png")
 
 
 def test_the_bar_is_drawn_on_terminals_only(model, capsys, monkeypatch):

@@ -13,11 +13,11 @@ import clip_train
 from clip_train.checkpoint.best import Score, write_best
 from clip_train.checkpoint.checkpointer import Checkpointer
 from clip_train.checkpoint.config import CheckpointConfig
-from clip_train.checkpoint.files import hash_file
 from clip_train.checkpoint.manifest import MANIFEST_NAME, Manifest
 from clip_train.checkpoint.state import ModelState
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
+from clip_train.files import hash_file
 
 from . import files
 
@@ -312,13 +312,21 @@ def test_names_are_looked_up_in_the_weights_folder_first(monkeypatch, tmp_path):
     [
         ("ViT-B-16", "an architecture, not weights"),
         ("ViT-B/33", "nearest names are ViT-B/32"),
-        ("runs/x", "neither a path"),
+        ("runs/x", r"neither a path .*; available_models\(\) lists"),
+        ("x" * 5000, "File name too long"),
+        (None, "a NoneType is no model to load"),
     ],
 )
 def test_random_weights_are_never_loaded(name, message, monkeypatch):
     monkeypatch.delenv("CLIP_TRAIN_WEIGHTS", raising=False)
     with pytest.raises(UserError, match=message):
         clip_train.load(name)
+
+
+def test_a_misspelt_path_names_its_neighbours(tmp_path):
+    (tmp_path / "second").mkdir()
+    with pytest.raises(UserError, match=rf"nearest names are {tmp_path}/second$"):
+        clip_train.load(tmp_path / "secnod")
 
 
 def test_a_scripted_variant_is_refused(weight_file):

@@ -42,7 +42,7 @@ def open_folders(base: Path, *, root: Path, classnames: str, templates: str) -> 
     objectnet = objectnet_classes(root) if classnames == AUTO else None
     if objectnet is not None and (root / "images").is_dir():
         base = root / "images"
-    folders = sorted(path.name for path in base.iterdir() if path.is_dir())
+    folders = sorted(path.name for path in base.iterdir() if path.is_dir() and path.name[0] != ".")
     if not folders or any(base.glob("ILSVRC2012_val_*")):
         return open_flat_imagenet(base, root=root, templates=templates)
     if objectnet is not None:
