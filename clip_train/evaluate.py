@@ -18,6 +18,7 @@ from clip_train.calibration import (
 from clip_train.checkpoint.config import EMA_SUFFIX
 from clip_train.checkpoint.retention import is_checkpoint_name, list_checkpoints, step_of
 from clip_train.config import from_yaml
+from clip_train.distributed.batch_norm import share_statistics
 from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import IntegrityError, UserError
@@ -139,6 +140,8 @@ class Evaluations:
             step: updates made.
             samples: also keep pictures with their answers, for the report.
         """
+        states = [self._model.state_dict(), *([self._ema.state_dict()] if self._ema else [])]
+        share_statistics(self._model, states=states, world=self._world)
         model = InterruptibleEncoder(self._model, wanted=self._wanted, world=self._world)
         try:
             scores = run_evaluations(

@@ -10,8 +10,8 @@ import itertools
 import textwrap
 from dataclasses import MISSING, Field, fields
 
-from clip_train.config import known_keys
 from clip_train.config_dir import config_dir
+from clip_train.config_keys import known_keys
 from clip_train.errors import UserError
 from clip_train.schema import ROOTS
 

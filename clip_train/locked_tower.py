@@ -11,6 +11,7 @@ from clip_train.data.features import FeatureTable, MissingPictures
 from clip_train.data.loader import TrainStream
 from clip_train.data.sequential import evaluation_batches
 from clip_train.distributed.agree import on_main
+from clip_train.distributed.parallel import reshard
 from clip_train.distributed.shards import whole
 from clip_train.distributed.stop import StopReason
 from clip_train.errors import Preempted
@@ -87,6 +88,7 @@ def cache_features(
                     say(f"features of {min(count, len(missing)):,} of {len(missing):,} pictures")
     except Interrupted as interrupted:
         raise Preempted("asked to stop amid the pictures' features: the same command goes on there") from interrupted
+    reshard(model)
     on_main(lambda: None, world=world)  # no rank reads before all have written
     stream.use_features(table)
 

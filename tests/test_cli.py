@@ -79,6 +79,25 @@ MISTAKES = [
     ("seed=${nope}", "nope"),
     ("wandb_api_key=x", "wandb_api_key"),
     ("loss._target_=os.system", "_target_"),
+    ("launch.processes=2", "launch.processes is a key of launch=local"),
+    ("evaluation.imagenet.root=x", "+evaluation=[imagenet]"),
+    ("checkpoint=x", "checkpoint.every"),
+    ("samples=1e9", "write samples=1000000000"),
+    ("name=a,b", "several values"),
+    ("name=range(1,3)", "train -m"),
+    ("~optim.lr", "~optim.lr: only evaluations can be taken away"),
+    ("+optim.lr=3", "leave out the +"),
+    ("+model=tiny", "leave out the +"),
+    ("suite=imagenet", "it is one of `clip-train evaluate`"),
+    ("model=null", "choose one of"),
+    ("evaluation=null", "[] for none"),
+    ("model=[tiny,demo]", "not a list"),
+    ("hydra.run.dir=x", "no effect"),
+    ("hydra/launcher=joblib", "no effect"),
+    ("optim.lr=1e400", "optim.lr=inf: numbers must be finite"),
+    ("seed=-1", "seed=-1 must lie in"),
+    ("run_dir=", "run_dir= must not be empty"),
+    ("name=", "name= must not be empty"),
 ]
 
 
@@ -97,6 +116,11 @@ def test_a_mistake_ends_the_command_with_exit_code_2_and_no_traceback(override, 
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_key_of_another_kind_of_evaluation_names_the_kind():
+    with pytest.raises(UserError, match="val is of the kind retrieve, which has no root"):
+        load("train", ["experiment=demo", "evaluation.val.root=x"])
 
 
 def test_a_misspelt_key_is_refused_in_under_two_seconds_without_torch():
