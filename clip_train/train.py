@@ -158,7 +158,8 @@ def train(config: TrainConfig) -> dict[str, float]:
             progress.owes_evaluation = False
             if chosen:
                 health.entered("an evaluation")
-                scores, reason = evaluations.run(chosen, step=progress.step, samples=progress.step == total_steps)
+                with metrics.paused():
+                    scores, reason = evaluations.run(chosen, step=progress.step, samples=progress.step == total_steps)
                 if reason:
                     progress.owes_evaluation = True
                     return reason
@@ -168,8 +169,6 @@ def train(config: TrainConfig) -> dict[str, float]:
             if best or due(progress.step, every=config.checkpoint.every, total=total_steps):
                 save()
                 saved = progress.step
-            if chosen:
-                metrics.restart_window()
             return StopReason.none
 
         # A run that was stopped amid an evaluation begins with it.
@@ -193,8 +192,9 @@ def train(config: TrainConfig) -> dict[str, float]:
             profiler.after(progress.step)
             if health.after_step(result, batch, step=progress.step):
                 # Every rank saw the same flag: weights go back, the data goes on after the bad batch.
-                health.rewound_to(rewind(checkpointer, progress=progress))
-                metrics.rewind(progress.step)
+                saved = rewind(checkpointer, progress=progress)
+                health.rewound_to(saved)
+                metrics.rewind(saved)
                 continue
 
             if due(progress.step, every=config.logging.every, total=total_steps):
