@@ -18,6 +18,7 @@ from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World, set_timeout
 from clip_train.errors import ClipTrainError, IntegrityError, Preempted, UserError
 from clip_train.exit_record import EXIT_NAME, ExitRecord, launch_id, now, restart_count
+from clip_train.files import replace_file
 from clip_train.metrics.panel import say
 from clip_train.redact import redact
 
@@ -192,10 +193,7 @@ def _completed(run_dir: Path) -> list[AttemptRecord]:
 
 
 def _write_attempts(run_dir: Path, attempts: list[AttemptRecord]) -> None:
-    path = run_dir / ATTEMPTS_NAME
-    part = path.with_name(f".part-{ATTEMPTS_NAME}-{os.getpid()}")
-    part.write_text("".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts), encoding="utf-8")
-    part.replace(path)
+    replace_file(run_dir / ATTEMPTS_NAME, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
 
 
 def _code_and_reason(error: BaseException | None) -> tuple[int, str]:

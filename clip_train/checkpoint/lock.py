@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_train.checkpoint.files import write_file
 from clip_train.errors import UserError
+from clip_train.files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,15 +8,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_train.checkpoint.files import sync_directory, write_file, write_files
 from clip_train.checkpoint.manifest import MANIFEST_NAME, Manifest, verify
 from clip_train.errors import ClipTrainError
+from clip_train.files import sync_directory, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from clip_train.checkpoint.files import Chunks, FileRecord
     from clip_train.checkpoint.writers import Writers
+    from clip_train.files import Chunks, FileRecord
 
 
 FREE_FACTOR = 1.3  # of a checkpoint's size must be free before it is written
@@ -41,7 +41,9 @@ def publish(
     part = private_name(target, kind="part")
     try:
         part = writers.agree(lambda: _make(part) if writers.world.is_main else part)[0]
-        written = writers.agree(lambda: write_files(part, contents=contents))
+        written = writers.agree(
+            lambda: {name: write_file(part / name, chunks=chunks) for name, chunks in contents.items()}
+        )
         if not writers.world.is_main:
             return
         records = {name: record for files in written for name, record in files.items()}

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_train.checkpoint.files import hash_file, replace_file
 from clip_train.errors import UserError
+from clip_train.files import hash_file, replace_file
 from clip_train.interop.loaded_model import progress_bar
 from clip_train.interop.weights import weights_sha256
 from clip_train.tools.classify import pixel_batches

@@ -157,6 +157,20 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted_bit_for_bit(tmp_path,
             assert torch.equal(found["state"][index][key], tensor)
 
 
+def test_step_counters_stay_on_the_host_where_torch_keeps_them():
+    """Also the one of a parameter without dimensions, which has the counter's shape. Meta stands for any device."""
+    parameter = torch.nn.Parameter(torch.empty((), device="meta"))
+    model = torch.nn.Module()
+    model.logit_scale = parameter
+    parameter.grad = torch.empty((), device="meta")
+    (optimizer := torch.optim.AdamW([parameter])).step()
+    whole = OptimizerState(model, optimizer)
+    whole.load_state_dict(whole.state_dict())
+    assert {key: t.device.type for key, t in optimizer.state[parameter].items()} == {
+        "step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"
+    }  # fmt: skip
+
+
 def test_a_resumed_convolution_with_channels_last_equals_one_that_was_not_interrupted():
     def step(model, optimizer, number):
         pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))

@@ -31,6 +31,23 @@ def test_a_row_holds_means_rates_and_the_share_of_the_peak(tmp_path):
     assert written.items() >= row.items()
 
 
+def test_time_for_an_evaluation_between_two_rows_is_no_time_of_steps(tmp_path):
+    metrics = Metrics(
+        tmp_path, world=World(), config=LoggingConfig(), name="run", total_steps=9, global_batch_size=8, start_step=0,
+        settings={},
+    )  # fmt: skip
+    names = ("loss", "in_batch_recall@1", "logit_scale")
+    values = {name: torch.tensor(1.0) for name in names}
+    began = metrics.window_start
+    metrics.add(values, seconds_waiting=0.0, flops=0.0)
+    with metrics.paused():
+        time.sleep(0.05)
+    metrics.add(values, seconds_waiting=0.0, flops=0.0)
+    row = metrics.log(step=2, samples_seen=16, extra={"train/learning_rate": 0.5})
+    assert 0 < 2 * row["perf/step_seconds"] <= time.monotonic() - began - 0.05
+    metrics.close()
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from clip_train.errors import UserError
 from clip_train.optim.config import AdamWConfig, Schedule
 from clip_train.optim.ema import Ema
-from clip_train.optim.param_groups import param_groups
+from clip_train.optim.param_groups import decays, param_groups
 from clip_train.optim.schedule import learning_rate
 from tests.standin import StandinCLIP
 
@@ -54,6 +54,15 @@ def test_only_weight_matrices_decay():
     assert {"logit_scale", "logit_bias", "token_embedding.weight", "positional_embedding", "conv1.bias"} <= {
         names[id(p)] for p in constant["params"]
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trunk.layers.0.attn.relative_position_bias_table", "trunk.blocks.0.attn.logit_scale", "trunk.dist_token"],
+)
+def test_tables_of_biases_and_temperatures_of_timm_do_not_decay(name):
+    assert not decays(f"visual.{name}", torch.nn.Parameter(torch.zeros(4, 1, 3)))
+    assert decays("visual.trunk.layers.0.attn.qkv.weight", torch.nn.Parameter(torch.zeros(4, 3)))
 
 
 def test_a_layers_share_of_the_learning_rate_is_the_decay_once_for_each_layer_above_it():

@@ -15,7 +15,7 @@ from rich.text import Text
 from clip_train.attempts import read_attempts
 from clip_train.checkpoint.lock import RunLock
 from clip_train.checkpoint.retention import list_checkpoints, step_of
-from clip_train.config import known_keys
+from clip_train.config_keys import known_keys
 from clip_train.errors import ClipTrainError, UserError
 from clip_train.evaluation.table import print_table
 from clip_train.health.events import read_events
