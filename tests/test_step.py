@@ -229,6 +229,24 @@ def test_an_update_that_is_not_finite_leaves_everything_as_it_was():
     assert [r.finite.item() for r in results] == [True, False, True]
 
 
+class Spoiled(ClipLoss):
+    """A loss whose value is lost while its gradient is right."""
+
+    def __call__(self, features, **options):
+        return {name: loss + math.nan for name, loss in super().__call__(features, **options).items()}
+
+
+def test_a_loss_that_is_not_finite_is_a_fault_even_if_its_gradient_is():
+    model = StandinCLIP()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step = TrainStep(
+        model, wrapped=model, loss_fn=Spoiled(world=World()), optimizer=adamw(model), world=World(), seed=3
+    )
+    result = step(draw_batch(16), learning_rate=RATE, step=0)
+    assert result.grad_norm.isfinite() and result.skipped and not result.finite
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def hybrid_on_rank(world):
     model = StandinCLIP(seed=world.rank).double()
     _, seen = recorded_step(
@@ -320,6 +338,32 @@ def test_short_types_train_like_float32(precision, loss_scale):
     results = trained(steps=4, precision=precision, loss_scale=loss_scale)[1]
     assert [r.loss.item() for r in results] == pytest.approx([r.loss.item() for r in want], rel=3e-2)
     assert [r.grad_norm.item() for r in results] == pytest.approx([r.grad_norm.item() for r in want], rel=0.1)
+
+
+def test_clipping_in_float16_goes_by_the_norm_without_the_loss_scale():
+    model = StandinCLIP()
+    optimizer = adamw(model)
+    step = TrainStep(
+        model, wrapped=model, loss_fn=ClipLoss(world=World()), optimizer=optimizer, world=World(), seed=3,
+        precision="fp16", max_grad_norm=0.5,
+    )  # fmt: skip
+    step.loss_scale.value.fill_(128.0)
+    assert step(draw_batch(16), learning_rate=RATE, step=0).grad_norm > 0.5
+    (beta1, _), moments = optimizer.defaults["betas"], [state["exp_avg"] for state in optimizer.state.values()]
+    clipped = torch.cat([moment.flatten() for moment in moments]).norm() / (1 - beta1)
+    assert clipped.item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_group_trains_at_its_share_of_the_learning_rate():
+    model = StandinCLIP()
+    optimizer = adamw(model)
+    optimizer.param_groups[0]["lr_scale"] = 0.25
+    before = {id(p): p.detach().clone() for p in model.parameters()}
+    step = TrainStep(model, wrapped=model, loss_fn=ClipLoss(world=World()), optimizer=optimizer, world=World(), seed=3)
+    step(draw_batch(16), learning_rate=RATE, step=0)
+    # Adam's first step moves an element by the learning rate, whatever its gradient; decay adds to it a little.
+    moved = [max((p - before[id(p)]).abs().max().item() for p in g["params"]) for g in optimizer.param_groups]
+    assert moved == [pytest.approx(0.25 * RATE, rel=0.2), pytest.approx(RATE, rel=0.2)]
 
 
 def test_overflow_in_float16_skips_but_is_no_fault():
