@@ -92,10 +92,14 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command(context_settings=KEY_VALUE, add_help_option=False, short_help="Train a model, or continue a run.")
 def train(context: typer.Context) -> None:
     """Train a model, or continue a run. Takes KEY=VALUE; with -m a grid of runs."""
-    if {"-m", "--multirun"} & set(context.args):
+    grid = {"-m", "--multirun"} & set(context.args)
+    context.args = [a for a in context.args if a not in grid]
+    if grid and not {"-h", "--help"} & set(context.args):
+        if flags := [a for a in context.args if a.startswith("-")]:
+            raise UserError(f"-m takes KEY=VALUE, not {flags[0]}")
         from clip_train.tools.grid import run_grid
 
-        raise typer.Exit(run_grid([a for a in context.args if a not in ("-m", "--multirun")]))
+        raise typer.Exit(run_grid(context.args))
     overrides = _overrides(context, command="train")
     if overrides is None:
         return
@@ -179,16 +183,15 @@ def _overrides(context: typer.Context, *, command: str) -> list[str] | None:
     if command == "train" and "--dry-run" in flags:
         flags.remove("--dry-run")
         overrides.append("launch.dry_run=true")
-    if "--cfg" in flags:
-        print(_composed(command, overrides), end="")
-    elif flags:
+    if flags - {"--cfg"}:
         from clip_train.tools.coming_from_open_clip import translate
 
         takes = f"`clip-train {command}` takes KEY=VALUE, --cfg, --debug and --help"
-        raise UserError(translate(arguments) or f"unknown option {sorted(flags)[0]}: {takes}")
-    else:
-        return overrides
-    return None
+        raise UserError(translate(arguments) or f"unknown option {sorted(flags - {'--cfg'})[0]}: {takes}")
+    if "--cfg" in flags:
+        print(_composed(command, overrides), end="")
+        return None
+    return overrides
 
 
 def _composed(command: str, overrides: list[str]) -> str:

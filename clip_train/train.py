@@ -82,7 +82,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         above = layers_above(model) if config.optim.layer_decay < 1 else None
         optimizer = config.optim.build(model, layers_above=above)
         ema = config.optim.build_ema(model)
-        micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world)
+        micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world, wanted=stop.wanted)
         config = replace(config, micro_batch_size=micro_batch_size)
         loss_fn = config.build_loss(world=world)
         train_step = TrainStep(
@@ -212,7 +212,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         if world.is_main:
             say_end(progress, reason=reason, run_dir=run_dir)
         if reason is StopReason.preempted:
-            raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
+            raise Preempted(f"asked to stop: {progress.kept()}")
     return newest
 
 
@@ -234,7 +234,7 @@ def say_end(progress: Progress, *, reason: StopReason, run_dir: Path) -> None:
         say(f"samples that could not be used: {listed}; each is listed in {run_dir / LEDGER_FOLDER}")
     if reason in (StopReason.time_limit, StopReason.interrupted):
         why = reason.name.replace("_", " ")
-        say(f"stopped ({why}): saved at step {progress.step:,}; the same command continues there")
+        say(f"stopped ({why}): {progress.kept()}")
 
 
 def measures(result: StepResult) -> dict[str, Any]:

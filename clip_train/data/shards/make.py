@@ -40,7 +40,7 @@ _MAKING = ".making"
 _CHUNK = 1024  # pairs that are examined before their verdicts are kept
 _SHOWN_EXAMPLES = 3
 _SIDES = ("train", "val")
-_INDEX_OPTIONS = IndexOptions(crc=True)
+_INDEX_OPTIONS = IndexOptions(crc=True, attempt="made")  # the same in all processes; the lock keeps others out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
