@@ -12,6 +12,7 @@ from clip_train.loss.siglip import SigLipLoss
 from clip_train.optim.adamw import build_adamw
 from clip_train.optim.ema import Ema
 from clip_train.step import LossScale, TrainStep
+from clip_train.types import Batch
 from tests.gloo import run_on_ranks
 from tests.loss.reference import clip_loss, siglip_loss
 from tests.standin import StandinCLIP, draw_batch
@@ -87,6 +88,38 @@ def test_dropout_masks_are_replayed():
     assert all(torch.equal(f[0], f[-1]) for f in features.values())
     again = recorded_step(World(), StandinCLIP(dropout=0.5).double(), batch, micro_batch_size=4)[1]
     assert all(torch.equal(got[n], again[n]) for n in got)
+
+
+class Agreement:
+    """A loss that needs no other rank."""
+
+    needs_caption_ids = False
+
+    def on_text(self, text):
+        return text
+
+    def __call__(self, features, **_):
+        return {"contrastive_loss": -(features.image * features.text).sum()}
+
+    def metrics(self):
+        return {"in_batch_recall@1": torch.zeros(())}
+
+
+def test_dropout_masks_differ_between_steps_ranks_and_micro_batches():
+    half = draw_batch(8)
+    batch = Batch(*(torch.cat([values, values]) for values in half))
+
+    def features(*, step, rank):
+        model, world = StandinCLIP(dropout=0.5), World(rank=rank)
+        train_step = TrainStep(
+            model, wrapped=model, loss_fn=Agreement(), optimizer=adamw(model), world=world, seed=3, micro_batch_size=8
+        )
+        return train_step(batch, learning_rate=RATE, step=step).image_features
+
+    seen = features(step=0, rank=0)
+    assert torch.equal(seen, features(step=0, rank=0))
+    others = [features(step=1, rank=0), features(step=0, rank=1), seen.roll(8, 0)]
+    assert [torch.isclose(seen, other).all(1).sum().item() for other in others] == [0, 0, 0]
 
 
 def test_a_micro_batch_that_does_not_divide_the_rows_is_refused():

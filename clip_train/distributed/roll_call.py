@@ -24,7 +24,7 @@ from clip_train.distributed.hosts import hosts_of, own_host
 from clip_train.errors import ClipTrainError, IntegrityError, TrainingFailed, UserError
 
 if TYPE_CHECKING:
-    from clip_train.distributed.launch import Ranks
+    from clip_train.distributed.ranks import Ranks
 
 SECONDS_BETWEEN_SIGNS = 1.0
 SECONDS_OF_SILENCE = 4.0  # after which a rank counts as gone
