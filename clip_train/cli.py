@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +15,7 @@ from clip_train import __version__
 from clip_train.cli_models import classify, export, prompts, search
 from clip_train.cli_runs import compare, runs
 from clip_train.cli_shards import shards
+from clip_train.distributed.ranks import own_rank
 from clip_train.distributed.stop import follow_launcher
 from clip_train.errors import ClipTrainError, UserError
 from clip_train.exit_record import ended_before
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _print_error(message: str) -> None:
-    rank = os.environ.get("RANK", "0")
+    rank = own_rank()
     where = f" [rank {rank}]" if rank != "0" else ""
     print(f"error{where}: {redact(message)}", file=sys.stderr)
 
@@ -118,7 +118,7 @@ def train(context: typer.Context) -> None:
     from clip_train.train import train as run
 
     run(config)
-    if os.environ.get("RANK", "0") == "0":
+    if own_rank() == "0":
         keep_calibration_of_training(Path(config.run_dir), names=config.evaluation)
         print(f"report: {write_report(Path(config.run_dir))}")
 
@@ -140,7 +140,7 @@ def evaluate(context: typer.Context) -> None:
     from clip_train.tools.report import is_reported, write_report
 
     run(config)
-    if config.output is None and is_reported(Path(config.checkpoint)) and os.environ.get("RANK", "0") == "0":
+    if config.output is None and is_reported(Path(config.checkpoint)) and own_rank() == "0":
         print(f"report: {write_report(Path(config.checkpoint))}")
 
 

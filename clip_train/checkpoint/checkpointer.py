@@ -15,11 +15,7 @@ from clip_train.checkpoint.best import Score, read_best
 from clip_train.checkpoint.choose import choose
 from clip_train.checkpoint.commit import MAX_FAILURES, Commits
 from clip_train.checkpoint.copies import RemoteCopies
-from clip_train.checkpoint.load import (
-    TRAIN_STATE_NAME,
-    load_part,
-    load_train_state,
-)
+from clip_train.checkpoint.load import TRAIN_STATE_NAME, load_part, load_train_state
 from clip_train.checkpoint.lock import RunLock
 from clip_train.checkpoint.manifest import Manifest
 from clip_train.checkpoint.publish import FREE_FACTOR, clear_leftovers, explain, require_space

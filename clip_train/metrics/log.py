@@ -49,7 +49,6 @@ class Metrics:
         peak_flops: float | None = None,
     ) -> None:  # fmt: skip
         self.world = world
-        self.every = config.every
         self.global_batch_size = global_batch_size
         self.sums: dict[str, Tensor] = {}
         self.num_added = 0

@@ -78,8 +78,9 @@ def test_a_layers_share_of_the_learning_rate_is_the_decay_once_for_each_layer_ab
     assert {g["weight_decay"] for g in optimizer.param_groups if g["lr_scale"] < 1} == {0.2}
 
 
-def test_averages_equal_those_of_torch():
-    model = StandinCLIP()
+@pytest.mark.parametrize("build", [StandinCLIP, lambda: torch.nn.BatchNorm1d(3)])
+def test_averages_equal_those_of_torch(build):
+    model = build()
     ema = Ema(model, decay=0.9)
     theirs = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     theirs.update_parameters(model)
@@ -87,6 +88,8 @@ def test_averages_equal_those_of_torch():
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+            for buffer in model.buffers():
+                buffer.add_(seed + 1)
         ema.update()
         theirs.update_parameters(model)
     want = theirs.module.state_dict()
