@@ -72,7 +72,7 @@ def run_evaluations(
         out: folder that gets NAME.json and NAME.npz.
         name: the model's name, for the files.
         weights: which weights of it, for the files.
-        samples: also keep pictures with their answers, for the report.
+        samples: also keep pictures with their answers, for the report; none if the features have collapsed.
         strict: features that are not finite and files that cannot be written are an error; a run in training goes on.
         origin: further values for the files: where the weights are from.
 
@@ -90,7 +90,7 @@ def run_evaluations(
                 file = out / f"{key}{suffix}.json"
                 try:
                     write_result(result, file, dataset=key, model=name, pretrained=of)
-                    if samples and (shown := evaluator.samples(result, size=PICTURE_SIZE)):
+                    if samples and not result.collapsed and (shown := evaluator.samples(result, size=PICTURE_SIZE)):
                         save_samples(shown, file.with_suffix(".samples.json"))
                 except OSError as error:  # a full disk does not end a run; its metrics have the scores
                     if strict:

@@ -64,11 +64,13 @@ NAMED = ("tokenizer", "loss", "optim", "launch")
 
 MAY_CHANGE_ON_RESUME = (
     "name", "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size",
-    "micro_batch_size", "profile", "on_nonfinite", "watchdog_seconds", "data.train", "data.workers", "data.cache",
-    "data.public_only", "data.on_change", "data.skip_samples", "optim.lr", "optim.warmup", "distributed", "checkpoint",
-    "logging", "evaluation", "launch",
+    "micro_batch_size", "profile", "on_nonfinite", "watchdog_seconds", "data.train", "data.val", "data.index_dir",
+    "data.workers", "data.cache", "data.public_only", "data.on_change", "data.skip_samples", "data.max_bad_fraction",
+    "model.ragged", "model.checkpointing", "model.compile", "loss.exchange", "optim.lr", "optim.warmup",
+    "optim.max_grad_norm", "distributed", "checkpoint", "logging", "evaluation", "launch",
 )  # fmt: skip
-"""Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
+"""Keys (with all below them) that a resumed run may be given anew; any other change is refused. They say where things
+are and how they are computed, or are what messages advise to change."""
 
 
 class Precision(StrEnum):

@@ -73,7 +73,7 @@ def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> li
     locations = find_shards(patterns, field=field)
     remote = next((location for location in locations if is_remote(location)), None)
     if remote is not None:
-        raise UserError(f"{field}={remote}: shards must be local files here; only data.train reads remote ones")
+        raise UserError(f"{field}={remote}: shards must be local files here")
     return [Path(location) for location in locations]
 
 

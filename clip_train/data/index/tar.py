@@ -259,7 +259,7 @@ def _pax(path: Path, offset: int, payload: bytes, name: str | None) -> tuple[str
 
 def _guess(header: bytes, position: int) -> str:
     if position == 0 and header.startswith(b"\x1f\x8b"):
-        return ": this is a gzip file; shards are plain tar files"
+        return ": this is a gzip file; shards are plain tar files (data.reader=streaming reads packed ones)"
     if position == 0 and header.lstrip()[:1] == b"<":
         return ": this looks like an HTML or XML page, not a tar"
     return ""
