@@ -22,11 +22,12 @@ import pytest
 import torch
 
 from clip_train.data import reader
-from clip_train.data.config import CacheConfig, DataConfig
+from clip_train.data.config import DataConfig
 from clip_train.data.index.files import INDEX_NAME
 from clip_train.data.order import SlotOrder, SourceOrder
 from clip_train.data.reader import ShardReader
 from clip_train.data.remote.cache import CacheFull, RemoteShard, ShardCache
+from clip_train.data.remote.config import CacheConfig
 from clip_train.data.remote.schedule import Rows, Schedule
 from clip_train.data.scenes.write import write_scenes
 from clip_train.data.shards.index import index_source
