@@ -227,6 +227,11 @@ class ShardCache:
         while not self._reserve(part, room=room, distance=distance):
             if not wait:
                 raise CacheFull
+            if room > (limit := self._limit()):  # others have filled the disk: eviction would not help
+                raise UserError(
+                    f"data.cache.dir={self.folder} has room for {max(0, limit):,} bytes, and {url} takes {room:,}: "
+                    "free some, or choose a folder on another disk"
+                )
             time.sleep(_POLL_SECONDS)
         try:
             yield part
