@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from clip_train.data.config import CacheConfig
+from clip_train.data.remote.config import CacheConfig
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
