@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -47,6 +48,9 @@ app.add_typer(tests, name="selftest")
 
 def main() -> None:
     """Run the command line and exit with its code: 2 for a user's mistake, 3 for damaged data or checkpoints."""
+    for stream in (sys.stdin, sys.stdout):  # file names need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
     follow_launcher()
     if logging.lastResort is not None:  # shows warnings, as nothing else is set up
         logging.lastResort.setFormatter(RedactingFormatter())

@@ -99,8 +99,8 @@ def classify(
         images: files or PIL images. EXIF orientation is applied.
         model: from `clip_train.load`.
         labels: texts; repeated ones count once.
-        templates: `none` takes the labels as whole captions; `single`, `simple`, `imagenet` or a file of templates put
-            them into prompts and average these.
+        templates: `none` takes the labels as whole captions; `single`, `simple`, `imagenet`, a file of templates or a
+            template with `{}` put them into prompts and average these.
         min_similarity: the cosine that the best label must reach, or the answer is unknown; `auto`: the threshold that
             was measured with the model, or a probability of one half of a calibrated SigLIP model, if there is one;
             `off`: there is always an answer.

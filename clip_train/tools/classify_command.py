@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clip_train.data.index.files import IMAGE_EXTENSIONS
+from clip_train.data.picture_files import pictures_below
 from clip_train.errors import IntegrityError, UserError
 from clip_train.evaluation.prompts.files import read_lines
 from clip_train.tools.classify import AUTO, BACKGROUND, NONE, OFF, PictureScores, classify
@@ -117,14 +117,20 @@ def find_pictures(places: Iterable[str]) -> Iterator[Path]:
     """Yield files as they are, and the pictures below folders and of patterns in order of their paths.
 
     `-` stands for the lines of standard input. A pattern counts only where there is no file of its name.
+
+    Raises:
+        UserError: a place is no path.
     """
     for place in places:
         path = Path(place)
+        if "\0" in place:
+            raise UserError("standard input is not text: give it the paths of pictures, one per line")
+        if "://" in place:
+            raise UserError(f"{place} is a URL, and pictures are read from files: download it first")
         if place == STDIN:
             yield from find_pictures(line.strip() for line in sys.stdin if line.strip())
         elif path.is_dir():
-            found = (p for p in path.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
-            yield from sorted(found, key=os.fsencode)
+            yield from sorted(pictures_below(path), key=os.fsencode)
         elif glob.has_magic(place) and not path.exists():
             yield from (Path(name) for name in sorted(glob.glob(place, recursive=True), key=os.fsencode))  # noqa: PTH207 absolute patterns
         else:

@@ -16,8 +16,8 @@ import numpy as np
 from clip_train.data.config import cache_in
 from clip_train.data.images.decode import BadSampleError, decode_image
 from clip_train.data.images.perceptual_hash import NUM_BITS, THUMBNAIL_SIDE, distances, fingerprint, likeness
-from clip_train.data.index.files import IMAGE_EXTENSIONS
 from clip_train.data.index.jobs import run_jobs
+from clip_train.data.picture_files import pictures_below
 from clip_train.data.sequential import FileImages, ImageSource, ShardImages
 from clip_train.data.shard_file import ShardFile, find_files
 from clip_train.errors import UserError
@@ -249,7 +249,7 @@ def _open_set(folder: Path) -> ImageSource:
         raise UserError(f"{folder} is not a folder of pictures or of .tar files")
     if shards := sorted(folder.rglob("*.tar")):
         return ShardImages(shards)
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
+    pictures = sorted(pictures_below(folder))
     if not pictures:
         raise UserError(f"{folder} holds neither pictures nor .tar files")
     return FileImages(pictures, folder=folder)

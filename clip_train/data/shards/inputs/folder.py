@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from clip_train.data.index.files import IMAGE_EXTENSIONS
+from clip_train.data.picture_files import pictures_below
 from clip_train.data.shards.inputs.pair import Content, Input, InputOptions, Pair
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -70,15 +70,11 @@ def read_class_folders(folder: Path, *, options: InputOptions) -> Input:
 
 def has_pictures(folder: Path) -> bool:
     """Return whether there are pictures below a folder."""
-    return next(_found(folder), None) is not None
-
-
-def _found(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS)
+    return next(pictures_below(folder), None) is not None
 
 
 def _pictures(folder: Path) -> list[Path]:
-    found = list(_found(folder))
+    found = sorted(pictures_below(folder))
     if not found:
         raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
-    return sorted(found)
+    return found
