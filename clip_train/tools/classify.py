@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from clip_train.calibration import RejectScore, hash_prompts
@@ -20,8 +21,6 @@ from clip_train.interop.loaded_model import read_picture
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from PIL import Image
 
     from clip_train.calibration import Temperature
     from clip_train.interop.loaded_model import LoadedModel
@@ -107,9 +106,15 @@ def classify(
         top: labels per picture.
 
     Raises:
-        UserError: there is no label, or an argument is out of range.
+        UserError: there is no label, or an argument is out of range or no list.
     """
+    if isinstance(model, str | os.PathLike):
+        raise UserError(f"model={str(model)!r} is a path: give the model that clip_train.load returns")
+    if isinstance(labels, str) or isinstance(images, str | os.PathLike | Image.Image):
+        raise UserError("classify takes several images and labels: put a single one into a list")
     names = list(dict.fromkeys(labels))
+    if any(not isinstance(name, str) for name in names):
+        raise UserError(f"labels must be texts, not {next(n for n in names if not isinstance(n, str))!r}")
     if not names:
         raise UserError("labels is empty: give at least one text")
     if top < 1:
