@@ -238,6 +238,9 @@ def _explain(command: str, overrides: list[str], error: Exception) -> str:
         similar = difflib.get_close_matches(value, options, n=1, cutoff=0.3)
         question = f"did you mean {similar[0]}? " if similar else ""
         return f"{group}={value} is not there: {question}choose one of {', '.join(options)}"
+    if stray := re.match(r"Could not override '(evaluation\.(\w+)\.(\S+))'", text):
+        key, name, own = stray.groups()
+        return f"{key}: evaluation={name} is not chosen, or has no key '{own}'"
     full_key = re.search(r"full_key: (\S+)", text)
     merging = re.search(r"Error merging override (\S+?)=", text)
     if merging and error.__cause__ is not None:

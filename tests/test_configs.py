@@ -95,6 +95,8 @@ def test_held_out_pairs_that_are_not_named_are_asked_for():
         UserError, match=r"evaluation\.val\.shards= is required: `clip-train evaluate` has no data\.val"
     ):
         load("evaluate", ["checkpoint=x", "evaluation=[val]"])
+    with pytest.raises(UserError, match=r"evaluation\.coco\.root: evaluation=coco is not chosen, or has no key 'root'"):
+        load("evaluate", ["checkpoint=x", "evaluation=[retrieve]", "evaluation.coco.root=y"])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
