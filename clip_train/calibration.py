@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from clip_train.errors import IntegrityError
+from clip_train.files import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,9 +117,7 @@ def hash_prompts(prompts: Sequence[str]) -> str:
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write `path` (.json), at once."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(calibration_to_json(calibration), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, json.dumps(calibration_to_json(calibration), indent=1) + "\n")
 
 
 def read_calibration(path: Path) -> Calibration | None:

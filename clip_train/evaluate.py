@@ -21,6 +21,7 @@ from clip_train.calibration import (
 from clip_train.checkpoint.config import EMA_SUFFIX
 from clip_train.checkpoint.retention import is_checkpoint_name, list_checkpoints, step_of
 from clip_train.config import from_yaml
+from clip_train.distributed.batch_norm import share_statistics
 from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import IntegrityError, UserError
@@ -76,7 +77,7 @@ def run_evaluations(
         out: folder that gets NAME.json and NAME.npz.
         name: the model's name, for the files.
         weights: which weights of it, for the files.
-        samples: also keep pictures with their answers, for the report.
+        samples: also keep pictures with their answers, for the report; none if the features have collapsed.
         strict: features that are not finite and files that cannot be written are an error; a run in training goes on.
         origin: further values for the files: where the weights are from.
 
@@ -94,7 +95,7 @@ def run_evaluations(
                 file = out / f"{key}{suffix}.json"
                 try:
                     write_result(result, file, dataset=key, model=name, pretrained=of)
-                    if samples and (shown := evaluator.samples(result, size=PICTURE_SIZE)):
+                    if samples and not result.collapsed and (shown := evaluator.samples(result, size=PICTURE_SIZE)):
                         save_samples(shown, file.with_suffix(".samples.json"))
                 except OSError as error:  # a full disk does not end a run; its metrics have the scores
                     if strict:
@@ -144,6 +145,8 @@ class Evaluations:
             step: updates made.
             samples: also keep pictures with their answers, for the report.
         """
+        states = [self._model.state_dict(), *([self._ema.state_dict()] if self._ema else [])]
+        share_statistics(self._model, states=states, world=self._world)
         model = InterruptibleEncoder(self._model, wanted=self._wanted, world=self._world)
         try:
             scores = run_evaluations(

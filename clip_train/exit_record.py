@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from clip_train.files import replace_file
+
 EXIT_NAME = "exit.json"
 FINAL_CODES = (0, 2, 3, 85)
 """Finished, user error, damaged data, preempted: starting the ranks again in the same launch changes nothing."""
@@ -36,13 +38,7 @@ class ExitRecord:
 
     def write(self, run_dir: Path) -> None:
         """Write `exit.json` in one step that a crash cannot halve."""
-        path = run_dir / EXIT_NAME
-        part = path.with_name(f".part-{EXIT_NAME}-{os.getpid()}")
-        with part.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        replace_file(run_dir / EXIT_NAME, json.dumps(asdict(self)) + "\n")
 
 
 def read_exit(run_dir: Path) -> ExitRecord | None:

@@ -8,7 +8,7 @@ Needs Debian (or a relative of it) with apt, but no root: the package lists and 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import os
 import re
 import sys
 import tempfile
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from debian import fetch_package
 from PIL import Image, ImageOps
 
+from clip_train.data.index.jobs import run_jobs
 from clip_train.data.shards.make import MakeOptions, make_shards
 from clip_train.errors import UserError
 
@@ -58,7 +59,7 @@ def main() -> int:
     """Fetch, caption and shard the drawings; print how many were left out and why."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder that gets train/ and val/; must not exist yet")
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count(), help="processes that resize")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that resize")
     arguments = parser.parse_args()
     try:
         if arguments.out.exists():
@@ -80,8 +81,7 @@ def write_drawings(root: Path, *, out: Path, workers: int) -> Counter[str]:
     """Write every usable picture under `root`, resized over white, and count all by what became of them."""
     drawings, skipped = choose(root)
     jobs = [(drawing, out / drawing.path.relative_to(root)) for drawing in drawings]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        skipped.update(pool.imap_unordered(_write, jobs, chunksize=16))
+    skipped.update(run_jobs(_write, jobs, jobs=workers, chunk=16))
     return skipped
 
 

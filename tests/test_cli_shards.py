@@ -1,12 +1,15 @@
 """The shard commands hand their options on: each is used here once, from pictures to a page."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from clip_train.cli import main
 from clip_train.cli_shards import shards
 from clip_train.data.bad import BadLedger, BadSample
 from clip_train.data.index.files import HAS_CRC, RECORD, read_listing
@@ -48,6 +51,19 @@ def test_make_takes_all_its_options(tmp_path):
     assert any("9 ranks x 2 workers" in warning for warning in document["warnings"])
 
 
+def test_names_that_no_encoding_has_are_printed_escaped(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name, content in (("a.png", encoded(picture(1))), ("b\udce9d.png", b"")):
+        (tmp_path / "in" / name).write_bytes(content)
+        (tmp_path / "in" / name).with_suffix(".txt").write_text("x")
+    monkeypatch.setattr(sys, "argv", ["clip-train", "shards", "make", f"{tmp_path}/in", f"{tmp_path}/out", "--jobs=1"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    sys.stdout.seek(0)
+    assert "1 left out: empty_image, such as b\\udce9d.png" in sys.stdout.read()
+
+
 def test_overlap_takes_all_its_options(tmp_path):
     numbered_shards(tmp_path / "train", [4, 5])
     numbered_shards(tmp_path / "set", [4])
@@ -57,6 +73,8 @@ def test_overlap_takes_all_its_options(tmp_path):
     )
     assert "4 of 4 pictures (100.00%)" in said and "4 the same file" in said
     assert len(out.read_text().splitlines()) == 5
+    with pytest.raises(UserError, match="cannot be written"):
+        run("overlap", tmp_path / "train", tmp_path / "set", "--out", tmp_path, "--jobs", 1)
 
 
 def test_make_captions_folders_of_classes(tmp_path):

@@ -95,8 +95,6 @@ def test_held_out_pairs_that_are_not_named_are_asked_for():
         UserError, match=r"evaluation\.val\.shards= is required: `clip-train evaluate` has no data\.val"
     ):
         load("evaluate", ["checkpoint=x", "evaluation=[val]"])
-    with pytest.raises(UserError, match=r"evaluation\.coco\.root: evaluation=coco is not chosen, or has no key 'root'"):
-        load("evaluate", ["checkpoint=x", "evaluation=[retrieve]", "evaluation.coco.root=y"])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -127,6 +125,18 @@ def test_a_changed_model_shows_as_a_change_and_a_longer_run_does_not():
     assert changes(old, to_yaml(load("train", [*BASE, "steps=200", "data.workers=1"]))) == []
     shown = changes(old, to_yaml(load("train", [*BASE, "model=tiny"])))
     assert any(line.startswith("model.embed_dim: 512 -> 64") for line in shown)
+
+
+def test_a_run_continues_with_what_messages_advise_and_with_data_that_have_moved():
+    base = [*BASE, "loss=siglip", "model=ViT-B-16-SigLIP"]
+    advised = [
+        "optim.max_grad_norm=1", "optim.lr=1e-5", "on_nonfinite=rewind", "model.checkpointing=1", "distributed=fsdp",
+        "micro_batch_size=4", "data.max_bad_fraction=0.5", "data.on_change=new_segment", "data.workers=0",
+    ]  # fmt: skip
+    moved = ["data.train=/new/train", "data.val=/new/val", "data.index_dir=/new/index", "evaluation=[val]"]
+    computed = ["model.compile=true", "model.ragged=off", "loss.exchange=ring"]
+    new = to_yaml(load("train", [*base, *advised, *moved, *computed]))
+    assert changes(to_yaml(load("train", base)), new) == []
 
 
 def test_a_config_of_another_version_names_the_unknown_key(tmp_path):

@@ -19,7 +19,7 @@ from clip_train.distributed.parallel import parallelize
 from clip_train.distributed.shards import fill, whole
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
-from clip_train.evaluate import keep_calibration, keep_calibration_of_training, run_evaluations
+from clip_train.evaluate import evaluate, keep_calibration, keep_calibration_of_training, run_evaluations
 from clip_train.evaluation.result import EvaluationResult, two_halves, write_result
 from clip_train.model.zoo import create_model
 from clip_train.optim.ema import Ema
@@ -29,6 +29,7 @@ from tests.gloo import run_on_ranks
 from tests.interop import files
 from tests.interop.test_load import write_run
 from tests.test_calibration import REJECTION, TEMPERATURE
+from tests.test_train import overrides, start
 
 IMAGES = 22
 VOCABULARY = {"vocab_size": 1000}  # the toy tokenizer's
@@ -105,6 +106,19 @@ def test_two_ranks_score_both_weights_as_one_does(strategy, tmp_path):
     want = expected(tmp_path)
     for got in run_on_ranks(evaluate_both, tmp_path, strategy):
         assert_equal_results(tmp_path, got, want)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_a_resnet_evaluate_what_they_save(tmp_path):
+    write_scenes(tmp_path / "scenes", num_train=60, num_val=20, seed=0)
+    more = ["model=tiny-rn", "steps=6", "evaluation=[val]", f"data.val={tmp_path}/scenes/val", "optim.ema_decay=0.5"]
+    two = start(overrides(tmp_path / "scenes", tmp_path / "run", *more), processes=2)
+    _, said = two.communicate(timeout=300)
+    assert two.returncode == 0, said
+    evaluate(load("evaluate", [f"checkpoint={tmp_path}/run", "device=cpu", f"output={tmp_path}/again"]))
+    during = tmp_path / "run" / "evaluation" / "step-00000006"
+    with np.load(during / "val_ema.npz") as ranks, np.load(tmp_path / "again" / "val.npz") as one:
+        np.testing.assert_allclose(ranks["pair_cosine"], one["pair_cosine"], atol=1e-5)
 
 
 def test_the_best_checkpoint_may_be_the_averages_if_there_are_any():

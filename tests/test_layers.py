@@ -13,11 +13,13 @@ ROWS = [
     {"train", "help"},
     {"evaluate", "micro_batch", "starting_point", "initial_weights", "locked_tower", "health", "progress", "attempts"},
     {"config", "step"},
+    {"config_keys"},
     {"schema"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},
     {"distributed", "storage", "calibration", "overrides", "requirements", "sweep_config"},
-    {"types", "errors", "config_dir", "exit_record", "redact"},
+    {"exit_record"},
+    {"types", "errors", "files", "config_dir", "redact"},
 ]
 
 

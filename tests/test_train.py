@@ -191,6 +191,25 @@ def test_a_run_that_breaks_after_every_rewind_ends_with_the_reason(scenes, tmp_p
     assert len(slots) == 13 + 2 * 3
 
 
+@pytest.mark.slow
+def test_a_run_that_went_back_beyond_its_newest_save_saves_again_when_it_is_stopped(scenes, tmp_path, monkeypatch):
+    break_images(monkeypatch, 13)
+    step, newest = TrainStep.__call__, tmp_path / "checkpoints" / "step-00000010"
+    calls = Counter()
+
+    def with_trouble(self, batch, **arguments):
+        calls["step"] += 1
+        if calls["step"] == 14:  # the rewind that follows has to pass over the newest checkpoint
+            (newest / "model.safetensors").write_bytes(b"")
+        if calls["step"] == 14 + 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, **arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", with_trouble)
+    train(load("train", overrides(scenes, tmp_path, "steps=99", "checkpoint.every=5", "on_nonfinite=rewind")))
+    assert (tmp_path / "checkpoints" / "step-00000008" / "MANIFEST.json").exists()
+
+
 def test_nothing_to_rewind_to_is_said(scenes, tmp_path, monkeypatch):
     break_images(monkeypatch, 3)
     with pytest.raises(TrainingFailed, match="nothing to rewind to"):

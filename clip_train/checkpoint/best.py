@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.config import EMA_SUFFIX
-from clip_train.checkpoint.files import replace_file
 from clip_train.checkpoint.retention import checkpoint_path
 from clip_train.errors import IntegrityError, UserError
+from clip_train.files import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

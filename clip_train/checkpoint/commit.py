@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from clip_train.checkpoint.choose import StartingPoint
     from clip_train.checkpoint.config import CheckpointConfig
     from clip_train.checkpoint.copies import RemoteCopies
-    from clip_train.checkpoint.files import FileRecord
     from clip_train.checkpoint.snapshot import Snapshot
     from clip_train.distributed.world import World
+    from clip_train.files import FileRecord
 
 MAX_FAILURES = 3  # failed saves in a row that end training
 

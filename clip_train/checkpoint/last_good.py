@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from clip_train.checkpoint.files import replace_file
 from clip_train.checkpoint.retention import checkpoint_path
 from clip_train.errors import IntegrityError
+from clip_train.files import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path

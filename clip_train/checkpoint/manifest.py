@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_train.checkpoint.files import FileRecord, hash_file
 from clip_train.errors import IntegrityError, UserError
+from clip_train.files import FileRecord, hash_file
 
 FORMAT = 2  # 1 knew no sharded tensors; it is still read
 MANIFEST_NAME = "MANIFEST.json"

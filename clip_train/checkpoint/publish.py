@@ -8,15 +8,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_train.checkpoint.files import sync_directory, write_file, write_files
 from clip_train.checkpoint.manifest import MANIFEST_NAME, Manifest, verify
 from clip_train.errors import ClipTrainError
+from clip_train.files import sync_directory, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from clip_train.checkpoint.files import Chunks, FileRecord
     from clip_train.checkpoint.writers import Writers
+    from clip_train.files import Chunks, FileRecord
 
 
 FREE_FACTOR = 1.3  # of a checkpoint's size must be free before it is written
@@ -41,7 +41,9 @@ def publish(
     part = private_name(target, kind="part")
     try:
         part = writers.agree(lambda: _make(part) if writers.world.is_main else part)[0]
-        written = writers.agree(lambda: write_files(part, contents=contents))
+        written = writers.agree(
+            lambda: {name: write_file(part / name, chunks=chunks) for name, chunks in contents.items()}
+        )
         if not writers.world.is_main:
             return
         records = {name: record for files in written for name, record in files.items()}
@@ -99,6 +101,11 @@ def explain(error: OSError, *, folder: Path, needed: int) -> str:
     return f"No space left: {needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free"
 
 
+def private_name(target: Path, *, kind: str) -> Path:
+    """Return a name beside `target` that no reader looks at and that `clear_leftovers` knows."""
+    return target.parent / f".{kind}-{target.name}-{os.getpid()}"
+
+
 def _make(part: Path) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -126,8 +133,3 @@ def _holds(target: Path, records: dict[str, FileRecord]) -> bool:
         return verify(target).files == records
     except ClipTrainError:
         return False
-
-
-def private_name(target: Path, *, kind: str) -> Path:
-    """Return a name beside `target` that no reader looks at and that `clear_leftovers` knows."""
-    return target.parent / f".{kind}-{target.name}-{os.getpid()}"

@@ -159,10 +159,13 @@ def _native_name(model: nn.Module, name: str) -> str:
 
 
 def _share(value: object, parameter: Tensor) -> object:
-    """Return this rank's share of a state tensor, sharded as its parameter is; counters are whole everywhere."""
+    """Return this rank's share of a state tensor, sharded as its parameter is; counters are whole everywhere.
+
+    A counter looks like the state of a parameter without dimensions, but torch decides by its optimizer where it lives.
+    """
     if not isinstance(value, torch.Tensor | SavedTensor):
         return value
-    return laid_out(value, like=parameter) if value.shape == parameter.shape else value[...]
+    return laid_out(value, like=parameter) if parameter.ndim and value.shape == parameter.shape else value[...]
 
 
 def _plain(value: object) -> object:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from clip_train.checkpoint.files import safetensors_chunks
+from clip_train.checkpoint.safetensors_writer import safetensors_chunks
 from clip_train.distributed.shards import chunk_of, own_part
 from clip_train.errors import IntegrityError, UserError
 

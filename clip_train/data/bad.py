@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from clip_train.errors import IntegrityError
+from clip_train.files import replace_file
 from clip_train.redact import redact_tree
 
 if TYPE_CHECKING:
@@ -126,10 +127,7 @@ class BadLedger:
 def cut_ledgers(run_dir: Path, *, consumed: int) -> None:
     """Drop what a killed attempt wrote of slots from `consumed` on, for all ranks that ever were: it comes again."""
     for path in sorted((run_dir / LEDGER_FOLDER).glob("rank-*.jsonl")):
-        part = path.with_suffix(".part")
-        kept = "".join(json.dumps(row) + "\n" for row in _rows(path) if row["g"] < consumed)
-        part.write_text(kept, encoding="utf-8")
-        part.replace(path)
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in _rows(path) if row["g"] < consumed))
 
 
 def read_ledger(run_dir: Path) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clip_train.data.images.decode import BadSampleError, open_image
+from clip_train.data.images.folder import pictures_below
 from clip_train.data.images.transforms import preprocess_pixels
 from clip_train.data.index.files import IMAGE_EXTENSIONS
 from clip_train.data.index.tar import Member, read_samples
-from clip_train.data.picture_files import pictures_below
 from clip_train.data.shard_file import ShardFile
 from clip_train.data.workers import WORKER_START_METHOD, as_is, start_worker, start_worker_server
 from clip_train.errors import ClipTrainError, IntegrityError, UserError
@@ -156,10 +156,8 @@ class FolderImages(FileImages):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(
-            sorted(pictures_below(folder), key=lambda path: os.fsencode(path.relative_to(folder).as_posix())),
-            folder=folder,
-        )
+        pictures = sorted(pictures_below(folder), key=lambda path: os.fsencode(path.relative_to(folder).as_posix()))
+        super().__init__(pictures, folder=folder)
         if not len(self):
             raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from clip_train.distributed.world import World
 
-
 START_FACTOR = 2.5  # of timeout_seconds until the first step is done
 _CPP_COMPILERS = ("g++", "clang++")
 
@@ -37,8 +36,7 @@ class Backend(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class DistributedConfig:
-    """How the ranks of one run work together. Ranks come from the environment of torchrun, srun or
-    mpirun."""
+    """How the ranks of one run work together. The environment of torchrun, srun or mpirun says which they are."""
 
     strategy: Strategy = Strategy.ddp
     """`ddp`: every rank holds the whole model, gradients are averaged. `fsdp`: every rank holds a part of each

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 
 from clip_train.distributed.hosts import own_host
-from clip_train.distributed.launch import open_store, ranks_from_environment
+from clip_train.distributed.launch import open_store
+from clip_train.distributed.ranks import ranks_from_environment
 from clip_train.distributed.roll_call import RollCall
 from clip_train.distributed.stalls import Stalls
 from clip_train.errors import UserError

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clip_train.errors import IntegrityError
+from clip_train.files import replace_file
 
 if TYPE_CHECKING:
     from clip_train.data.sequential import ImageSource
@@ -113,9 +114,7 @@ def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: s
             writer = csv.DictWriter(file, fieldnames=list(result.per_class[0]))
             writer.writeheader()
             writer.writerows(result.per_class)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_result(path: Path) -> dict[str, Any]:

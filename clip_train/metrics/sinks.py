@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from clip_train.errors import UserError
+from clip_train.files import replace_file
 from clip_train.metrics.config import LoggingConfig, WandbMode
 from clip_train.metrics.panel import say
 from clip_train.metrics.wandb_sink import Wandb
@@ -60,9 +61,7 @@ class JsonLines:
             rows = [row for row in read_metrics(self.path.parent) if row["step"] <= step]
             if evaluate_again:  # a row of evaluations has no loss of a step
                 rows = [row for row in rows if row["step"] < step or "train/loss" in row]
-            part = self.path.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            part.replace(self.path)
+            replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         return self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:

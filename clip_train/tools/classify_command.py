@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clip_train.data.picture_files import pictures_below
+from clip_train.data.images.folder import pictures_below
 from clip_train.errors import IntegrityError, UserError
 from clip_train.evaluation.prompts.files import read_lines
 from clip_train.tools.classify import AUTO, BACKGROUND, NONE, OFF, PictureScores, classify

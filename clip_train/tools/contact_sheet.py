@@ -63,9 +63,9 @@ def write_contact_sheet(
         UserError: shards are missing, or a number is out of range.
         IntegrityError: a shard or an index is damaged.
     """
-    for name, value in (("num", number), ("image-size", image_size)):
-        if value < 1:
-            raise UserError(f"--{name}={value} must be at least 1")
+    for name, value, least in (("num", number, 1), ("image-size", image_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
     config = DataConfig(
         train=patterns, caption=caption, index_dir=None if index_dir is None else str(index_dir),
         cache=CacheConfig() if cache_dir is None else CacheConfig(dir=str(cache_dir)),

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from clip_train.files import replace_file
+
 
 def page_templates() -> Environment:
     """Return the templates of the pages; every value that goes into one is escaped."""
@@ -17,7 +19,5 @@ def page_templates() -> Environment:
 
 def write_page(path: Path, page: str) -> Path:
     """Write a page in one step, so that a browser never reads half of it; return its path."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, page)
     return path

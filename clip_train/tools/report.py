@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from clip_train.attempts import read_attempts
+from clip_train.attempts import attempts_so_far
 from clip_train.config import parse_yaml
 from clip_train.errors import UserError
 from clip_train.metrics.panel import duration
@@ -216,7 +216,7 @@ def describe_environment() -> list[tuple[str, str]]:
 
 def describe_attempts(run_dir: Path) -> list[tuple[str, str]]:
     """Return what the run has cost so far, over all its restarts: device-hours and attempts."""
-    attempts = read_attempts(run_dir)
+    attempts = attempts_so_far(run_dir)
     if not attempts:
         return []
     devices = " + ".join(sorted({attempt.device for attempt in attempts}))

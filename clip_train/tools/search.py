@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_train.checkpoint.files import hash_file, replace_file
-from clip_train.data.index.files import IMAGE_EXTENSIONS
+from clip_train.data.images.folder import is_picture
 from clip_train.errors import UserError
+from clip_train.files import hash_file, replace_file
 from clip_train.interop.loaded_model import progress_bar
 from clip_train.interop.weights import weights_sha256
 from clip_train.tools.classify import pixel_batches
@@ -125,7 +125,7 @@ def embed_query(query: str, *, model: LoadedModel) -> np.ndarray:
         if isinstance(pixels, str):
             raise UserError(f"{query}: {pixels}")
         return model.encode_image(pixels[None].to(model.logit_scale.device))[0].cpu().numpy()
-    if os.path.splitext(query)[1].lower().removeprefix(".") in IMAGE_EXTENSIONS:  # noqa: PTH122 as above
+    if is_picture(Path(query)):
         raise UserError(f"{query}: there is no picture of this name")
     return model.encode(texts=[query], progress=False)[0]
 

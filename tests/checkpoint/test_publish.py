@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clip_train.checkpoint import checkpointer as checkpointer_module
-from clip_train.checkpoint.files import safetensors_chunks, write_file
 from clip_train.checkpoint.load import newest_verified
 from clip_train.checkpoint.publish import clear_leftovers
 from clip_train.checkpoint.retention import list_checkpoints
+from clip_train.checkpoint.safetensors_writer import safetensors_chunks
 from clip_train.errors import ClipTrainError, UserError
+from clip_train.files import write_file
 from tests.checkpoint.faults import Disk, PowerLoss
 from tests.checkpoint.parts import open_fixed, save_steps
 

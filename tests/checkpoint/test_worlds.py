@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from clip_train.checkpoint import files
+from clip_train.checkpoint import publish
 from clip_train.checkpoint.load import load_part, newest_verified
 from clip_train.errors import ClipTrainError, UserError
 from tests.checkpoint.parts import Model, adamw, open_fixed, open_training, save_steps, train
@@ -67,7 +67,7 @@ def saves_that_fail_on_rank_1(world, folder: Path):
     lines: list[str] = []
     model, optimizer = build("fsdp", seed=0)
     checkpointer = open_training(folder / "failing", model, optimizer, world=world, say=lines.append)
-    write, found = files.write_file, []
+    write, found = publish.write_file, []
 
     def full_on_rank_1(path, **options):
         if world.rank == 1:
@@ -77,13 +77,13 @@ def saves_that_fail_on_rank_1(world, folder: Path):
     with checkpointer:
         checkpointer.save(step=1, consumed=1, config_yaml="")
         checkpointer.wait()
-        files.write_file = full_on_rank_1
+        publish.write_file = full_on_rank_1
         checkpointer.save(step=2, consumed=2, config_yaml="")
         try:
             checkpointer.wait()
         except ClipTrainError as error:
             found.append(str(error))
-        files.write_file = write
+        publish.write_file = write
         if world.rank == 1:
             model.first.weight.data.to_local().fill_(float("nan"))
         checkpointer.save(step=3, consumed=3, config_yaml="")

@@ -108,6 +108,37 @@ def test_what_cannot_be_used_is_counted_by_reason_and_left_out(tmp_path):
     assert (photo["txt"], photo["cls"]) == (b"a photograph", b"3")
 
 
+def test_nothing_below_a_folder_is_lost_without_a_word(tmp_path):
+    source = _pairs(tmp_path / "in", 3)
+    (source / "linked").symlink_to(_pairs(tmp_path / "elsewhere", 4))
+    (source / "linked" / "back").symlink_to(source)
+    for name in ("photo.heic", ".hidden.png", ".checkpoints/old.png", "b\udce9d.png"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"no picture that we read")
+        (source / name).with_suffix(".txt").write_text("a caption")
+    summary = make_shards(source, tmp_path / "out")
+    assert (summary.train, summary.skipped) == (7, {"image_missing": 1, "unknown_format": 1})
+    assert summary.examples == {"image_missing": ["photo.txt"], "unknown_format": ["b\udce9d.png"]}
+    assert "(not read: 1 .heic)" in str(summary)
+
+
+def test_samples_of_shards_without_a_picture_are_counted(tmp_path):
+    samples = [{"__key__": "0", "png": encoded(picture(0)), "txt": b"x"}, {"__key__": "1", "heic": b"", "txt": b"x"}]
+    write_shard(tmp_path / "in" / "x.tar", samples)
+    summary = make_shards(tmp_path / "in", tmp_path / "out")
+    assert (summary.train, summary.examples) == (1, {"image_missing": ["x.tar/1"]})
+
+
+def test_photographs_with_a_second_picture_inside_are_stored_as_the_jpegs_they_are(tmp_path):
+    content = encoded(picture(0), "MPO", save_all=True, append_images=[picture(1)])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(content)
+    (tmp_path / "in" / "a.txt").write_text("from a phone")
+    make_shards(tmp_path / "in", tmp_path / "out")
+    (sample,) = _read(tmp_path / "out" / "train")
+    assert sample["jpg"] == content
+
+
 def test_resizing_shortens_the_short_side_and_never_enlarges(tmp_path):
     for name, size in {"wide": (90, 60), "tall": (40, 300), "small": (24, 20)}.items():
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -179,7 +210,7 @@ def test_tables_give_the_pictures_they_name_with_their_captions(tmp_path, suffix
 
 def test_rows_of_one_picture_become_one_sample_with_all_its_captions(tmp_path):
     _pictures(tmp_path, ["a.png"])
-    (tmp_path / "t.csv").write_text("image,caption\na.png,one\na.png,two\na.png,one\n")
+    (tmp_path / "t.csv").write_text("Image, Caption\na.png,one\na.png,two\na.png,one\n")
     summary = make_shards(tmp_path / "t.csv", tmp_path / "out")
     (sample,) = _read(tmp_path / "out" / "train")
     assert (summary.train, sample["txt"], json.loads(sample["json"])) == (1, b"one", {"captions": ["one", "two"]})
@@ -211,8 +242,16 @@ def test_coco_captions_find_their_pictures_and_keep_all_captions(tmp_path):
     assert captions == {"n 1.0": ["n 1.0", "n 1.1"], "n 2.0": ["n 2.0", "n 2.1"]}
 
 
+def test_captions_that_are_null_are_none(tmp_path):
+    path = _coco(tmp_path)
+    document = json.loads(path.read_text())
+    document["annotations"].append({"image_id": 3, "caption": None})
+    path.write_text(json.dumps(document))
+    assert make_shards(path, tmp_path / "out").skipped == {"caption_missing": 1}
+
+
 def test_folders_of_classes_are_captioned_by_a_template(tmp_path):
-    _pictures(tmp_path / "in", ["great_owl/1.png", "great_owl/sub/2.png", "ant/3.png"])
+    _pictures(tmp_path / "in", ["great_owl/1.png", "great_owl/sub/2.png", "ant/3.png", ".bee/4.png"])
     with pytest.raises(UserError, match=r"ant/3\.txt; .*--template"):
         make_shards(tmp_path / "in", tmp_path / "out")
     options = InputOptions(template="a photo of a {}.")
@@ -246,6 +285,10 @@ INPUT_MISTAKES = [
     ("t.csv", "image,caption\n,x\n", {}, "row 1: the picture is ''"),
     ("t.csv", "image,caption\nno.png,x\n", {}, r"1 image_missing; the first is .*no\.png"),
     ("t.csv", "image;caption\na.png;x\n", {}, "its columns are 'image;caption'"),
+    ("t.csv", "image,caption\na.png,a cat, asleep\n", {}, "line 2 has more fields than the 2 columns"),
+    ("t.tsv", 'image\tcaption\na.png\t"open\na.png\tx\n', {}, "line 3: unexpected end of data"),
+    ("t.tsv", 'image\tcaption\na.png\t"open\na.png\t"a" cat\n', {}, "line 3: .* a text that begins with a quote"),
+    ("t.jsonl", "[" * 100_000, {}, "line 1 is not JSON"),
     ("t.jsonl", '{"image": "a.png", "text": "x"}\n{"image"\n', {}, "line 2 is not JSON"),
     ("t.jsonl", '{"image": "a.png", "text": 3}\n', {}, "row 1: the caption is 3"),
     (
@@ -253,6 +296,12 @@ INPUT_MISTAKES = [
         '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}',
         {},
         "caption",
+    ),
+    (
+        "t.json",
+        '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 7, "caption": "x"}]}',
+        {},
+        "1 captions are of pictures that `images` lacks, such as 7",
     ),
     ("t.json", '{"images": [{"id": 1, "file_name": "no.png"}], "annotations": []}', {}, "pass --images FOLDER"),
     ("t.parquet", "no parquet", {}, "cannot be read as parquet"),

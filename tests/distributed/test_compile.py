@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from clip_train.checkpoint.files import safetensors_chunks
+from clip_train.checkpoint.safetensors_writer import safetensors_chunks
 from clip_train.distributed.config import DistributedConfig
 from clip_train.distributed.parallel import channels_last_, compile_each_block, transformer_blocks
 from clip_train.distributed.world import World

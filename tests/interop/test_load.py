@@ -14,11 +14,11 @@ import clip_train
 from clip_train.checkpoint.best import Score, write_best
 from clip_train.checkpoint.checkpointer import Checkpointer
 from clip_train.checkpoint.config import CheckpointConfig
-from clip_train.checkpoint.files import hash_file
 from clip_train.checkpoint.manifest import MANIFEST_NAME, Manifest
 from clip_train.checkpoint.state import ModelState
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
+from clip_train.files import hash_file
 
 from . import files
 

@@ -147,6 +147,8 @@ def open_image(content: bytes) -> Image.Image:
             raise BadSampleError("too_many_pixels") from error
         except Exception as error:
             raise BadSampleError("unknown_format") from error
+    if image.format == "MPO":  # a JPEG with more pictures behind it, as phones write them
+        image.format = "JPEG"
     check_pixels(*image.size)
     return image
 

@@ -12,15 +12,19 @@ that runs with different captions share a folder: `NAME.idx` and `index.json` fo
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
 from clip_train.errors import IntegrityError, UserError
+from clip_train.files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,6 +40,7 @@ CAPTION_CHOICES = (DEFAULT_CAPTIONS, ("json",), CAPTION_EXTENSIONS)
 # In order of preference, should a sample have several. The position + 1 is the kind stored in the index.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 HAS_CRC = 1
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FIELDS = [
     ("image_block", "<u4"),  # content offsets in blocks of 512 bytes
     ("caption_block", "<u4"),
@@ -169,28 +174,45 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    part = path.with_name(f"{path.name}.part")
+    attempt = uuid4().hex
     try:
-        write_synced(part, content)
+        publish(write_part(path, content, attempt=attempt), path)
+    finally:
+        with suppress(OSError):
+            part_of(path, attempt=attempt).unlink()
+
+
+def part_of(path: Path, *, attempt: str) -> Path:
+    """Return the name under which an attempt to write a file does so. Others may be writing the same one."""
+    return path.with_name(f"{path.name}.{attempt}.part")
+
+
+def publish(part: Path, path: Path) -> None:
+    """Give a complete file its name.
+
+    Raises:
+        UserError: that cannot be.
+    """
+    try:
         part.replace(path)
     except OSError as error:
         raise UserError(_cannot_write(path, error)) from error
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk, making its folder if needed.
+def write_part(path: Path, content: bytes, *, attempt: str) -> Path:
+    """Write a file under its attempt's name, which is returned, and make its folder if needed.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    part = part_of(path, attempt=attempt)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        write_file(part, chunks=[content])
     except OSError as error:
         raise UserError(_cannot_write(path, error)) from error
+    return part
 
 
 def write_listing(
@@ -230,7 +252,7 @@ def read_listing(
     advice = f"remove it, then {_how_to_index(folder)}"
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -297,7 +319,5 @@ def _refuse_unfiltered(shards: Sequence[Path], *, captions: tuple[str, ...], ind
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
-    return (
-        f"{path} cannot be written ({error.strerror or error}): for folders that are read-only, keep the index "
-        "elsewhere with --index-dir and data.index_dir"
-    )
+    elsewhere = "; an index can be kept elsewhere with --index-dir and data.index_dir"
+    return f"{path} cannot be written: {error.strerror or error}{elsewhere if error.errno in _READ_ONLY else ''}"

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from clip_train.data.index.files import ShardEntry, idx_path, write_atomically
-from clip_train.data.index.walk import IndexOptions, idx_part, index_shard
+from clip_train.data.index.files import ShardEntry, idx_path, part_of, publish, write_atomically
+from clip_train.data.index.walk import IndexOptions, index_shard
 from clip_train.errors import IntegrityError, UserError
 from clip_train.redact import unsigned
 from clip_train.storage.remote import download, is_remote, read_file, size_of
@@ -211,10 +211,10 @@ class ShardCache:
     def _walk(self, tar: Path, *, url: str, captions: tuple[str, ...]) -> tuple[ShardEntry, Counter[str]]:
         """Walk a shard, complete or under its temporary name, and put its records where they belong."""
         try:
-            indexed = index_shard(tar, options=IndexOptions(captions=captions))
+            indexed = index_shard(tar, options=(options := IndexOptions(captions=captions)))
         except IntegrityError as error:
             raise IntegrityError(str(error).replace(str(tar), url)) from error
-        idx_part(indexed.entry.idx_path).replace(idx_path(self.path(url), captions=captions))
+        publish(part_of(indexed.entry.idx_path, attempt=options.attempt), idx_path(self.path(url), captions=captions))
         return indexed.entry, indexed.incomplete
 
     @contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from clip_train.data.index.jobs import run_jobs
 from clip_train.data.scenes.pictures import LabelledScene, ScenePair, held_out_pair, labelled_scene, training_pair
 from clip_train.data.scenes.vocabulary import COMBINATIONS, HELD_OUT, TEMPLATES
 from clip_train.data.shards.benchmark import Kind, LabelledPicture, write_layout
@@ -36,7 +35,7 @@ class WrittenScenes(NamedTuple):
 
 
 def write_scenes(
-    out: Path, *, num_train: int, num_val: int, seed: int, image_size: int = 64, workers: int = 2
+    out: Path, *, num_train: int, num_val: int, seed: int, image_size: int = 64, workers: int = 1
 ) -> WrittenScenes:
     """Write `out/train` and `out/val` (picture and caption) and `out/classes` (clip-benchmark's layout) as shards.
 
@@ -58,21 +57,20 @@ def write_scenes(
             raise UserError(f"{name}={value} must be at least {least}")
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        draw = partial(_draw_in_order, pool, seed=seed, image_size=image_size)
-        with ShardSetWriter(out / "train") as shards:
-            for index, pair in enumerate(draw(training_pair, num_train)):
-                shards.write(f"{index:08d}", {"png": pair.png, "txt": pair.caption})
-        with ShardSetWriter(out / "val") as shards:
-            for index, pair in enumerate(_distinct(draw(held_out_pair, 4 * num_val), num_val)):
-                shards.write(f"{index:08d}", {"png": pair.png, "txt": pair.caption})
-        num_labelled = PICTURES_PER_CLASS * len(HELD_OUT)
-        write_classes(out / "classes", draw(labelled_scene, num_labelled))
+    draw = partial(_draw_in_order, seed=seed, image_size=image_size, workers=workers)
+    with ShardSetWriter(out / "train") as shards:
+        for index, pair in enumerate(draw(training_pair, num_train)):
+            shards.write(f"{index:08d}", {"png": pair.png, "txt": pair.caption})
+    with ShardSetWriter(out / "val") as shards:
+        for index, pair in enumerate(_distinct(draw(held_out_pair, 4 * num_val), num_val)):
+            shards.write(f"{index:08d}", {"png": pair.png, "txt": pair.caption})
+    num_labelled = PICTURES_PER_CLASS * len(HELD_OUT)
+    write_classes(out / "classes", draw(labelled_scene, num_labelled))
     return WrittenScenes(num_train, num_val, num_labelled)
 
 
-def _draw_in_order(pool: Pool, draw: Callable[..., T], number: int, *, seed: int, image_size: int) -> Iterator[T]:
-    return pool.imap(partial(draw, seed=seed, image_size=image_size), range(number), chunksize=_CHUNK)
+def _draw_in_order(draw: Callable[..., T], number: int, *, seed: int, image_size: int, workers: int) -> Iterator[T]:
+    return run_jobs(partial(draw, seed=seed, image_size=image_size), range(number), jobs=workers, chunk=_CHUNK)
 
 
 def _distinct(pairs: Iterator[ScenePair], number: int) -> Iterator[ScenePair]:

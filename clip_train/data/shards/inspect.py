@@ -64,6 +64,7 @@ class ShardFindings:
     shard: ShardFile
     pairs: int = 0  # samples with picture and caption that the index keeps
     left_out: int = 0  # pairs that the index leaves out
+    incomplete: int = 0  # samples without the members of a pair, which have no place in the order
     indexed: bool = False
     with_crc: int = 0  # samples whose checksums were compared
     defects: list[Defect] = field(default_factory=list)
@@ -126,7 +127,9 @@ class Inspection:
                     last = sample.key
                     findings.extensions.update(sample.members.keys())
                     pictures += picture_of(sample) is not None
-                    if self._is_pair(sample, findings) and _is_kept(sample, records, findings):
+                    if not self._is_pair(sample, findings):
+                        findings.incomplete += 1
+                    elif _is_kept(sample, records, findings):
                         self._inspect(file, sample, findings, hashes=hashes, tokens=tokens, sizes=sizes)
                         _compare_checksums(file, sample, records, findings, captions=self.captions)
             stated = stated_pictures(path)

@@ -40,7 +40,7 @@ _MAKING = ".making"
 _CHUNK = 1024  # pairs that are examined before their verdicts are kept
 _SHOWN_EXAMPLES = 3
 _SIDES = ("train", "val")
-_INDEX_OPTIONS = IndexOptions(crc=True)
+_INDEX_OPTIONS = IndexOptions(crc=True, attempt="made")  # the same in all processes; the lock keeps others out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ def make_shards(
                 progress("written", len(indexed), len(shards))
         publish_index(indexed, options=_INDEX_OPTIONS)
     return MakeSummary(
-        kind=found.kind,
+        kind=str(found),
         train=verdicts.count("train"),
         val=verdicts.count("val"),
         shards=len(shards),
@@ -160,7 +160,7 @@ def shuffled(pairs: Sequence[Pair], *, options: MakeOptions) -> list[Pair]:
         return list(pairs)
 
     def place(pair: Pair) -> bytes:
-        return hashlib.sha256(f"{options.seed}/{pair.name}".encode(errors="surrogateescape")).digest()
+        return hashlib.sha256(f"{options.seed}/{pair.name}".encode(errors="surrogatepass")).digest()
 
     return sorted(pairs, key=place)
 

@@ -22,7 +22,7 @@ def preview_pairs(source: Path, *, options: MakeOptions, input_options: InputOpt
         UserError: the input is of no known kind.
     """
     found = read_input(source, options=input_options)
-    lines = [f"{source} is {found.kind}: {len(found.pairs):,} pictures"]
+    lines = [f"{source} is {found}: {len(found.pairs):,} pictures"]
     for place, pair in enumerate(shuffled(found.pairs, options=options)[:number]):
         lines += [sample_key(pair, number=place), f"  picture  {pair.image.path}", *_outcome(pair, options=options)]
     return "\n".join(lines)

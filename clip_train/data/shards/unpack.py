@@ -15,7 +15,7 @@ import numpy as np
 from clip_train.data.images.decode import BadSampleError
 from clip_train.data.index.files import write_atomically
 from clip_train.data.index.jobs import run_jobs
-from clip_train.data.shards.inputs.pair import Content, Pair
+from clip_train.data.shards.inputs.pair import Absent, Content, Pair, Stored
 from clip_train.data.shards.inputs.parquet import Cell, pictures_of
 from clip_train.errors import UserError
 
@@ -52,11 +52,10 @@ def unpacked(
     """
     row_groups = sorted({_row_group(pair.image) for pair in pairs if isinstance(pair.image, Cell)})
     tasks = [_Task(place / f"pictures-{i:06d}", row_group) for i, row_group in enumerate(row_groups)]
-    contents: dict[_RowGroup, list[Content]] = {}
+    contents: dict[_RowGroup, list[Stored]] = {}
     for task, lengths in zip(tasks, run_jobs(_unpack, tasks, jobs=jobs), strict=True):
         starts = np.cumsum(np.maximum(lengths, 0)) - np.maximum(lengths, 0)
-        # No file is there for an empty cell, which makes its picture a missing one.
-        absent = Content(task.out.with_suffix(".absent"))
+        absent = Absent(task.row_group.path)
         contents[task.row_group] = [
             absent if length == _EMPTY else Content(task.out, start, length)
             for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_train.data.picture_files import is_hidden
+from clip_train.data.images.folder import is_hidden
 from clip_train.data.sequential import FolderImages
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.class_names import AUTO, IMAGENET, names_from, prompts_from

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clip_train.checkpoint.files import safetensors_chunks, write_file
+from clip_train.checkpoint.safetensors_writer import safetensors_chunks
+from clip_train.files import write_file
 from clip_train.interop.export.tokenizer_files import write_json
 from clip_train.interop.transformers import matrix_names
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from clip_train.checkpoint.files import safetensors_chunks, write_file
+from clip_train.checkpoint.safetensors_writer import safetensors_chunks
+from clip_train.files import write_file
 from clip_train.interop.export.tokenizer_files import write_clip_files, write_huggingface_files, write_json
 from clip_train.interop.open_clip import CONFIG_FILE, WEIGHT_FILES, second_layout, write_config
 from clip_train.interop.transformers import config_from_native, from_native

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from clip_train import __version__
 from clip_train.calibration import calibration_to_json
-from clip_train.checkpoint.files import hash_file
+from clip_train.files import hash_file
 from clip_train.interop.export.publish import RECORD_FILE, REPORT_FILE
 from clip_train.interop.export.targets import Target, known_differences
 from clip_train.interop.export.tokenizer_files import write_json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from clip_train.evaluation.table import print_table
 from clip_train.tools.compare.comparison import Comparison, Row, compare
-from clip_train.tools.compare.describe import class_lines, p_value, remarks_of, verdict_of
+from clip_train.tools.compare.describe import class_lines, p_value, remarks_of, seed_interval, verdict_of
 from clip_train.tools.compare.page import write_comparison
 from clip_train.tools.compare.sources import open_sides
 
@@ -77,7 +78,7 @@ def _row_to_json(row: Row) -> dict[str, Any]:
         "difference": row.difference, "interval": row.interval, "n": row.num_items, "verdict": row.verdict,
         "within_seed_spread": row.within_seed_spread,
         "mcnemar": {"p": split.p_value, **split._asdict()} if split else None,
-        "seeds": row.seeds,
+        "seeds": asdict(row.seeds) if row.seeds else None,
     }  # fmt: skip
 
 
@@ -89,6 +90,9 @@ def _table(found: Comparison) -> Table:
     with_split = any(row.split for row in found.rows)
     if with_split:
         table.add_column("McNemar p", justify="right", no_wrap=True)
+    with_seeds = any(row.seeds for row in found.rows)
+    if with_seeds:
+        table.add_column("95 % over seeds", justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     former = ""
     for row in found.rows:
@@ -98,5 +102,6 @@ def _table(found: Comparison) -> Table:
         low_high = f"{100 * row.interval.low:+.2f} to {100 * row.interval.high:+.2f}" if row.interval else ""
         cells = [f"  {row.metric}", f"{100 * row.first:.2f}", f"{100 * row.second:.2f}"]
         cells += [f"{100 * row.difference:+.2f}", low_high, *([p_value(row)] if with_split else [])]
+        cells += [seed_interval(row)] if with_seeds else []
         table.add_row(*cells, Text(verdict_of(row), style=_STYLES.get(row.verdict, "")))
     return table

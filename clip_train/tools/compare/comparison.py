@@ -21,12 +21,14 @@ from clip_train.tools.compare.paired_bootstrap import (
     point,
     resample,
 )
+from clip_train.tools.compare.seeds import Seeds, welch
 from clip_train.tools.compare.sources import Side, Source, choose_results
 
 SEED_SPREAD = 0.002
 """What training seeds alone may change, as a share: about 0.2 points (Gadre et al. 2023, DataComp)."""
 SIGNIFICANT = 0.05
 NOT_A_DIFFERENCE = ("name", "run_dir", "resume")
+MOST_KEYS = 3  # that a remark names
 _TOLERANCE = 1e-9
 _ABSENT = "absent"
 
@@ -66,8 +68,8 @@ class Row:
     """95 % of the difference over the choice of items; None without per-item results."""
     split: Discordant | None = None
     """Items that only one side answers rightly; None where items are not just right or wrong, or with seeds."""
-    seeds: tuple[tuple[float, float], tuple[float, float]] | None = None
-    """Least and highest score of each side's seeds, with several on both."""
+    seeds: Seeds | None = None
+    """The difference over the choice of seeds, with several on both sides."""
 
     @property
     def difference(self) -> float:
@@ -84,8 +86,7 @@ class Row:
         if self.split is not None:
             shown = shown and self.split.p_value < SIGNIFICANT
         if self.seeds is not None:
-            (low_a, high_a), (low_b, high_b) = self.seeds
-            shown = shown and (low_b > high_a or high_b < low_a)
+            shown = shown and self.seeds.show_difference
         if not shown:
             return f"no difference shown at n={self.num_items:,}"
         return "better" if (self.difference > 0) != is_error(self.metric) else "worse"
@@ -134,6 +135,7 @@ def compare(first: Side, second: Side, *, chosen: Collection[str] = ()) -> Compa
     found = Comparison(first=first.name, second=second.name, config=config_differences(sources[0], second.sources[0]))
     shared = [name for name in sources[0].results if all(name in source.results for source in sources)]
     for side in (first, second):
+        found.remarks += _other_than_seeds(side)
         names = {name for source in side.sources for name in source.results}
         if missing := sorted(names - set(shared)):
             found.only[side.name] = missing
@@ -167,6 +169,24 @@ def config_differences(first: Source, second: Source) -> list[ConfigDifference]:
     keys = sorted(first.config.keys() | second.config.keys())
     both = [(key, *(str(config.get(key, _ABSENT)) for config in (first.config, second.config))) for key in keys]
     return [ConfigDifference(key, a, b) for key, a, b in both if a != b and key not in NOT_A_DIFFERENCE]
+
+
+def _other_than_seeds(side: Side) -> list[str]:
+    """Say in what the runs of a side differ besides their seed."""
+    return [
+        f"{source.name} is no other seed of {side.sources[0].name}'s recipe: {keys}"
+        for source in side.sources[1:]
+        if source.config and side.sources[0].config
+        if (keys := _recipe_difference(side.sources[0], source))
+    ]
+
+
+def _recipe_difference(first: Source, second: Source) -> str:
+    differences = config_differences(first, second)
+    if not differences:
+        return f"seed: {first.config.get('seed')} for both"
+    shown = [f"{key}: {a} -> {b}" for key, a, b in differences if key != "seed"]
+    return ", ".join(shown[:MOST_KEYS]) + (" …" if len(shown) > MOST_KEYS else "")
 
 
 def class_changes(models: Sequence[Arrays], *, names: Mapping[int, str], num_first: int) -> list[ClassChange]:
@@ -205,12 +225,11 @@ def _rows(
         own = np.array(values, dtype=np.float64)
         num_items = int(contents[0].get("clip_train", {}).get("n") or 0)
         first, second = own[:num_first], own[num_first:]
-        several = len(first) > 1 and len(second) > 1
         rows.append(
             Row(
                 evaluation=evaluation, metric=metric, first=float(first.mean()), second=float(second.mean()),
                 num_items=num_items,
-                seeds=((first.min(), first.max()), (second.min(), second.max())) if several else None,
+                seeds=welch(first, second) if min(len(first), len(second)) > 1 else None,
                 **_tested(scored.get(metric), own, num_first=num_first, results=results, metric=metric),
             )
         )  # fmt: skip

@@ -24,7 +24,11 @@ def remarks_of(found: Comparison) -> list[str]:
     if any(row.within_seed_spread for row in found.rows):
         lines.append(SEED_REMARK)
     if any(row.seeds for row in found.rows):
-        lines.append("with several seeds, better and worse also mean that the two sides' seeds do not overlap")
+        seeds = next(row.seeds for row in found.rows if row.seeds)
+        lines.append(
+            f"over seeds: Welch's t-interval of the difference of means, {seeds.num_first} seeds against "
+            f"{seeds.num_second}, df degrees of freedom; better and worse need it without zero, too"
+        )
     return lines
 
 
@@ -43,6 +47,16 @@ def class_lines(changes: Sequence[ClassChange]) -> list[str]:
 def verdict_of(row: Row) -> str:
     """Return the verdict with a star where seeds may explain the difference."""
     return row.verdict + (" *" if row.within_seed_spread else "")
+
+
+def seed_interval(row: Row) -> str:
+    """Return the interval over seeds, in points, with its degrees of freedom."""
+    if row.seeds is None:
+        return ""
+    if row.seeds.interval is None:
+        return "seeds all equal"
+    low, high = row.seeds.interval
+    return f"{100 * low:+.2f} to {100 * high:+.2f} (df {row.seeds.degrees_of_freedom:.1f})"
 
 
 def p_value(row: Row) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from clip_train.errors import UserError
 from clip_train.tools.charts import HEIGHT, WIDTH, Overlay, overlay_chart
 from clip_train.tools.compare.comparison import ClassChange, Comparison, Row
-from clip_train.tools.compare.describe import p_value, remarks_of, verdict_of
+from clip_train.tools.compare.describe import p_value, remarks_of, seed_interval, verdict_of
 from clip_train.tools.compare.sources import Side
 from clip_train.tools.pages import page_templates, write_page
 from clip_train.tools.report import METRIC_NAMES
@@ -50,6 +50,7 @@ def write_comparison(path: Path, *, comparisons: Sequence[Comparison], sides: Se
             colours={source.name: i for i, side in enumerate(sides) for source in side.sources},
             metric_names=METRIC_NAMES,
             p_value=p_value,
+            seed_interval=seed_interval,
             verdict_of=verdict_of,
             written=time.strftime("%Y-%m-%d %H:%M"),
             box=(WIDTH, HEIGHT),

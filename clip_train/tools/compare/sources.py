@@ -47,7 +47,7 @@ def open_sides(given: Sequence[str]) -> list[Side]:
         UserError: there are fewer than two, one is given twice, or one is neither a run, a checkpoint of a run nor a
             folder of results.
     """
-    sides = [[Path(path).expanduser() for path in side.split(",") if path] for side in given]
+    sides = [[Path(path).expanduser() for path in _paths(side)] for side in given]
     paths = [path for side in sides for path in side]
     if len(sides) < 2 or not all(sides):
         raise UserError("compare needs two runs at least")
@@ -68,6 +68,11 @@ def choose_results(sources: Sequence[Source], *, evaluation: str) -> list[Result
         if all(chosen):
             return [result for result in chosen if result is not None]
     return [source.results[evaluation][0] for source in sources]
+
+
+def _paths(side: str) -> list[str]:
+    """A folder may have a comma in its name."""
+    return [side] if Path(side).expanduser().is_dir() else [path for path in side.split(",") if path]
 
 
 def _open(path: Path, *, name: str) -> Source:

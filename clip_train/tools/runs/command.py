@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from clip_train.attempts import read_attempts
+from clip_train.attempts import attempts_so_far
 from clip_train.checkpoint.lock import RunLock
 from clip_train.checkpoint.retention import list_checkpoints, step_of
-from clip_train.config import known_keys
+from clip_train.config_keys import known_keys
 from clip_train.errors import ClipTrainError, UserError
 from clip_train.evaluation.table import print_table
 from clip_train.health.events import read_events
@@ -67,7 +67,7 @@ def show_run(path: Path) -> None:
     facts = [("step", _progress(run)), ("resumes at", _resumable(run)), ("best", _best(run)), ("size", _size(run))]
     if run.seconds_left is not None:
         facts.insert(1, ("ETA", duration(run.seconds_left)))
-    attempts = read_attempts(path)
+    attempts = attempts_so_far(path)
     if attempts:
         devices = " + ".join(sorted({f"{attempt.world} x {attempt.device}" for attempt in attempts}))
         hours = sum(attempt.device_hours for attempt in attempts)

@@ -9,6 +9,7 @@ import torch
 from clip_train.calibration import Rejection, RejectScore, hash_prompts, rejection_from_json
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
+from clip_train.evaluate import run_evaluations
 from clip_train.evaluation.classify.labelled_images import LabelledImages
 from clip_train.evaluation.reject.config import RejectConfig
 from clip_train.evaluation.reject.evaluator import Reject
@@ -134,6 +135,14 @@ def test_a_collapsed_model_gets_a_reason_and_no_score():
     result = make(20)[0].evaluate(model)
     assert "text features" in result.collapsed
     assert (result.metrics, result.parts, result.notes) == ({}, {}, [])
+
+
+def test_a_model_that_collapses_in_training_does_not_end_the_run_when_its_answers_are_to_be_shown(tmp_path):
+    model = ToyModel()
+    model.text_weight = torch.ones_like(model.text_weight)
+    arguments = {"out": tmp_path, "name": "toy", "weights": "run, step 2", "samples": True}
+    assert run_evaluations({"toy": make(20)[0]}, model, ema=None, world=World(), **arguments) == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.json", "toy.npz"]
 
 
 def test_sets_that_cannot_be_used_are_refused(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from clip_train.errors import IntegrityError, UserError
 from clip_train.evaluation.choose.choices import Choice, Kind
@@ -13,6 +14,7 @@ from clip_train.tools.compare.command import compare_command
 from clip_train.tools.compare.comparison import Row, compare
 from clip_train.tools.compare.items import scores_of
 from clip_train.tools.compare.paired_bootstrap import Discordant, Interval, point
+from clip_train.tools.compare.seeds import welch
 from clip_train.tools.compare.sources import open_sides
 from tests.tools.compare.results import NUM, make_run, write_classes
 from tests.tools.test_report import parse
@@ -60,8 +62,9 @@ def test_the_same_recipe_again_shows_no_difference(tmp_path):
         ("acc1", 0.01, (0.0, 0.02), None, None, "no difference shown at n=900"),
         ("acc1", 0.01, (0.001, 0.02), Discordant(0, 4), None, "no difference shown at n=900"),
         ("acc1", 0.01, (0.001, 0.02), Discordant(0, 9), None, "better"),
-        ("acc1", 0.01, (0.001, 0.02), None, ((0.4, 0.51), (0.5, 0.6)), "no difference shown at n=900"),
-        ("acc1", 0.01, (0.001, 0.02), None, ((0.4, 0.49), (0.5, 0.6)), "better"),
+        ("acc1", 0.01, (0.001, 0.02), None, welch([0.4, 0.51], [0.5, 0.6]), "no difference shown at n=900"),
+        ("acc1", 0.01, (0.001, 0.02), None, welch([0.4, 0.41], [0.59, 0.6]), "better"),
+        ("acc1", 0.01, (0.001, 0.02), None, welch([0.4, 0.4], [0.5, 0.5]), "no difference shown at n=900"),
         ("acc1", 0.01, None, None, None, "no per-item results: not tested"),
     ],
 )
@@ -162,14 +165,43 @@ def test_configs_and_classes_are_compared(two_runs):
     assert gains == sorted(gains, reverse=True)
 
 
-def test_seeds_of_one_side_are_averaged_and_their_overlap_counts(tmp_path):
+def test_seeds_of_one_side_are_averaged_and_compared_with_welchs_interval(tmp_path, capsys):
     first = [make_run(tmp_path / f"a{s}", accuracy=0.6, seed=s) for s in range(3)]
     second = [make_run(tmp_path / f"b{s}", accuracy=0.66, seed=10 + s) for s in range(3)]
     sides = open_sides([",".join(map(str, side)) for side in (first, second)])
     row = rows_of(compare(*sides, chosen=["acc1"]))["shapes/acc1"]
     scores = [json.loads(next(run.glob("evaluation/*/shapes.json")).read_text())["metrics"]["acc1"] for run in first]
-    assert row.first == pytest.approx(np.mean(scores)) and row.seeds[0] == (min(scores), max(scores))
-    assert row.split is None and row.verdict == "better"
+    assert row.first == pytest.approx(np.mean(scores)) and row.split is None
+    assert row.verdict == "better" and row.seeds.interval.low < row.difference < row.seeds.interval.high
+    given = [",".join(map(str, side)) for side in (first, second)]
+    compare_command(given, metrics=["acc1"], html=tmp_path / "page.html", as_json=False)
+    said = f"(df {row.seeds.degrees_of_freedom:.1f})"
+    assert said in capsys.readouterr().out and said in parse(tmp_path / "page.html")[1]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 2), (5, 4), (40, 3)])
+def test_the_interval_over_seeds_is_that_of_scipys_welch_test(sizes):
+    rng = np.random.default_rng(sum(sizes))
+    first, second = (rng.normal(0.5, spread, size) for spread, size in zip((0.01, 0.04), sizes, strict=True))
+    found, reference = welch(first, second), stats.ttest_ind(second, first, equal_var=False)
+    assert found.interval == pytest.approx(tuple(reference.confidence_interval()), rel=1e-9)
+    assert found.degrees_of_freedom == pytest.approx(reference.df, rel=1e-9)
+    assert (found.num_first, found.num_second) == sizes
+
+
+def test_runs_of_a_side_that_differ_in_more_than_their_seed_are_named(tmp_path):
+    first = [make_run(tmp_path / f"a{s}", accuracy=0.6, seed=s) for s in range(2)]
+    other = [make_run(tmp_path / "b0", accuracy=0.7), make_run(tmp_path / "b1", accuracy=0.7, extra=3)]
+    sides = open_sides([",".join(map(str, side)) for side in (first, other)])
+    assert compare(*sides, chosen=["acc1"]).remarks == [
+        "a1 is no other seed of a0's recipe: seed: 0 for both",
+        "b1 is no other seed of b0's recipe: extra: absent -> 3",
+    ]
+
+
+def test_a_folder_with_a_comma_in_its_name_is_one_run(tmp_path):
+    runs = [make_run(tmp_path / name, accuracy=0.6) for name in ("lr=1,wd=2", "b")]
+    assert [side.name for side in open_sides([str(run) for run in runs])] == ["lr=1,wd=2", "b"]
 
 
 def test_a_checkpoint_and_a_folder_of_results_are_compared_too(tmp_path, two_runs):

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from clip_train.data.shards.inputs.pair import Input, InputOptions, pairs_of_rows
+from clip_train.data.shards.inputs.table import captions_of
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,20 +27,25 @@ def read_coco(path: Path, *, options: InputOptions) -> Input:
     try:
         document: Any = json.loads(path.read_bytes())
         names: dict[Any, str] = {image["id"]: image["file_name"] for image in document["images"]}
-        rows = [(names[note["image_id"]], note["caption"]) for note in document["annotations"]]
+        notes = [(note["image_id"], note["caption"]) for note in document["annotations"]]
+        unknown = [number for number, _ in notes if number not in names]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a file of COCO captions: it needs `images` with `id` and `file_name`, and `annotations` "
             f"with `image_id` and `caption` ({type(error).__name__}: {error})"
         ) from error
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown):,} captions are of pictures that `images` lacks, such as {unknown[0]!r}"
+        )
     if not names:
         raise UserError(f"{path} lists no pictures")
     images = options.images or _folder_of(next(iter(names.values())), path=path)
     by_name: dict[str, list[str]] = {name: [] for name in names.values()}
-    for name, caption in rows:
-        by_name[name].append(str(caption).strip())
+    for number, caption in notes:
+        by_name[names[number]] += map(str.strip, captions_of(caption, row=f"{path}, picture {number!r}"))
     return Input(kind=kind, pairs=pairs_of_rows(by_name.items(), images=images, keep_repeats=options.keep_repeats))
 
 

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import filterfalse
 from typing import TYPE_CHECKING
 
+from clip_train.data.images.folder import files_below, is_picture, pictures_below
 from clip_train.data.index.files import IMAGE_EXTENSIONS
-from clip_train.data.picture_files import pictures_below
-from clip_train.data.shards.inputs.pair import Content, Input, InputOptions, Pair
+from clip_train.data.shards.inputs.pair import Absent, Content, Input, InputOptions, Pair
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
+
+_EXTRAS = ("cls", "json")
+_COMPANIONS = frozenset(f".{extension}" for extension in ("txt", *_EXTRAS))
 
 
 def read_folder(folder: Path, *, options: InputOptions) -> Input:
     """Pair every picture below a folder with the `.txt` of the same name; `.cls` and `.json` come along.
+
+    A `.txt` without a picture is a pair as well, which cannot be used.
 
     Raises:
         UserError: there are no pictures, or none has a caption file.
     """
     kind = "a folder of pictures with .txt captions"
     options.refuse_except(kind=kind)
-    pictures = _pictures(folder)
+    pictures, others = _files(folder)
     if not any(picture.with_suffix(".txt").exists() for picture in pictures):
         raise UserError(
             f"{folder}: none of {len(pictures):,} pictures has a .txt of the same name beside it, such as "
@@ -32,11 +40,14 @@ def read_folder(folder: Path, *, options: InputOptions) -> Input:
             picture.relative_to(folder).as_posix(),
             Content(picture),
             Content(picture.with_suffix(".txt")),
-            tuple((extension, Content(picture.with_suffix(f".{extension}"))) for extension in ("cls", "json")),
+            tuple((extension, Content(picture.with_suffix(f".{extension}"))) for extension in _EXTRAS),
         )
         for picture in pictures
     ]
-    return Input(kind=kind, pairs=pairs)
+    captioned = {picture.with_suffix(".txt") for picture in pictures}
+    alone = [path for path in others if path.suffix == ".txt" and path not in captioned]
+    pairs += [Pair(path.relative_to(folder).as_posix(), Absent(path), Content(path)) for path in alone]
+    return Input(kind=kind, pairs=pairs, ignored=_extensions(p for p in others if p.suffix not in _COMPANIONS))
 
 
 def read_class_folders(folder: Path, *, options: InputOptions) -> Input:
@@ -50,7 +61,7 @@ def read_class_folders(folder: Path, *, options: InputOptions) -> Input:
     template = options.template or ""
     if template.count("{}") != 1:
         raise UserError(f"--template {template!r} must hold {{}} once, for the name of the class")
-    pictures = _pictures(folder)
+    pictures, others = _files(folder)
     outside = next((picture for picture in pictures if picture.parent == folder), None)
     if outside is not None:
         raise UserError(f"{outside} lies in no class' folder, so --template cannot caption it")
@@ -65,7 +76,7 @@ def read_class_folders(folder: Path, *, options: InputOptions) -> Input:
         )
         for picture in pictures
     ]
-    return Input(kind=f"{kind} ({len(number_of):,} classes)", pairs=pairs)
+    return Input(kind=f"{kind} ({len(number_of):,} classes)", pairs=pairs, ignored=_extensions(others))
 
 
 def has_pictures(folder: Path) -> bool:
@@ -73,8 +84,14 @@ def has_pictures(folder: Path) -> bool:
     return next(pictures_below(folder), None) is not None
 
 
-def _pictures(folder: Path) -> list[Path]:
-    found = sorted(pictures_below(folder))
-    if not found:
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the pictures below a folder and the other files, each in order."""
+    files = sorted(files_below(folder))
+    pictures = list(filter(is_picture, files))
+    if not pictures:
         raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
-    return found
+    return pictures, list(filterfalse(is_picture, files))
+
+
+def _extensions(files: Iterable[Path]) -> Counter[str]:
+    return Counter(path.suffix or path.name for path in files)

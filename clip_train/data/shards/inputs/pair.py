@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -51,6 +52,15 @@ class Content(NamedTuple):
             raise BadSampleError("unreadable") from error
 
 
+class Absent(NamedTuple):
+    """What a caption belongs to and is not there."""
+
+    path: Path  # of what names it
+
+    def read(self) -> None:
+        """Return None."""
+
+
 class Pair(NamedTuple):
     """A picture with its captions, none of them read yet."""
 
@@ -66,6 +76,12 @@ class Input:
 
     kind: str
     pairs: list[Pair]
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Files that are neither pictures nor captions by their names, by extension."""
+
+    def __str__(self) -> str:
+        ignored = ", ".join(f"{count:,} {extension}" for extension, count in self.ignored.most_common())
+        return f"{self.kind} (not read: {ignored})" if ignored else self.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

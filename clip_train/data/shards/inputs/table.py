@@ -62,7 +62,10 @@ def choose_column(columns: Sequence[str], *, asked: str | None, usual: Sequence[
     Raises:
         UserError: there is no such column; the message lists those there are.
     """
-    column = next((name for name in usual if name in columns), None) if asked is None else asked
+    written = {name.strip().lower(): name for name in reversed(columns)}
+    column = (
+        next((written[name.lower()] for name in usual if name.lower() in written), None) if asked is None else asked
+    )
     if column is None or column not in columns:
         which = f"no column {column!r}" if column else f"no column of {what}s with a usual name ({', '.join(usual)})"
         raise UserError(
@@ -86,19 +89,31 @@ def _rows(path: Path, *, options: InputOptions) -> Iterator[tuple[str, list[str]
 
 
 def read_csv(path: Path, *, sep: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the columns of a CSV file, and its rows by column.
+    """Return the columns of a CSV file, and its rows by column. `\\t` is a tab.
 
     Raises:
         UserError: the separator is no character, or a line cannot be taken apart.
     """
+    sep = "\t" if sep == r"\t" else sep
     if len(sep) != 1:
         raise UserError(f"--sep {sep!r} must be one character")
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=sep)
+        # Strict: a quote that nothing closes would take the rows up to the next quote for one text.
+        reader = csv.DictReader(file, delimiter=sep, strict=True)
+        records = []
         try:
-            records = list(reader)
+            for record in reader:
+                if None in record:
+                    raise UserError(
+                        f"{path}, line {reader.line_num} has more fields than the {len(reader.fieldnames or [])} "
+                        f"columns: a text with {sep!r} in it needs quotes around it"
+                    )
+                records.append(record)
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+            raise UserError(
+                f"{path}, line {reader.reader.line_num}: {error}: a text that begins with a quote needs "
+                "quotes around it, and its own doubled"
+            ) from error
         return list(reader.fieldnames or []), records
 
 
@@ -109,7 +124,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number} is not a JSON object: {line[:60]!r}")
