@@ -113,7 +113,7 @@ class _OneSidedInfoNCE(torch.autograd.Function):
             elif needs_scale and of_text is not None:
                 of_scale = (tiles.dot_text(of_text) * factor).to(ctx.types[1])
             if of_text is not None:
-                problem.exchange.start_scatter(of_text, anew=True)
+                problem.exchange.start_scatter(of_text)
                 problem.exchange.set_scale(factor)
             image_gradient = of_image.mul_(factor).to(ctx.types[0]) if of_image is not None and needs_image else None
         return image_gradient, ctx.text_gradient if needs_text else None, of_scale, None

@@ -40,19 +40,15 @@ class TextExchange:
         self._scale: Tensor | None = None
         self._scatter: Work | None = None
         self._sent: Tensor | None = None
-        self._anew = False
 
     def rows(self) -> Tensor:
         """Return the text features of all ranks [G, D], waiting for them if need be."""
         self._gather.wait()
         return self._gathered
 
-    def start_scatter(self, gradient: Tensor, *, anew: bool) -> None:
-        """Start summing `gradient` [G, D] over the ranks, each receiving its own rows. Called by every rank.
-
-        anew: each backward pass computes and sends it again, so that what arrives may be scaled in place.
-        """
-        self._sent, self._anew = gradient, anew  # kept alive until it has been sent
+    def start_scatter(self, gradient: Tensor) -> None:
+        """Start summing `gradient` [G, D] over the ranks, each receiving its own rows. Called by every rank."""
+        self._sent = gradient  # kept alive until it has been sent
         self._gradient, scatter = reduce_scatter_async(gradient, world=self._world, group=self._group)
         self._scatter = self._world.stalls.watch(scatter, device=gradient.device)
 
@@ -65,10 +61,10 @@ class TextExchange:
         assert self._gradient is not None and self._scale is not None and self._scatter is not None
         self._scatter.wait()
         self._sent = None
-        if not self._anew:
-            return self._gradient * self._scale
-        arrived, self._gradient = self._gradient, None
-        return arrived.mul_(self._scale)
+        arrived = self._gradient
+        if not graph_is_kept():
+            self._gradient = None
+        return scaled(arrived, self._scale)
 
 
 class TextPort(torch.autograd.Function):
@@ -87,6 +83,16 @@ class TextPort(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.exchange.gradient().to(gradient.dtype).add_(gradient), None
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return `gradient` [B, D] times `factor` [], in place unless another backward pass will ask for it again."""
+    return gradient * factor if graph_is_kept() else gradient.mul_(factor)
+
+
+def graph_is_kept() -> bool:
+    """Return whether the backward pass under way keeps the graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def no_gradient_yet(features: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from clip_train.distributed.collectives import ring_shift_async
-from clip_train.loss.exchange import wire_dtype
+from clip_train.loss.exchange import graph_is_kept, wire_dtype
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -60,4 +60,6 @@ class TextRing:
         assert self._following is not None
         arrived, _, work = self._following
         work.wait()
+        if not graph_is_kept():
+            self._following = None  # who is given the gradient may have its memory
         return arrived

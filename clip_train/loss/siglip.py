@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clip_train.loss.base import ContrastiveLoss
-from clip_train.loss.exchange import Pairs, TextExchange, no_gradient_yet
+from clip_train.loss.exchange import Pairs, TextExchange, no_gradient_yet, scaled
 from clip_train.loss.fused import logit_tiles
 from clip_train.loss.ring import TextRing
 from clip_train.loss.tiles import LogitTiles
@@ -124,7 +124,7 @@ class _Sigmoid(torch.autograd.Function):
             visited = tiles(exchange.rows(), pairs=pairs, first=world.rank * len(image))
             of_text = totals.take(visited)
             if of_text is not None and ctx.needs_input_grad[1]:
-                exchange.start_scatter(of_text, anew=False)
+                exchange.start_scatter(of_text)
 
         best = totals.own >= totals.row_maximum
         if pairs.valid is not None:
@@ -148,12 +148,12 @@ class _Sigmoid(torch.autograd.Function):
         text_gradient = None
         exchange = problem.exchange
         if needs_text and isinstance(exchange, TextRing):
-            text_gradient = (exchange.gradient() * (common * scale)).to(ctx.types[1])
+            text_gradient = scaled(exchange.gradient(), common * scale).to(ctx.types[1])
         elif needs_text and isinstance(exchange, TextExchange):
             exchange.set_scale(common * scale)
             text_gradient = ctx.text_gradient
         return (
-            (of_image * (common * scale)).to(ctx.types[0]) if needs_image else None,
+            scaled(of_image, common * scale).to(ctx.types[0]) if needs_image else None,
             text_gradient,
             (of_scale * common * scale).to(ctx.types[2]) if needs_scale else None,
             (of_bias * common).to(ctx.types[3]) if needs_bias else None,
