@@ -49,6 +49,8 @@ app.add_typer(tests, name="selftest")
 def main() -> None:
     """Run the command line and exit with its code: 2 for a user's mistake, 3 for damaged data or checkpoints."""
     follow_launcher()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files again, for `classify -`
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may hold what no encoding has
     if logging.lastResort is not None:  # shows warnings, as nothing else is set up

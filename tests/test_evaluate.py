@@ -165,7 +165,7 @@ def test_a_run_without_such_evaluations_gets_no_calibration(tmp_path):
     assert not (tmp_path / CALIBRATION_FILE).exists()
 
 
-def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tmp_path):
+def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tmp_path, capsys):
     write_run(tmp_path, files.small_model(seed=1, text=FEW_WORDS))
     confident_result(tmp_path, "calibrate", temperature=TEMPERATURE)
     confident_result(tmp_path, "reject", rejection=REJECTION)
@@ -178,6 +178,11 @@ def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tm
     assert keep("calibrate").rejection is None
     both = keep("reject")
     assert (both.temperature, both.rejection) == (TEMPERATURE, REJECTION)
+    confident_result(tmp_path, "many", temperature=replace(TEMPERATURE, num_fitted=400))
+    confident_result(tmp_path, "few", temperature=replace(TEMPERATURE, value=100.0, num_fitted=2))
+    assert keep("few").temperature.value == 100  # better than none, and than another of so few
+    assert keep("many") == keep("few")
+    assert "rests on 2 pictures of scenes only, and the former one on 400" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "checkpoints")
     write_run(tmp_path, files.small_model(seed=2, text=FEW_WORDS))
     assert keep("reject").temperature is None
