@@ -22,7 +22,7 @@ from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.report_evaluations import HEADLINE_METRICS
 
 ROWS_FOR_ETA = 200
-_KEYS_OF_A_TRAINING = ("global_batch_size", "run_dir")
+_KEYS_OF_A_TRAINING = {"global_batch_size", "run_dir"}
 _STOPPED = "stopped: "  # how the reason of a run begins that saved and left before its end
 
 
@@ -94,9 +94,8 @@ def is_run(folder: Path) -> bool:
         lines = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return False
-    return (folder / "metrics.jsonl").exists() or all(
-        any(line.startswith(f"{key}:") for line in lines) for key in _KEYS_OF_A_TRAINING
-    )
+    found = {line.partition(":")[0] for line in lines}
+    return found >= _KEYS_OF_A_TRAINING or (folder / "metrics.jsonl").exists()
 
 
 def summarise(run_dir: Path) -> Summary:

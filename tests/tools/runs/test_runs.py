@@ -162,7 +162,7 @@ def test_a_config_of_another_program_is_no_run_and_hides_none(tmp_path, capsys):
 def test_a_damaged_config_is_one_line_of_every_command(tmp_path, damage):
     run = write_run(tmp_path / "a")
     (run / "config.yaml").write_bytes(damage)
-    with pytest.raises(ClipTrainError, match="config.yaml"):
+    with pytest.raises(ClipTrainError, match=r"config\.yaml"):
         summarise(run)
     if damage == b"\xff\xfe":
         for read in (write_report, lambda run: Run(run).config, lambda run: open_sides([str(run), "."])):
