@@ -134,15 +134,23 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     return values
 
 
-def flat_values(text: str, *, origin: str) -> dict[str, Any]:
-    """Return the values of a `to_yaml` text by dotted key, unresolved.
+def read_yaml(path: Path) -> Any:
+    """Return a file with a mapping in YAML as an OmegaConf node; nothing in it is run.
 
     Raises:
-        UserError: it is no config.
+        UserError: the file cannot be read, or is something else.
     """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+
+
+def flat_values(node: Any) -> dict[str, Any]:
+    """Return the values of a config by dotted key, unresolved."""
     from omegaconf import OmegaConf
 
-    return dict(_flatten(OmegaConf.to_container(parse_yaml(text, origin=origin), resolve=False)))
+    return dict(_flatten(OmegaConf.to_container(node, resolve=False)))
 
 
 def changes(old: str, new: str, *, may_differ: tuple[str, ...] = MAY_CHANGE_ON_RESUME) -> list[str]:
@@ -151,7 +159,7 @@ def changes(old: str, new: str, *, may_differ: tuple[str, ...] = MAY_CHANGE_ON_R
     Raises:
         UserError: the old one is no config.
     """
-    before, after = (flat_values(text, origin="the run's config.yaml") for text in (old, new))
+    before, after = (flat_values(parse_yaml(text, origin="the run's config.yaml")) for text in (old, new))
     free = tuple(key + "." for key in may_differ)
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"

@@ -18,7 +18,7 @@ from clip_train.data.remote.config import CacheConfig
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.tokenizer.bpe import ClipTokenizer
-from clip_train.tools.pages import page_templates
+from clip_train.tools.pages import page_templates, write_page
 from clip_train.tools.report_pictures import data_uri
 
 if TYPE_CHECKING:
@@ -94,11 +94,7 @@ def write_contact_sheet(
         name=str(patterns), num_samples=source.num_samples, num_shards=len(source.shards), seed=seed,
         image_size=image_size, samples=samples, unusable=sum(sample.problem is not None for sample in samples),
     )  # fmt: skip
-    try:
-        out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    return out
+    return write_page(out, page)
 
 
 def _show(

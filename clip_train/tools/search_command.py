@@ -105,10 +105,7 @@ def _write_gallery(
     page = page_templates().get_template("search.html.j2").render(
         query=query, matches=shown, folder=_readable(str(folder)), num_pictures=len(index.files)
     )  # fmt: skip
-    try:
-        return write_page(path, page)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    return write_page(path, page)
 
 
 def _readable(path: str) -> str:

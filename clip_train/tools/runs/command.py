@@ -95,12 +95,14 @@ def remove_runs(paths: Sequence[Path], *, yes: bool) -> int:
     """Delete runs with all their files after asking; return 1 if the answer was no, else 0.
 
     Raises:
-        UserError: one is no run directory, or a process may be training in it; none is deleted then.
+        UserError: one is no run directory, or a process may be training in it; none is deleted then. Or one cannot be
+            deleted.
     """
     runs = []
     for path in paths:
         if path.is_symlink():
             raise UserError(f"{path} is a link: name the run directory itself")
+    for path in dict.fromkeys(path.resolve() for path in paths):
         run = summarise(path)
         if run.status is Status.running:
             raise UserError(f"{path} is in use by {run.reason}: stop it first")
@@ -116,7 +118,10 @@ def remove_runs(paths: Sequence[Path], *, yes: bool) -> int:
             return 1
     for run in runs:
         RunLock(run.path)  # a command that starts it at this moment is refused
-        shutil.rmtree(run.path)
+        try:
+            shutil.rmtree(run.path)
+        except OSError as error:
+            raise UserError(f"{run.path} cannot be deleted, it is there in part: {error}") from error
         print(f"deleted {run.path} ({_size(run)})")
     return 0
 
