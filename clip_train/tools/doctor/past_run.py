@@ -33,9 +33,7 @@ def examine_run(run_dir: Path) -> list[Line]:
     if lost:
         text = f"not finite in {len(lost):,} of {len(rows):,} rows, first at step {lost[0]:,}"
         verdict = Verdict.fail if lost[-1] == last else Verdict.warning
-        lines.append(
-            Line(verdict, "loss", text, "see that batch: `clip-train shards replay`; or lower optim.lr")
-        )
+        lines.append(Line(verdict, "loss", text, "see that batch: `clip-train shards replay`; or lower optim.lr"))
     findings = diagnose(rows, facts=Facts.of(config, steps=config.steps or last))
     for one in findings:
         verdict = Verdict.warning if one.number in _STILL_USABLE else Verdict.fail
