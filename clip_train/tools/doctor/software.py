@@ -116,7 +116,7 @@ def _torch() -> Line:
 def _cuda() -> list[Line]:
     import torch
 
-    driver = _driver()
+    driver = driver_version()
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         names = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
@@ -133,7 +133,8 @@ def _cuda() -> list[Line]:
     return [Line(Verdict.fail, "GPU", f"torch sees none, though there is driver {driver}", fix)]
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver, None without its command line tool, which containers may lack."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
