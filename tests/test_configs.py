@@ -157,7 +157,7 @@ def test_samples_and_epochs_become_steps():
     config = load("train", ["samples=10240", "optim.warmup=1", "data.train=x"])
     assert config.total_steps(123) == 10
     config = load("train", ["epochs=2", "optim.warmup=1", "data.train=x", "global_batch_size=100"])
-    assert config.total_steps(1000) == 20
+    assert config.total_steps(1000) == 20 and config.total_steps(1090) == 22
     config.optim.warmup = 20
     with pytest.raises(UserError, match="must be below steps=20"):
         config.total_steps(1000)

@@ -84,7 +84,11 @@ class DistributedConfig:
         )
 
     def parallelize(self, model: nn.Module, *, world: World, precision: str, compile_blocks: bool) -> nn.Module:
-        """Return what to call in place of `model` to train it on all ranks. Called by every rank."""
+        """Return what to call in place of `model` to train it on all ranks. Called by every rank.
+
+        Raises:
+            UserError: an option does not go with the number of ranks, the device or the model.
+        """
         from clip_train.distributed.parallel import parallelize
 
         if self.shard_ranks is not None and world.size % self.shard_ranks:

@@ -117,6 +117,11 @@ def stop_world() -> None:
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
+    """Return the device that `device` means for the rank of this number on its machine.
+
+    Raises:
+        UserError: it is none that trains, or not there.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
