@@ -315,14 +315,16 @@ def test_several_processes_find_the_same(tmp_path):
 
 
 def test_captions_may_come_from_json(tmp_path):
-    rows = {"a": {"alt": "words"}, "b": {"alt": 3}, "c": {}}
+    rows = {"a": {"alt": ["words", "more words"]}, "b": {"alt": ["words", 3]}, "c": {}}
     write_shard(
         tmp_path / "a.tar",
         [{"__key__": key, "jpg": JPEG, "json": json.dumps(row).encode()} for key, row in rows.items()],
     )
-    assert {(key, reason) for *_, key, reason in _found(_check(tmp_path, caption="json:alt"))} == {
+    report = _check(tmp_path, caption="json:alt")
+    assert {(key, reason) for *_, key, reason in _found(report)} == {
         ("b", "caption_not_text"), ("c", "caption_missing"),
     }  # fmt: skip
+    assert (report.numbers["tokens"]["least"], report.numbers["tokens"]["most"]) == (3, 4)
     with pytest.raises(UserError, match=r"data\.caption"):
         _check(tmp_path, caption="alt")
 

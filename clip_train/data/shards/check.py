@@ -205,7 +205,7 @@ def _find_caption(shard: ShardFile, wanted: int, *, inspection: Inspection) -> s
         for sample in read_samples(path):
             if sample.members.keys() >= set(inspection.captions):
                 with suppress(BadSampleError):
-                    caption = inspection.caption(file, sample)
+                    caption = inspection.captions_of(file, sample)[0]
                     if caption_hash(caption) == wanted:
                         return caption
     raise IntegrityError(f"{shard.location} changed while it was checked")
