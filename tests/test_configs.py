@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clip_train.config import changes, from_yaml, load, to_yaml
-from clip_train.data.config import CacheConfig
+from clip_train.data.remote.config import CacheConfig
 from clip_train.errors import UserError
 from clip_train.schema import TrainConfig
 

@@ -14,6 +14,7 @@ from clip_train.data.images.folder import pictures_below
 from clip_train.data.images.transforms import preprocess_pixels
 from clip_train.data.index.files import IMAGE_EXTENSIONS
 from clip_train.data.index.tar import Member, read_samples
+from clip_train.data.index.walk import picture_of
 from clip_train.data.shard_file import ShardFile
 from clip_train.data.workers import WORKER_START_METHOD, as_is, start_worker, start_worker_server
 from clip_train.errors import ClipTrainError, IntegrityError, UserError
@@ -65,7 +66,7 @@ class ShardImages:
         for file in files:
             with file.here() as path:
                 for sample in read_samples(path):
-                    extension = next((e for e in IMAGE_EXTENSIONS if e in sample.members), None)
+                    extension = picture_of(sample)
                     if extension is not None:
                         self._samples.append((file, sample.key, sample.members[extension], sample.members))
         if not self._samples:

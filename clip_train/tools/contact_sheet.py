@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_train.data.captions import CaptionChooser
-from clip_train.data.config import CacheConfig, DataConfig
+from clip_train.data.config import DataConfig
 from clip_train.data.images.decode import BadSampleError, open_image, to_rgb
 from clip_train.data.images.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.data.order import SlotOrder, SourceOrder
 from clip_train.data.reader import ShardReader
+from clip_train.data.remote.config import CacheConfig
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.tokenizer.bpe import ClipTokenizer

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from clip_train.data.captions import CaptionChooser, caption_extensions
 from clip_train.data.config import DataConfig
+from clip_train.data.files import write_atomically
 from clip_train.data.images.decode import BadSampleError
-from clip_train.data.index.files import write_atomically
 from clip_train.data.index.tar import read_samples
 from clip_train.data.source import expand_shards
 from clip_train.errors import IntegrityError, UserError

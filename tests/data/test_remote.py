@@ -22,11 +22,13 @@ import pytest
 import torch
 
 from clip_train.data import reader
-from clip_train.data.config import CacheConfig, DataConfig
+from clip_train.data.config import DataConfig
 from clip_train.data.index.files import INDEX_NAME
 from clip_train.data.order import SlotOrder, SourceOrder
 from clip_train.data.reader import ShardReader
+from clip_train.data.remote import cache
 from clip_train.data.remote.cache import CacheFull, RemoteShard, ShardCache
+from clip_train.data.remote.config import CacheConfig
 from clip_train.data.remote.schedule import Rows, Schedule
 from clip_train.data.scenes.write import write_scenes
 from clip_train.data.shards.index import index_source
@@ -280,6 +282,12 @@ def _hold_all(folder: str, max_bytes: int, shards: list[RemoteShard], gate) -> N
 
 
 @pytest.mark.slow
+def test_a_disk_without_room_for_a_shard_is_said_and_not_waited_for(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_FREE_BYTES", 1 << 60)
+    with pytest.raises(UserError, match=r"cache has room for 0 bytes, and http://\S+/s-000\.tar takes 1"):
+        opened(tmp_path, f"{served.url}/s-000.tar")
+
+
 def test_several_processes_download_a_shard_once(served, tmp_path):
     source = opened(tmp_path, f"{served.url}/s-{{000..004}}.tar")
     shutil.rmtree(tmp_path / "cache")

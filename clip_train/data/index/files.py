@@ -12,19 +12,16 @@ that runs with different captions share a folder: `NAME.idx` and `index.json` fo
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 
+from clip_train.data.files import write_atomically
 from clip_train.errors import IntegrityError, UserError
-from clip_train.files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,7 +37,6 @@ CAPTION_CHOICES = (DEFAULT_CAPTIONS, ("json",), CAPTION_EXTENSIONS)
 # In order of preference, should a sample have several. The position + 1 is the kind stored in the index.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 HAS_CRC = 1
-_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FIELDS = [
     ("image_block", "<u4"),  # content offsets in blocks of 512 bytes
     ("caption_block", "<u4"),
@@ -168,53 +164,6 @@ def fingerprint(named_shards: Iterable[tuple[str, ShardEntry]], *, captions: tup
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, also after a crash.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    attempt = uuid4().hex
-    try:
-        publish(write_part(path, content, attempt=attempt), path)
-    finally:
-        with suppress(OSError):
-            part_of(path, attempt=attempt).unlink()
-
-
-def part_of(path: Path, *, attempt: str) -> Path:
-    """Return the name under which an attempt to write a file does so. Others may be writing the same one."""
-    return path.with_name(f"{path.name}.{attempt}.part")
-
-
-def publish(part: Path, path: Path) -> None:
-    """Give a complete file its name.
-
-    Raises:
-        UserError: that cannot be.
-    """
-    try:
-        part.replace(path)
-    except OSError as error:
-        raise UserError(_cannot_write(path, error)) from error
-
-
-def write_part(path: Path, content: bytes, *, attempt: str) -> Path:
-    """Write a file under its attempt's name, which is returned, and make its folder if needed.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    part = part_of(path, attempt=attempt)
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-        write_file(part, chunks=[content])
-    except OSError as error:
-        raise UserError(_cannot_write(path, error)) from error
-    return part
-
-
 def write_listing(
     folder: Path, entries: Sequence[ShardEntry], *, captions: tuple[str, ...], index_dir: Path | None
 ) -> None:
@@ -316,8 +265,3 @@ def _refuse_unfiltered(shards: Sequence[Path], *, captions: tuple[str, ...], ind
                     f"{folder} is filtered for captions from {'+'.join(other)}, but not yet indexed for captions from "
                     f"{'+'.join(captions)}: {_how_to_index(folder)} with --captions {'+'.join(captions)} and the filter"
                 )
-
-
-def _cannot_write(path: Path, error: OSError) -> str:
-    elsewhere = "; an index can be kept elsewhere with --index-dir and data.index_dir"
-    return f"{path} cannot be written: {error.strerror or error}{elsewhere if error.errno in _READ_ONLY else ''}"

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from clip_train.data.files import part_of, publish, write_part
 from clip_train.data.index.files import (
     CAPTION_CHOICES,
     DEFAULT_CAPTIONS,
@@ -22,12 +23,9 @@ from clip_train.data.index.files import (
     IMAGE_EXTENSIONS,
     ShardEntry,
     idx_path,
-    part_of,
-    publish,
     read_listing,
     record_layout,
     write_listing,
-    write_part,
 )
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.tar import BLOCK, TarSample, read_samples

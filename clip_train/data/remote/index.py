@@ -19,14 +19,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_train.data.index.files import (
-    INDEX_FORMAT,
-    INDEX_VERSION,
-    idx_path,
-    listing_path,
-    parse_listing,
-    write_atomically,
-)
+from clip_train.data.files import write_atomically
+from clip_train.data.index.files import INDEX_FORMAT, INDEX_VERSION, idx_path, listing_path, parse_listing
 from clip_train.data.remote.cache import RemoteShard, ShardCache
 from clip_train.errors import IntegrityError, UserError
 from clip_train.redact import unsigned

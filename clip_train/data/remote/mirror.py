@@ -15,7 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from clip_train.data.index.files import idx_path, listing_path, read_listing, write_atomically
+from clip_train.data.files import write_atomically
+from clip_train.data.index.files import idx_path, listing_path, read_listing
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.walk import index_shard, publish_index
 from clip_train.data.remote.index import DOWNLOADS, mirror_folder

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from clip_train.data.files import write_atomically
 from clip_train.data.images.decode import BadSampleError, open_image, to_rgb
-from clip_train.data.index.files import write_atomically
 from clip_train.data.shards.writer import ShardWriter
 from clip_train.errors import IntegrityError, UserError
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clip_train.data.captions import CaptionChooser, caption_extensions
-from clip_train.data.config import DataConfig, cache_in
+from clip_train.data.config import DataConfig
 from clip_train.data.images.decode import BadSampleError
 from clip_train.data.index.files import ShardEntry, read_listing
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.tar import read_samples
+from clip_train.data.remote.config import cache_in
 from clip_train.data.remote.mirror import mirrored
 from clip_train.data.shard_file import find_files
 from clip_train.data.shards.inspect import (

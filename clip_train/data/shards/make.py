@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
+from clip_train.data.files import write_atomically
 from clip_train.data.images.decode import BadSampleError
-from clip_train.data.index.files import write_atomically
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.walk import IndexedShard, IndexOptions, index_shard, publish_index
 from clip_train.data.shards.inputs.detect import read_input

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_train.data.config import cache_in
+from clip_train.data.files import write_atomically
 from clip_train.data.images.decode import BadSampleError, decode_image
 from clip_train.data.images.folder import files_below, is_picture
 from clip_train.data.images.perceptual_hash import NUM_BITS, THUMBNAIL_SIDE, distances, fingerprint, likeness
-from clip_train.data.index.files import write_atomically
 from clip_train.data.index.jobs import run_jobs
+from clip_train.data.remote.config import cache_in
 from clip_train.data.sequential import FileImages, ImageSource, ShardImages
 from clip_train.data.shard_file import ShardFile, find_files
 from clip_train.errors import UserError
