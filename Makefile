@@ -22,7 +22,7 @@ demo: install  ## draw pictures, train a model on them, evaluate it, write a rep
 	test -e shards/demo/classes/classnames.txt || $(BIN)/clip-train shards scenes shards/demo
 	$(BIN)/clip-train train experiment=demo $(DEMO_ARGS)
 
-clipart: install  ## the same on 6,900 real drawings from Debian's openclipart-png
+clipart: install  ## the same on 5,448 real drawings from Debian's openclipart-png
 	test -e shards/clipart/val/index.json || $(BIN)/python scripts/fetch_clipart.py shards/clipart
 	$(BIN)/clip-train train experiment=clipart
 
@@ -44,4 +44,4 @@ type: install  ## strict type check
 	$(BIN)/mypy
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+	@awk -F':.*## ' '/^[a-z-]+:.*##/ {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
