@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from clip_train.checkpoint.lock import is_held_by_another
+from clip_train.checkpoint.lock import is_held_by_another, live_owner
 from clip_train.data.audit import AUDIT_NAME, read_audit
+from clip_train.distributed.ranks import own_rank
 from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World, set_timeout
 from clip_train.errors import ClipTrainError, IntegrityError, Preempted, UserError
@@ -38,7 +38,7 @@ class AttemptRecord:
     """A line of `attempts.jsonl`. It is written when training begins and completed at the end."""
 
     start: str  # UTC, ISO 8601
-    end: str | None = None  # of a killed attempt: when its last step began
+    end: str | None = None  # of a killed attempt: when its last step began; null until the next one begins
     host: str  # of rank 0
     world: int  # ranks
     device: str
@@ -162,7 +162,7 @@ class Attempt:
     def _is_main(self) -> bool:
         if self._world is not None:
             return self._world.is_main
-        return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        return own_rank() == "0"
 
 
 def read_attempts(run_dir: Path) -> list[AttemptRecord]:
@@ -180,8 +180,12 @@ def read_attempts(run_dir: Path) -> list[AttemptRecord]:
         raise IntegrityError(f"{path}: not a list of attempts ({error}); delete it to count from now on") from error
 
 
+def attempts_so_far(run_dir: Path) -> list[AttemptRecord]:
+    """Return the attempts as `read_attempts` does; one that was killed ends with the step that it noted last."""
+    return read_attempts(run_dir) if live_owner(run_dir) else _completed(run_dir)
+
+
 def _completed(run_dir: Path) -> list[AttemptRecord]:
-    """Return the attempts so far; one that was killed ends with the step that it noted last."""
     attempts, audit = read_attempts(run_dir), run_dir / AUDIT_NAME
     if attempts and attempts[-1].end is None:
         end, step = attempts[-1].start, attempts[-1].first_step

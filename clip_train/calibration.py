@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_FILE = "calibration.json"
 FORMAT = 1
+FEWEST_TO_FIT = 100  # pictures; what rests on fewer is remarked, and takes the place of nothing that rests on more
 
 
 class RejectScore(StrEnum):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +15,7 @@ from clip_train import __version__
 from clip_train.cli_models import classify, export, prompts, search
 from clip_train.cli_runs import compare, runs
 from clip_train.cli_shards import shards
+from clip_train.distributed.ranks import own_rank
 from clip_train.distributed.stop import follow_launcher
 from clip_train.errors import ClipTrainError, UserError
 from clip_train.exit_record import ended_before
@@ -49,6 +49,8 @@ app.add_typer(tests, name="selftest")
 def main() -> None:
     """Run the command line and exit with its code: 2 for a user's mistake, 3 for damaged data or checkpoints."""
     follow_launcher()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files again, for `classify -`
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may hold what no encoding has
     if logging.lastResort is not None:  # shows warnings, as nothing else is set up
@@ -77,7 +79,7 @@ def main() -> None:
 
 
 def _print_error(message: str) -> None:
-    rank = os.environ.get("RANK", "0")
+    rank = own_rank()
     where = f" [rank {rank}]" if rank != "0" else ""
     print(f"error{where}: {redact(message)}", file=sys.stderr)
 
@@ -92,10 +94,14 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command(context_settings=KEY_VALUE, add_help_option=False, short_help="Train a model, or continue a run.")
 def train(context: typer.Context) -> None:
     """Train a model, or continue a run. Takes KEY=VALUE; with -m a grid of runs."""
-    if {"-m", "--multirun"} & set(context.args):
+    grid = {"-m", "--multirun"} & set(context.args)
+    context.args = [a for a in context.args if a not in grid]
+    if grid and not {"-h", "--help"} & set(context.args):
+        if flags := [a for a in context.args if a.startswith("-")]:
+            raise UserError(f"-m takes KEY=VALUE, not {flags[0]}")
         from clip_train.tools.grid import run_grid
 
-        raise typer.Exit(run_grid([a for a in context.args if a not in ("-m", "--multirun")]))
+        raise typer.Exit(run_grid(context.args))
     overrides = _overrides(context, command="train")
     if overrides is None:
         return
@@ -114,7 +120,7 @@ def train(context: typer.Context) -> None:
     from clip_train.train import train as run
 
     run(config)
-    if os.environ.get("RANK", "0") == "0":
+    if own_rank() == "0":
         keep_calibration_of_training(Path(config.run_dir), names=config.evaluation)
         print(f"report: {write_report(Path(config.run_dir))}")
 
@@ -136,7 +142,7 @@ def evaluate(context: typer.Context) -> None:
     from clip_train.tools.report import is_reported, write_report
 
     run(config)
-    if config.output is None and is_reported(Path(config.checkpoint)) and os.environ.get("RANK", "0") == "0":
+    if config.output is None and is_reported(Path(config.checkpoint)) and own_rank() == "0":
         print(f"report: {write_report(Path(config.checkpoint))}")
 
 
@@ -179,16 +185,15 @@ def _overrides(context: typer.Context, *, command: str) -> list[str] | None:
     if command == "train" and "--dry-run" in flags:
         flags.remove("--dry-run")
         overrides.append("launch.dry_run=true")
-    if "--cfg" in flags:
-        print(_composed(command, overrides), end="")
-    elif flags:
+    if flags - {"--cfg"}:
         from clip_train.tools.coming_from_open_clip import translate
 
         takes = f"`clip-train {command}` takes KEY=VALUE, --cfg, --debug and --help"
-        raise UserError(translate(arguments) or f"unknown option {sorted(flags)[0]}: {takes}")
-    else:
-        return overrides
-    return None
+        raise UserError(translate(arguments) or f"unknown option {sorted(flags - {'--cfg'})[0]}: {takes}")
+    if "--cfg" in flags:
+        print(_composed(command, overrides), end="")
+        return None
+    return overrides
 
 
 def _composed(command: str, overrides: list[str]) -> str:

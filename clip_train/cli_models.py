@@ -17,7 +17,7 @@ def classify(
     ] = None,
     templates: Annotated[
         str,
-        typer.Option(help="none: labels are whole captions; single, simple, imagenet or a file put them into some."),
+        typer.Option(help="none: labels are whole captions; single, simple, imagenet, a file or 'a {}' put them in."),
     ] = "none",
     min_similarity: Annotated[
         str, typer.Option(help="Cosine below which the answer is unknown; auto: as measured with the model; off.")

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-runs = typer.Typer(
-    help="List, show and delete runs.", no_args_is_help=True, rich_markup_mode=None
-)  # fmt: skip
+runs = typer.Typer(help="List, show and delete runs.", no_args_is_help=True, rich_markup_mode=None)
 
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

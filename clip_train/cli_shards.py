@@ -62,7 +62,7 @@ def shards_make(
     quality: Annotated[int, typer.Option(help="JPEG quality of the pictures that were shrunk.")] = 90,
     shard_size: Annotated[int, typer.Option(help="Pairs in one shard.")] = 10_000,
     shuffle: Annotated[bool, typer.Option(help="Shuffle the pairs. Without, they keep the order of the input.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle.")] = 0,
     jobs: Jobs = CORES,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show five pairs and write nothing.")] = False,
     layout: Annotated[
@@ -212,7 +212,7 @@ def shards_show(
     source: ShardsArgument,
     out: Annotated[Path, typer.Argument(help="The page to write, such as sheet.html.")],
     number: Annotated[int, typer.Option("--num", help="Samples shown.")] = 24,
-    seed: Annotated[int, typer.Option(help="Seed of the order and the crops, as of a run.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order and the crops, as of a run.")] = 0,
     image_size: Annotated[int, typer.Option(help="Side of the model's pictures in pixels.")] = 224,
     caption: CaptionField = "txt",
     index_dir: IndexDir = None,
@@ -240,7 +240,7 @@ def shards_scenes(
     out: Annotated[Path, typer.Argument(help="Folder that gets train/, val/ and classes/.")],
     train: Annotated[int, typer.Option(help="Training pairs.")] = 40_000,
     val: Annotated[int, typer.Option(help="Validation pairs.")] = 1_000,
-    seed: Annotated[int, typer.Option(help="Seed of the drawings.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawings.")] = 0,
 ) -> None:
     """Draw compositional pictures with captions; 20 combinations of shape and colour are kept out of training."""
     from clip_train.data.scenes.write import write_scenes

@@ -5,14 +5,14 @@ YAML under `configs/` holds values; the dataclasses of clip_train/schema.py hold
 
 from __future__ import annotations
 
-import difflib
 import functools
+import math
 import re
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from clip_train.config_dir import config_dir
+from clip_train.config_keys import explain_refusal, groups_of, options_of
 from clip_train.errors import UserError
 from clip_train.overrides import readable, refuse_code_and_secrets
 from clip_train.redact import redact
@@ -31,7 +31,7 @@ def load(command: str, overrides: list[str]) -> Any:
     try:
         config = OmegaConf.to_object(compose(command, overrides))
     except (OmegaConfBaseException, AttributeError) as error:  # the latter where `+key=` adds what no dataclass has
-        raise UserError(_explain(command, overrides, error)) from error
+        raise UserError(explain_refusal(command, overrides, error)) from error
     _refuse_unasked_pipes(config, overrides)
     return config
 
@@ -48,9 +48,11 @@ def compose(command: str, overrides: list[str]) -> Any:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import MarkedYAMLError, YAMLError
 
+    groups = groups_of(command)
     for override in overrides:
         key, _, value = override.partition("=")
         refuse_code_and_secrets(key, value)
+        _refuse_no_choice(key, value, groups=groups)
     overrides = readable(overrides)
     register()
     try:
@@ -63,7 +65,7 @@ def compose(command: str, overrides: list[str]) -> Any:
         place = f"{where.name} line {where.line + 1}" if where else f"a recipe of {' '.join(overrides)}"
         raise UserError(f"{place}: {problem}") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(command, overrides, error)) from error
+        raise UserError(explain_refusal(command, overrides, error)) from error
     _refuse_what_is_not_to_be_saved(composed)
     return composed
 
@@ -132,15 +134,23 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     return values
 
 
-def flat_values(text: str, *, origin: str) -> dict[str, Any]:
-    """Return the values of a `to_yaml` text by dotted key, unresolved.
+def read_yaml(path: Path) -> Any:
+    """Return a file with a mapping in YAML as an OmegaConf node; nothing in it is run.
 
     Raises:
-        UserError: it is no config.
+        UserError: the file cannot be read, or is something else.
     """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+
+
+def flat_values(node: Any) -> dict[str, Any]:
+    """Return the values of a config by dotted key, unresolved."""
     from omegaconf import OmegaConf
 
-    return dict(_flatten(OmegaConf.to_container(parse_yaml(text, origin=origin), resolve=False)))
+    return dict(_flatten(OmegaConf.to_container(node, resolve=False)))
 
 
 def changes(old: str, new: str, *, may_differ: tuple[str, ...] = MAY_CHANGE_ON_RESUME) -> list[str]:
@@ -149,32 +159,13 @@ def changes(old: str, new: str, *, may_differ: tuple[str, ...] = MAY_CHANGE_ON_R
     Raises:
         UserError: the old one is no config.
     """
-    before, after = (flat_values(text, origin="the run's config.yaml") for text in (old, new))
+    before, after = (flat_values(parse_yaml(text, origin="the run's config.yaml")) for text in (old, new))
     free = tuple(key + "." for key in may_differ)
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key, "absent") != after.get(key, "absent") and not (key + ".").startswith(free)
     ]
-
-
-def known_keys(root: type) -> dict[str, tuple[type, str]]:
-    """Return every key below dataclass `root`, dotted, with the class and the field that declare it."""
-    found: dict[str, tuple[type, str]] = {}
-    hints = get_type_hints(root)
-    for item in fields(root):
-        classes = _classes_of(item.name, hints[item.name])
-        found[item.name] = (root, item.name)
-        middle = ".NAME" if item.name == "evaluation" else ""
-        for schema in classes:
-            found |= {f"{item.name}{middle}.{key}": place for key, place in known_keys(schema).items()}
-    return found
-
-
-def _classes_of(group: str, hint: Any) -> list[type]:
-    if group in CHOICES:
-        return list(CHOICES[group].values())
-    return [t for t in (hint, *get_args(hint)) if is_dataclass(t) and isinstance(t, type)]
 
 
 def _choice(group: str, name: str | None, path: Path) -> type:
@@ -187,6 +178,19 @@ def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(tree, dict) or not tree:
         return [(prefix.rstrip("."), tree)]
     return [pair for key, value in tree.items() for pair in _flatten(value, f"{prefix}{key}.")]
+
+
+def _refuse_no_choice(key: str, value: str, *, groups: list[str]) -> None:
+    """Hydra itself merges a list of files into one another, says nothing of its own keys, and fails at null."""
+    if re.match(r"\+*hydra\W", key):
+        raise UserError(f"{key}: Hydra's own keys have no effect here; run_dir= says where the run goes")
+    if key not in groups:
+        return
+    if value in ("", "null"):
+        none = ", or [] for none" if key == "evaluation" else ""
+        raise UserError(f"{key}={value}: choose one of {', '.join(options_of(key))}{none}")
+    if value.startswith("[") and key not in ("evaluation", "experiment"):
+        raise UserError(f"{key}={value}: choose one file, not a list")
 
 
 def _refuse_unasked_pipes(config: Any, overrides: list[str]) -> None:
@@ -202,6 +206,8 @@ def _refuse_what_is_not_to_be_saved(composed: Any) -> None:
 
     for key, value in _flatten(OmegaConf.to_container(composed, resolve=False)):
         refuse_code_and_secrets(key, str(value))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value}: numbers must be finite")
         if isinstance(value, str) and "${now:" in value:
             raise UserError(
                 f"{key}={value}: each rank reads its own clock, and the same command would not find the run again; let "
@@ -209,75 +215,3 @@ def _refuse_what_is_not_to_be_saved(composed: Any) -> None:
             )
         if isinstance(value, str) and "${oc.env" in value:
             raise UserError(f"{key}={value}: a config does not read the environment; let the shell expand $NAME")
-
-
-def _explain(command: str, overrides: list[str], error: Exception) -> str:
-    """Turn Hydra's message into one line that names the key and the nearest right one."""
-    text = str(error) or _unreadable_file() or str(error.__cause__ or type(error).__name__)
-    in_file = re.match(r"In '([^']+)': \w+ raised while composing config:\n(.*)", text)
-    if in_file:
-        return _explain_file(command, *in_file.groups(), text=text)
-    groups = [p.name for p in config_dir().iterdir() if p.is_dir()]
-    keys = known_keys(ROOTS[command])
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        plain = _plain(key)
-        if plain in keys or key in groups or plain == "evaluation.NAME" or key.startswith(("hydra", "-")):
-            continue
-        near = difflib.get_close_matches(plain, [*keys, *groups], n=1, cutoff=0.5)
-        tail = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
-        hint = near or tail
-        named = hint[0].replace(".NAME", f".{key.split('.')[1]}" if "." in key else ".NAME") if hint else ""
-        return f"unknown key '{key}'" + (
-            f": did you mean '{named}'?" if hint else f"; `clip-train {command} --help` lists them"
-        )
-    missing = re.search(r"Could not (?:find|load) '([\w-]+)/([^']+)'", text)
-    if missing:
-        group, value = missing.groups()
-        options = sorted(p.stem for p in (config_dir() / group).glob("*.yaml"))
-        similar = difflib.get_close_matches(value, options, n=1, cutoff=0.3)
-        question = f"did you mean {similar[0]}? " if similar else ""
-        return f"{group}={value} is not there: {question}choose one of {', '.join(options)}"
-    full_key = re.search(r"full_key: (\S+)", text)
-    merging = re.search(r"Error merging override (\S+?)=", text)
-    if merging and error.__cause__ is not None:
-        return f"{merging.group(1)}: {str(error.__cause__).splitlines()[0]}"
-    if full_key and "missing mandatory value" in text:
-        return f"{full_key.group(1)}= is required; `clip-train help {_plain(full_key.group(1))}` says what it is"
-    first = text.strip().splitlines()[0]
-    absent = re.match(r"Interpolation key '(\S+)' not found", first)
-    if absent and full_key:  # what training takes from its data, another command has to be told
-        return f"{full_key.group(1)}= is required: `clip-train {command}` has no {absent.group(1)} to take it from"
-    return f"{full_key.group(1)}: {first}" if full_key else first
-
-
-def _explain_file(command: str, name: str, problem: str, *, text: str) -> str:
-    """Say what is wrong in a YAML file under `configs/`."""
-    found = re.search(r"full_key: (\S+)", text)
-    key = found[1] if found else ""
-    if name.startswith(f"{key}/") and "not in" in problem:
-        return f"{name}.yaml: its first line must be `# @package _global_`, and keys must follow"
-    if not problem.startswith("Key "):
-        return f"{name}.yaml: {key}: {problem}"
-    near = difflib.get_close_matches(_plain(key), known_keys(ROOTS[command]), n=1, cutoff=0.5)
-    return f"{name}.yaml: unknown key '{key}'" + (f": did you mean '{near[0]}'?" if near else "")
-
-
-def _unreadable_file() -> str:
-    """Name the file with an interpolation that cannot be read: of these Hydra says nothing at all."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import GrammarParseError
-
-    for path in sorted(config_dir().rglob("*.yaml")):
-        try:
-            OmegaConf.load(path)
-        except GrammarParseError as error:
-            return f"{path.relative_to(config_dir())}: {error.full_key}: {str(error).splitlines()[0]}"
-        except Exception:  # another file's trouble, of which Hydra has more to say
-            continue
-    return ""
-
-
-def _plain(key: str) -> str:
-    """Return a key as `known_keys` lists it: the user's names of evaluations are not keys."""
-    return re.sub(r"^evaluation\.[^.]+", "evaluation.NAME", key)

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clip_train.calibration import (
     CALIBRATION_FILE,
+    FEWEST_TO_FIT,
     Calibration,
+    Rejection,
+    Temperature,
     rejection_from_json,
     temperature_from_json,
     write_calibration,
@@ -18,6 +21,7 @@ from clip_train.calibration import (
 from clip_train.checkpoint.config import EMA_SUFFIX
 from clip_train.checkpoint.retention import is_checkpoint_name, list_checkpoints, step_of
 from clip_train.config import from_yaml
+from clip_train.distributed.batch_norm import share_statistics
 from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import IntegrityError, UserError
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
     from clip_train.model.clip import CLIP
     from clip_train.optim.ema import Ema
     from clip_train.tokenizer.base import Tokenizer
+
+_Measured = TypeVar("_Measured", Temperature, Rejection)
 
 
 def run_evaluations(
@@ -139,6 +145,8 @@ class Evaluations:
             step: updates made.
             samples: also keep pictures with their answers, for the report.
         """
+        states = [self._model.state_dict(), *([self._ema.state_dict()] if self._ema else [])]
+        share_statistics(self._model, states=states, world=self._world)
         model = InterruptibleEncoder(self._model, wanted=self._wanted, world=self._world)
         try:
             scores = run_evaluations(
@@ -164,7 +172,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
         world = config.distributed.build(device=config.device)
         stack.callback(stop_world)
         model, _ = load(config.checkpoint, device=world.device)
-        run = Path(config.checkpoint)
+        run = Path(config.checkpoint).expanduser()
         evaluations: dict[str, EvaluationConfig] = dict(config.evaluation)
         if not evaluations and (run / "config.yaml").exists():
             trained: TrainConfig = from_yaml(run / "config.yaml")
@@ -191,6 +199,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             encoder = PrefixEncoder(model, embed_dim=config.embed_dim, full=model.config.embed_dim)
             weights += f", first {config.embed_dim} of {model.config.embed_dim} dimensions"
             out = out if config.output else out / f"embed_dim-{config.embed_dim}"
+        try:
+            out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before hours of work
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
         origin = _origin(run)
         scores = run_evaluations(
             evaluators, encoder, world=world, out=out, name=config.checkpoint, weights=weights, samples=bool(origin),
@@ -219,7 +231,7 @@ def _origin(path: Path) -> dict[str, Any]:
 def keep_calibration(results: Sequence[Path], *, model: LoadedModel, folder: Path, name: str) -> None:
     """Write what result files say of the model's confidence into `folder`, where `load` finds it with the weights.
 
-    What the folder already has of the same weights, and the results do not say anew, stays.
+    What the folder already has of the same weights stays, if the results do not say it anew or from few pictures.
 
     Args:
         results: JSON files of evaluations of exactly this model, in float32; the last one that tells something counts.
@@ -239,11 +251,24 @@ def keep_calibration(results: Sequence[Path], *, model: LoadedModel, folder: Pat
     calibration = Calibration(
         weights_sha256=weights_sha256(model),
         model=name,
-        temperature=temperature or (former.temperature if former else None),
-        rejection=rejection or (former.rejection if former else None),
+        temperature=_firmer(temperature, former.temperature if former else None),
+        rejection=_firmer(rejection, former.rejection if former else None),
     )
+    if former and (calibration.temperature, calibration.rejection) == (former.temperature, former.rejection):
+        return
     write_calibration(calibration, folder / CALIBRATION_FILE)
     print(f"kept in {folder / CALIBRATION_FILE}, for `clip-train classify` and exports")
+
+
+def _firmer(found: _Measured | None, former: _Measured | None) -> _Measured | None:
+    """Return what was found, or the former one if that rests on pictures enough and the new one does not."""
+    if found is None or former is None or not found.num_fitted < FEWEST_TO_FIT <= former.num_fitted:
+        return found or former
+    print(
+        f"not kept: it rests on {found.num_fitted} pictures of {found.data} only, and the former one on "
+        f"{former.num_fitted} of {former.data}"
+    )
+    return former
 
 
 def keep_calibration_of_training(run_dir: Path, *, names: Iterable[str]) -> None:

@@ -9,9 +9,11 @@ import inspect
 import itertools
 import textwrap
 from dataclasses import MISSING, Field, fields
+from enum import StrEnum
+from typing import get_args, get_type_hints
 
-from clip_train.config import known_keys
 from clip_train.config_dir import config_dir
+from clip_train.config_keys import groups_of, known_keys, options_of, plain_key
 from clip_train.errors import UserError
 from clip_train.schema import ROOTS
 
@@ -45,13 +47,13 @@ Exit code 1 if the run cannot work as it is.""",
 def describe(command: str) -> str:
     """Return the help of a command that takes KEY=VALUE: examples, each choice, every key with its default."""
     lines = [f"usage: clip-train {command} [KEY=VALUE ...] [--cfg] [--debug]", "", EXAMPLES[command], "", "choices:"]
-    for group in sorted(p for p in config_dir().iterdir() if p.is_dir()):
-        names = ", ".join(sorted(p.stem for p in group.glob("*.yaml")))
-        lines.append(textwrap.fill(f"{group.name}={names}", 110, initial_indent="  ", subsequent_indent="      "))
+    for group in groups_of("train" if command == "sweep" else command):  # a sweep hands the choices on to its runs
+        names = f"{group}={', '.join(options_of(group))}"
+        lines.append(textwrap.fill(names, 110, initial_indent="  ", subsequent_indent="      "))
     lines += ["", "keys (clip-train help KEY explains one):"]
     for key, (schema, name) in known_keys(ROOTS[command]).items():
-        if default := _default(schema, name):
-            lines.append(f"  {f'{key}={default}':<44} {_first_sentence(_docstrings(schema).get(name, ''))}")
+        if line := _line(key, schema, name):
+            lines.append(f"  {line}")
     lines += ["", "  --cfg    print the resolved config and stop", "  --debug  show tracebacks"]
     if command == "train":
         lines.append("  --dry-run  print what launch= would start, and start nothing")
@@ -61,20 +63,43 @@ def describe(command: str) -> str:
 
 
 def explain(key: str) -> str:
-    """Return type, default and meaning of one config key.
+    """Return type, default and meaning of one config key, in each command that has one of this name.
 
     Raises:
         UserError: there is no such key; the nearest is named.
     """
+    plain = plain_key(key)
+    found: dict[str, str] = {}  # command by text
     for command, root in ROOTS.items():
         keys = known_keys(root)
-        if key in keys:
-            schema, name = keys[key]
-            kind = next(f.type for f in fields(schema) if f.name == name)
-            text = _docstrings(schema).get(name, "")
-            return f"{key}: {kind} = {_default(schema, name)}    (clip-train {command})\n{textwrap.indent(text, '  ')}"
-    near = difflib.get_close_matches(key, known_keys(ROOTS["train"]), n=3, cutoff=0.4)
-    raise UserError(f"unknown key '{key}'" + (f": did you mean {' or '.join(near)}?" if near else ""))
+        if plain in keys:
+            # The keys of training are those of its plan as well, and are said once.
+            found.setdefault(_explanation(plain, keys=keys), command)
+    if not found:
+        every = {key for root in ROOTS.values() for key in known_keys(root)}
+        near = difflib.get_close_matches(plain, every, n=3, cutoff=0.4)
+        raise UserError(f"unknown key '{key}'" + (f": did you mean {' or '.join(near)}?" if near else ""))
+    return "\n".join(text.replace("\n", f"    (clip-train {command})\n", 1) for text, command in found.items())
+
+
+def _explanation(key: str, *, keys: dict[str, tuple[type, str]]) -> str:
+    schema, name = keys[key]
+    text = _docstrings(schema).get(name, "")
+    below = [one for one in keys if one.startswith((f"{key}.", f"{key}.NAME."))]
+    if below:
+        files = [f"{key}= chooses one of {', '.join(options_of(key))}"] if (config_dir() / key).is_dir() else []
+        told = [text, *files, *(_line(one, *keys[one]) for one in below)]
+        return f"{key}.*:\n" + textwrap.indent("\n".join(line for line in told if line), "  ")
+    kind = get_type_hints(schema)[name]
+    values = [v for one in (kind, *get_args(kind)) if inspect.isclass(one) and issubclass(one, StrEnum) for v in one]
+    told = [text, *([f"One of {', '.join(values)}."] if values else [])]
+    declared = next(item.type for item in fields(schema) if item.name == name)
+    return f"{key}: {declared} = {_default(schema, name)}\n" + textwrap.indent("\n".join(told), "  ")
+
+
+def _line(key: str, schema: type, name: str) -> str:
+    default, text = _default(schema, name), _first_sentence(_docstrings(schema).get(name, ""))
+    return f"{f'{key}={default}':<44} {text}" if default and text else ""
 
 
 @functools.cache

@@ -11,9 +11,8 @@ from clip_train.data.features import FeatureTable, MissingPictures
 from clip_train.data.loader import TrainStream
 from clip_train.data.sequential import evaluation_batches
 from clip_train.distributed.agree import on_main
+from clip_train.distributed.parallel import reshard
 from clip_train.distributed.shards import whole
-from clip_train.distributed.stop import StopReason
-from clip_train.errors import Preempted
 from clip_train.evaluation.features import encode_images, evaluating, to_numpy
 from clip_train.evaluation.interruptible import Interrupted, InterruptibleEncoder
 from clip_train.metrics.panel import say
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from clip_train.data.sequential import EvaluationBatch
     from clip_train.data.stream import BatchStream
+    from clip_train.distributed.stop import StopReason
     from clip_train.distributed.world import World
     from clip_train.model.clip import CLIP
     from clip_train.schema import TrainConfig
@@ -39,11 +39,10 @@ def cache_features(
     """Let `stream` deliver features [B, D] in place of pictures, after computing those that are not there yet.
 
     Does nothing unless the config asks for it. Every rank calls it, with the weights that the run will have; each
-    computes its share. Interrupted, the next attempt goes on. Pictures are seen whole, as in evaluation. `wanted` says
-    why this rank should stop: only what starts the run again later is answered here, as nothing can be saved yet.
+    computes its share. Pictures are seen whole, as in evaluation. `wanted` says why this rank should stop: then the
+    stream goes on with pictures, of which no step is taken, and the next attempt computes what is missing.
 
     Raises:
-        Preempted: a rank was asked to stop, to be started again.
         UserError: there is no room for the features.
         IntegrityError: a shard cannot be read.
     """
@@ -71,10 +70,7 @@ def cache_features(
             batch_size=BATCH_SIZE, workers=config.data.workers, skip_bad=True,
         )  # fmt: skip
 
-    def preempted() -> StopReason:
-        return StopReason.preempted if wanted() is StopReason.preempted else StopReason.none
-
-    encoder = InterruptibleEncoder(model, wanted=preempted, world=world)
+    encoder = InterruptibleEncoder(model, wanted=wanted, world=world)
     try:
         with evaluating(encoder, world=world, precision=config.precision.value):
             for features, indices, valid in encode_images(encoder, batches if len(missing) else list, world=world):
@@ -85,8 +81,10 @@ def cache_features(
                 if world.is_main and time.monotonic() - told > SECONDS_BETWEEN_LINES:
                     told = time.monotonic()
                     say(f"features of {min(count, len(missing)):,} of {len(missing):,} pictures")
-    except Interrupted as interrupted:
-        raise Preempted("asked to stop amid the pictures' features: the same command goes on there") from interrupted
+    except Interrupted:
+        return
+    finally:
+        reshard(model)
     on_main(lambda: None, world=world)  # no rank reads before all have written
     stream.use_features(table)
 

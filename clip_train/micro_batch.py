@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from clip_train.distributed.collectives import all_reduce, broadcast_object
+from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.model.clip import CLIP
@@ -22,11 +23,17 @@ HEADROOM = 0.07
 
 
 def choose_micro_batch(
-    config: TrainConfig, *, model: CLIP, optimizer: torch.optim.Optimizer, world: World
+    config: TrainConfig,
+    *,
+    model: CLIP,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    wanted: Callable[[], StopReason],
 ) -> int | None:
     """Return the number of rows that `config.micro_batch_size` means, None for all. Called by every rank.
 
-    `auto` is what an earlier attempt of the run recorded, else all rows on the CPU and the most that fit on CUDA.
+    `auto` is what an earlier attempt of the run recorded, else all rows on the CPU and the most that fit on CUDA. None
+    too if a rank is `wanted` to stop amid the search: the first step is then not taken, and the next attempt searches.
     """
     if not isinstance(config.micro_batch_size, str):
         return config.micro_batch_size
@@ -46,13 +53,16 @@ def choose_micro_batch(
         )  # fmt: skip
         return fits_on_cuda(step, model=model, rows=rows, global_rows=config.global_batch_size, device=world.device)
 
-    return largest_micro_batch(rows, fits=fits, world=world)
+    return largest_micro_batch(rows, fits=fits, world=world, wanted=wanted)
 
 
-def largest_micro_batch(rows: int, *, fits: Callable[[int], bool], world: World) -> int:
-    """Return the largest divisor of `rows` that fits on every rank. Called by every rank.
+def largest_micro_batch(
+    rows: int, *, fits: Callable[[int], bool], world: World, wanted: Callable[[], StopReason]
+) -> int | None:
+    """Return the largest divisor of `rows` that fits on every rank, None if one is to stop. Called by every rank.
 
     fits: whether a micro-batch of so many rows does on this rank; asked a few times, and monotonic.
+    wanted: why this rank should stop; asked after each trial.
 
     Raises:
         UserError: not even a single pair fits.
@@ -61,12 +71,15 @@ def largest_micro_batch(rows: int, *, fits: Callable[[int], bool], world: World)
     fitting, failing = -1, len(divisors)  # places of the largest known to fit and the smallest known not to
     place = len(divisors) - 1  # most often everything fits
     while failing - fitting > 1:
-        if fits(divisors[place]):
+        own = [int(fits(divisors[place])), -int(wanted())]
+        fits_all, stop = all_reduce(torch.tensor(own, device=world.device), world=world, op="min").tolist()
+        if stop:
+            return None
+        if fits_all:
             fitting = place
         else:
             failing = place
         place = (fitting + failing) // 2
-    fitting = int(all_reduce(torch.tensor(fitting, device=world.device), world=world, op="min"))
     if fitting < 0:
         raise UserError("micro_batch_size=auto: not even one pair fits the device; try distributed=fsdp on several")
     return divisors[fitting]

@@ -42,6 +42,12 @@ class Progress:
         self.samples_seen += -(-num_samples // self.global_batch_size) * self.global_batch_size
         self.stretches.append(Stretch(self.step, self.samples_seen, self.global_batch_size))
 
+    def kept(self) -> str:
+        """Say what a stop leaves: everything is saved by then."""
+        if self.step == 0:
+            return "before the first step; the same command starts there"
+        return f"saved at step {self.step:,}; the same command continues there"
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: two counters, what is left to do, the identity of the data they count."""
         return {

@@ -64,11 +64,13 @@ NAMED = ("tokenizer", "loss", "optim", "launch")
 
 MAY_CHANGE_ON_RESUME = (
     "name", "steps", "samples", "epochs", "max_hours", "run_dir", "resume", "device", "global_batch_size",
-    "micro_batch_size", "profile", "on_nonfinite", "watchdog_seconds", "data.train", "data.workers", "data.cache",
-    "data.public_only", "data.on_change", "data.skip_samples", "optim.lr", "optim.warmup", "distributed", "checkpoint",
-    "logging", "evaluation", "launch",
+    "micro_batch_size", "profile", "on_nonfinite", "watchdog_seconds", "data.train", "data.val", "data.index_dir",
+    "data.workers", "data.cache", "data.public_only", "data.on_change", "data.skip_samples", "data.max_bad_fraction",
+    "model.ragged", "model.checkpointing", "model.compile", "loss.exchange", "optim.lr", "optim.warmup",
+    "optim.max_grad_norm", "distributed", "checkpoint", "logging", "evaluation", "launch",
 )  # fmt: skip
-"""Keys (with all below them) that a resumed run may be given anew; any other change is refused."""
+"""Keys (with all below them) that a resumed run may be given anew; any other change is refused. They say where things
+are and how they are computed, or are what messages advise to change."""
 
 
 class Precision(StrEnum):
@@ -136,6 +138,7 @@ class TrainConfig:
     too if `optim.ema_decay` keeps one, as NAME_ema."""
 
     def __post_init__(self) -> None:
+        self._check_values()
         self.run_dir = str(Path(self.run_dir).expanduser())
         if isinstance(self.micro_batch_size, str):
             if self.micro_batch_size != "auto":
@@ -147,10 +150,6 @@ class TrainConfig:
                 )
         elif self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise UserError(f"micro_batch_size={self.micro_batch_size} must be positive")
-        for key in ("global_batch_size", "steps", "samples", "epochs", "max_hours", "watchdog_seconds"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise UserError(f"{key}={value} must be positive")
         if self.data.skip_samples and self.resume in ("auto", "never"):
             raise UserError(f"data.skip_samples={self.data.skip_samples} needs resume=CHECKPOINT, to skip from there")
         self.profiled_steps()
@@ -174,6 +173,17 @@ class TrainConfig:
             )
         self._check_cache_features()
         self._check_evaluations()
+
+    def _check_values(self) -> None:
+        for key in ("name", "run_dir", "resume"):
+            if not getattr(self, key).strip():
+                raise UserError(f"{key}= must not be empty")
+        for key in ("global_batch_size", "steps", "samples", "epochs", "max_hours", "watchdog_seconds"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise UserError(f"{key}={value} must be positive")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} must lie in [0, 2^63)")
 
     def _check_cache_features(self) -> None:
         if not self.model.vision.cache_features:

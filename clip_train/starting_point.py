@@ -6,15 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from clip_train.config import changes, to_yaml
+from clip_train.data.loader import check_divisible
 from clip_train.distributed.collectives import broadcast_object, gather_objects
 from clip_train.distributed.hosts import own_host
+from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.model.config import TextConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from clip_train.distributed.world import World
     from clip_train.schema import TrainConfig
     from clip_train.tokenizer.base import Tokenizer
 
@@ -27,11 +28,11 @@ _MAY_DIFFER_BY_RANK = ("device", "data.train", "data.val", "data.cache", "data.w
 
 
 def check_ranks(config: TrainConfig, *, world: World) -> None:
-    """Check that all ranks have the same config, run directory included, and compute in its precision. All call it.
+    """Check that all ranks have the same config, run directory included, and can compute as it says. All call it.
 
     Raises:
-        UserError: a rank was started with another config, and is named with its machine and what differs; or this
-            rank's device does not compute in the precision.
+        UserError: a rank was started with another config, and is named with its machine and what differs; or the batch
+            cannot be cut into equal parts; or this rank's device does not compute in the precision.
     """
     own = to_yaml(config)
     first = broadcast_object(own, world=world, group=world.host_group)
@@ -42,7 +43,21 @@ def check_ranks(config: TrainConfig, *, world: World) -> None:
             raise UserError(
                 f"rank {rank} on {host} was started with another config than rank 0: {'; '.join(different)}"
             )
+    check_batch(config, ranks=world.size)
     require_precision(config.precision.value, device=world.device)
+
+
+def check_batch(config: TrainConfig, *, ranks: int) -> None:
+    """Check that ranks and micro-batches are of equal size.
+
+    Raises:
+        UserError: naming the nearest sizes that work.
+    """
+    check_divisible(config.global_batch_size, world=World(size=ranks))
+    rows, micro = config.global_batch_size // ranks, config.micro_batch_size
+    if isinstance(micro, int) and rows % micro:
+        nearest = min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - micro))
+        raise UserError(f"micro_batch_size={micro} must divide the {rows} pairs of each rank: nearest {nearest}")
 
 
 def require_precision(precision: str, *, device: torch.device) -> None:

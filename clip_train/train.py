@@ -82,7 +82,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         above = layers_above(model) if config.optim.layer_decay < 1 else None
         optimizer = config.optim.build(model, layers_above=above)
         ema = config.optim.build_ema(model)
-        micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world)
+        micro_batch_size = choose_micro_batch(config, model=model, optimizer=optimizer, world=world, wanted=stop.wanted)
         config = replace(config, micro_batch_size=micro_batch_size)
         loss_fn = config.build_loss(world=world)
         train_step = TrainStep(
@@ -158,7 +158,8 @@ def train(config: TrainConfig) -> dict[str, float]:
             progress.owes_evaluation = False
             if chosen:
                 health.entered("an evaluation")
-                scores, reason = evaluations.run(chosen, step=progress.step, samples=progress.step == total_steps)
+                with metrics.paused():
+                    scores, reason = evaluations.run(chosen, step=progress.step, samples=progress.step == total_steps)
                 if reason:
                     progress.owes_evaluation = True
                     return reason
@@ -168,8 +169,6 @@ def train(config: TrainConfig) -> dict[str, float]:
             if best or due(progress.step, every=config.checkpoint.every, total=total_steps):
                 save()
                 saved = progress.step
-            if chosen:
-                metrics.restart_window()
             return StopReason.none
 
         # A run that was stopped amid an evaluation begins with it.
@@ -193,8 +192,9 @@ def train(config: TrainConfig) -> dict[str, float]:
             profiler.after(progress.step)
             if health.after_step(result, batch, step=progress.step):
                 # Every rank saw the same flag: weights go back, the data goes on after the bad batch.
-                health.rewound_to(rewind(checkpointer, progress=progress))
-                metrics.rewind(progress.step)
+                saved = rewind(checkpointer, progress=progress)
+                health.rewound_to(saved)
+                metrics.rewind(saved)
                 continue
 
             if due(progress.step, every=config.logging.every, total=total_steps):
@@ -212,7 +212,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         if world.is_main:
             say_end(progress, reason=reason, run_dir=run_dir)
         if reason is StopReason.preempted:
-            raise Preempted(f"asked to stop: saved at step {progress.step:,}; the same command continues there")
+            raise Preempted(f"asked to stop: {progress.kept()}")
     return newest
 
 
@@ -234,7 +234,7 @@ def say_end(progress: Progress, *, reason: StopReason, run_dir: Path) -> None:
         say(f"samples that could not be used: {listed}; each is listed in {run_dir / LEDGER_FOLDER}")
     if reason in (StopReason.time_limit, StopReason.interrupted):
         why = reason.name.replace("_", " ")
-        say(f"stopped ({why}): saved at step {progress.step:,}; the same command continues there")
+        say(f"stopped ({why}): {progress.kept()}")
 
 
 def measures(result: StepResult) -> dict[str, Any]:

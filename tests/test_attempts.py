@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_train.attempts import Attempt, read_attempts
+from clip_train.attempts import Attempt, attempts_so_far, read_attempts
 from clip_train.checkpoint.lock import RunLock
 from clip_train.data.audit import AuditTrail
 from clip_train.distributed.config import DistributedConfig
@@ -65,6 +65,10 @@ def test_attempts_add_up_and_one_that_was_killed_ends_with_its_last_step(tmp_pat
     audit.write(4, id_hash=1)
     audit.close()
     assert read_exit(tmp_path) is None
+    noted = time.time() - 3600  # killed an hour ago: what it cost does not grow since then
+    os.utime(tmp_path / "audit.bin", (noted, noted))
+    (told,) = attempts_so_far(tmp_path)
+    assert (told.last_step, told.end, told.device_hours) == (4, told.start, 0)
     go(tmp_path, first=3, last=9)
     first, second = read_attempts(tmp_path)
     assert (first.first_step, first.last_step, first.code) == (0, 4, None)
@@ -88,6 +92,15 @@ def test_the_end_of_a_run_that_another_process_holds_is_not_written(tmp_path):
     with pytest.raises(UserError), Attempt(tmp_path):
         raise UserError("another mistake")
     assert read_exit(tmp_path).code == 2
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
+def test_only_the_first_rank_of_any_launcher_writes_the_end(tmp_path, monkeypatch, variable):
+    for rank, written in (("1", False), ("0", True)):
+        monkeypatch.setenv(variable, rank)
+        with pytest.raises(TrainingFailed), Attempt(tmp_path):
+            raise TrainingFailed("before the ranks met")
+        assert (read_exit(tmp_path) is not None) == written
 
 
 def test_a_run_directory_that_is_a_file_is_refused(tmp_path):

@@ -73,6 +73,8 @@ def test_overlap_takes_all_its_options(tmp_path):
     )
     assert "4 of 4 pictures (100.00%)" in said and "4 the same file" in said
     assert len(out.read_text().splitlines()) == 5
+    with pytest.raises(UserError, match="cannot be written"):
+        run("overlap", tmp_path / "train", tmp_path / "set", "--out", tmp_path, "--jobs", 1)
 
 
 def test_make_captions_folders_of_classes(tmp_path):

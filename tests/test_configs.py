@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clip_train.config import changes, from_yaml, load, to_yaml
-from clip_train.data.config import CacheConfig
+from clip_train.data.remote.config import CacheConfig
 from clip_train.errors import UserError
 from clip_train.schema import TrainConfig
 
@@ -127,6 +127,18 @@ def test_a_changed_model_shows_as_a_change_and_a_longer_run_does_not():
     assert any(line.startswith("model.embed_dim: 512 -> 64") for line in shown)
 
 
+def test_a_run_continues_with_what_messages_advise_and_with_data_that_have_moved():
+    base = [*BASE, "loss=siglip", "model=ViT-B-16-SigLIP"]
+    advised = [
+        "optim.max_grad_norm=1", "optim.lr=1e-5", "on_nonfinite=rewind", "model.checkpointing=1", "distributed=fsdp",
+        "micro_batch_size=4", "data.max_bad_fraction=0.5", "data.on_change=new_segment", "data.workers=0",
+    ]  # fmt: skip
+    moved = ["data.train=/new/train", "data.val=/new/val", "data.index_dir=/new/index", "evaluation=[val]"]
+    computed = ["model.compile=true", "model.ragged=off", "loss.exchange=ring"]
+    new = to_yaml(load("train", [*base, *advised, *moved, *computed]))
+    assert changes(to_yaml(load("train", base)), new) == []
+
+
 def test_a_config_of_another_version_names_the_unknown_key(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(load("train", BASE)) + "shiny_new_key: 3\n")
@@ -145,7 +157,7 @@ def test_samples_and_epochs_become_steps():
     config = load("train", ["samples=10240", "optim.warmup=1", "data.train=x"])
     assert config.total_steps(123) == 10
     config = load("train", ["epochs=2", "optim.warmup=1", "data.train=x", "global_batch_size=100"])
-    assert config.total_steps(1000) == 20
+    assert config.total_steps(1000) == 20 and config.total_steps(1090) == 22
     config.optim.warmup = 20
     with pytest.raises(UserError, match="must be below steps=20"):
         config.total_steps(1000)

@@ -19,7 +19,7 @@ from clip_train.distributed.parallel import parallelize
 from clip_train.distributed.shards import fill, whole
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
-from clip_train.evaluate import keep_calibration, keep_calibration_of_training, run_evaluations
+from clip_train.evaluate import evaluate, keep_calibration, keep_calibration_of_training, run_evaluations
 from clip_train.evaluation.result import EvaluationResult, two_halves, write_result
 from clip_train.model.zoo import create_model
 from clip_train.optim.ema import Ema
@@ -29,6 +29,7 @@ from tests.gloo import run_on_ranks
 from tests.interop import files
 from tests.interop.test_load import write_run
 from tests.test_calibration import REJECTION, TEMPERATURE
+from tests.test_train import overrides, start
 
 IMAGES = 22
 VOCABULARY = {"vocab_size": 1000}  # the toy tokenizer's
@@ -107,6 +108,19 @@ def test_two_ranks_score_both_weights_as_one_does(strategy, tmp_path):
         assert_equal_results(tmp_path, got, want)
 
 
+@pytest.mark.slow
+def test_two_ranks_of_a_resnet_evaluate_what_they_save(tmp_path):
+    write_scenes(tmp_path / "scenes", num_train=60, num_val=20, seed=0)
+    more = ["model=tiny-rn", "steps=6", "evaluation=[val]", f"data.val={tmp_path}/scenes/val", "optim.ema_decay=0.5"]
+    two = start(overrides(tmp_path / "scenes", tmp_path / "run", *more), processes=2)
+    _, said = two.communicate(timeout=300)
+    assert two.returncode == 0, said
+    evaluate(load("evaluate", [f"checkpoint={tmp_path}/run", "device=cpu", f"output={tmp_path}/again"]))
+    during = tmp_path / "run" / "evaluation" / "step-00000006"
+    with np.load(during / "val_ema.npz") as ranks, np.load(tmp_path / "again" / "val.npz") as one:
+        np.testing.assert_allclose(ranks["pair_cosine"], one["pair_cosine"], atol=1e-5)
+
+
 def test_the_best_checkpoint_may_be_the_averages_if_there_are_any():
     run = ["steps=9", "data.train=x", "optim.warmup=1", "evaluation=[val]", "data.val=y"]
     best = "checkpoint.best=val_ema/mean_recall@1"
@@ -151,7 +165,7 @@ def test_a_run_without_such_evaluations_gets_no_calibration(tmp_path):
     assert not (tmp_path / CALIBRATION_FILE).exists()
 
 
-def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tmp_path):
+def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tmp_path, capsys):
     write_run(tmp_path, files.small_model(seed=1, text=FEW_WORDS))
     confident_result(tmp_path, "calibrate", temperature=TEMPERATURE)
     confident_result(tmp_path, "reject", rejection=REJECTION)
@@ -164,6 +178,11 @@ def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tm
     assert keep("calibrate").rejection is None
     both = keep("reject")
     assert (both.temperature, both.rejection) == (TEMPERATURE, REJECTION)
+    confident_result(tmp_path, "many", temperature=replace(TEMPERATURE, num_fitted=400))
+    confident_result(tmp_path, "few", temperature=replace(TEMPERATURE, value=100.0, num_fitted=2))
+    assert keep("few").temperature.value == 100  # better than none, and than another of so few
+    assert keep("many") == keep("few")
+    assert "rests on 2 pictures of scenes only, and the former one on 400" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "checkpoints")
     write_run(tmp_path, files.small_model(seed=2, text=FEW_WORDS))
     assert keep("reject").temperature is None

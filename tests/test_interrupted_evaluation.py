@@ -113,10 +113,11 @@ def test_features_of_a_locked_tower_go_on_where_they_were_left(scenes, tmp_path,
     run = overrides(scenes, tmp_path / "run", "model.vision.unlocked_blocks=0", "model.vision.cache_features=true")
     with monkeypatch.context() as patch:
         seen = stop_at_picture_batch(2, patch)
-        with pytest.raises(Preempted, match="goes on there"):
+        with pytest.raises(Preempted, match="asked to stop: before the first step; the same command starts there"):
             train(load("train", run))
     assert seen == [16, 16]
-    assert read_exit(tmp_path / "run").code == 85
+    record = read_exit(tmp_path / "run")
+    assert record is not None and (record.code, record.step) == (85, 0)
     with monkeypatch.context() as patch:
         seen = stop_at_picture_batch(None, patch)
         train(load("train", run))

@@ -13,6 +13,7 @@ ROWS = [
     {"train", "help"},
     {"evaluate", "micro_batch", "starting_point", "initial_weights", "locked_tower", "health", "progress", "attempts"},
     {"config", "step"},
+    {"config_keys"},
     {"schema"},
     {"evaluation", "interop"},
     {"data", "model", "tokenizer", "loss", "optim", "checkpoint", "metrics"},

@@ -90,9 +90,10 @@ def test_numbers_and_places_of_samples_are_each_others_inverse(shards):
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_work(shards, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_share_the_work(shards, tmp_path, strategy):
     train(load("train", overrides(shards, tmp_path / "one", CACHED)))
-    two = start(overrides(shards, tmp_path / "two", CACHED), processes=2)
+    two = start(overrides(shards, tmp_path / "two", CACHED, f"distributed={strategy}"), processes=2)
     _, said = two.communicate(timeout=300)
     assert two.returncode == 0, said
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")

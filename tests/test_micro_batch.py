@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from clip_train.config import load
+from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.loss.clip import ClipLoss
 from clip_train.micro_batch import choose_micro_batch, fits_on_cuda, largest_micro_batch, recorded_micro_batch, try_step
 from clip_train.model.zoo import create_model
 from clip_train.step import TrainStep
+from tests.gloo import run_on_ranks
 
 BASE = ["steps=100", "optim.warmup=1", "data.train=x", "global_batch_size=12", "model=tiny", "device=cpu"]
 
@@ -18,11 +20,42 @@ BASE = ["steps=100", "optim.warmup=1", "data.train=x", "global_batch_size=12", "
 def test_the_search_finds_the_largest_divisor_under_any_limit(rows):
     for limit in range(1, min(rows, 100) + 1):
         asked = []
-        size = largest_micro_batch(rows, fits=lambda n, a=asked, m=limit: a.append(n) or n <= m, world=World())
+        size = search(rows, fits=lambda n, a=asked, m=limit: a.append(n) or n <= m)
         assert size == max(n for n in range(1, limit + 1) if rows % n == 0)
         assert len(asked) == len(set(asked)) <= 5
     with pytest.raises(UserError, match="not even one pair"):
-        largest_micro_batch(rows, fits=lambda n: False, world=World())
+        search(rows, fits=lambda n: False)
+
+
+def search(rows, *, fits, world=None, wanted=lambda: StopReason.none):
+    return largest_micro_batch(rows, fits=fits, world=world or World(), wanted=wanted)
+
+
+def test_a_search_that_is_asked_to_stop_ends_after_the_trial_under_way():
+    asked = []
+
+    def wanted():
+        return StopReason.preempted if len(asked) == 2 else StopReason.none
+
+    assert search(4096, fits=lambda n: bool(asked.append(n)), wanted=wanted) is None
+    assert len(asked) == 2
+
+
+def search_on_rank(world):
+    """Search with another limit on each rank; then be asked to stop on rank 1 alone, which needs no third trial."""
+    found = search(96, fits=lambda n: n <= (40, 20)[world.rank], world=world)
+    asked = []
+
+    def wanted():
+        return StopReason.interrupted if world.rank == 1 and len(asked) == 2 else StopReason.none
+
+    stopped = search(96, fits=lambda n: asked.append(n) or n <= 40, world=world, wanted=wanted)
+    return found, stopped, len(asked)
+
+
+@pytest.mark.slow
+def test_ranks_find_what_fits_all_of_them_and_stop_together():
+    assert run_on_ranks(search_on_rank) == [(16, None, 2)] * 2
 
 
 def trial(model, *, micro_batch_size):
@@ -46,7 +79,7 @@ def test_a_trial_computes_every_gradient_and_changes_neither_weights_nor_statist
 
 def test_auto_is_all_rows_on_the_cpu_and_what_was_recorded_where_it_divides_them(tmp_path):
     config = load("train", [*BASE, "micro_batch_size=auto", f"run_dir={tmp_path}"])
-    choose = {"model": None, "optimizer": None, "world": World()}
+    choose = {"model": None, "optimizer": None, "world": World(), "wanted": lambda: StopReason.none}
     assert choose_micro_batch(config, **choose) == 12
     (tmp_path / "config.yaml").write_text("micro_batch_size: 4\n")
     assert choose_micro_batch(config, **choose) == 4

@@ -7,6 +7,7 @@ import pytest
 from clip_train.config import load
 from clip_train.data.scenes.write import write_scenes
 from clip_train.errors import UserError
+from clip_train.progress import Progress
 from clip_train.step import TrainStep
 from clip_train.tools.replay import replay
 from clip_train.train import train
@@ -43,6 +44,15 @@ def test_skipped_samples_are_left_out_once_and_the_steps_after_them_can_be_repla
     # In place: the checkpoint's own run goes on without the samples, once.
     assert run("a", "steps=12", f"resume={origin}", "data.skip_samples=30") == [156, 168]
     assert run("a", "steps=13", f"resume={origin}", "data.skip_samples=30") == [180]
+
+
+def test_skipped_samples_are_whole_batches():
+    progress = Progress(None, global_batch_size=12)
+    for _ in range(10):
+        progress.advance(12)
+    progress.skip(30)
+    assert (progress.step, progress.samples_seen) == (10, 120 + 36)
+    assert progress.stretches == [(0, 0, 12), (10, 156, 12)]
 
 
 def test_skipping_needs_a_checkpoint_to_skip_from():

@@ -12,6 +12,7 @@ from clip_train.loss.siglip import SigLipLoss
 from clip_train.optim.adamw import build_adamw
 from clip_train.optim.ema import Ema
 from clip_train.step import LossScale, TrainStep
+from clip_train.types import Batch
 from tests.gloo import run_on_ranks
 from tests.loss.reference import clip_loss, siglip_loss
 from tests.standin import StandinCLIP, draw_batch
@@ -87,6 +88,38 @@ def test_dropout_masks_are_replayed():
     assert all(torch.equal(f[0], f[-1]) for f in features.values())
     again = recorded_step(World(), StandinCLIP(dropout=0.5).double(), batch, micro_batch_size=4)[1]
     assert all(torch.equal(got[n], again[n]) for n in got)
+
+
+class Agreement:
+    """A loss that needs no other rank."""
+
+    needs_caption_ids = False
+
+    def on_text(self, text):
+        return text
+
+    def __call__(self, features, **_):
+        return {"contrastive_loss": -(features.image * features.text).sum()}
+
+    def metrics(self):
+        return {"in_batch_recall@1": torch.zeros(())}
+
+
+def test_dropout_masks_differ_between_steps_ranks_and_micro_batches():
+    half = draw_batch(8)
+    batch = Batch(*(torch.cat([values, values]) for values in half))
+
+    def features(*, step, rank):
+        model, world = StandinCLIP(dropout=0.5), World(rank=rank)
+        train_step = TrainStep(
+            model, wrapped=model, loss_fn=Agreement(), optimizer=adamw(model), world=world, seed=3, micro_batch_size=8
+        )
+        return train_step(batch, learning_rate=RATE, step=step).image_features
+
+    seen = features(step=0, rank=0)
+    assert torch.equal(seen, features(step=0, rank=0))
+    others = [features(step=1, rank=0), features(step=0, rank=1), seen.roll(8, 0)]
+    assert [torch.isclose(seen, other).all(1).sum().item() for other in others] == [0, 0, 0]
 
 
 def test_a_micro_batch_that_does_not_divide_the_rows_is_refused():
@@ -229,6 +262,24 @@ def test_an_update_that_is_not_finite_leaves_everything_as_it_was():
     assert [r.finite.item() for r in results] == [True, False, True]
 
 
+class Spoiled(ClipLoss):
+    """A loss whose value is lost while its gradient is right."""
+
+    def __call__(self, features, **options):
+        return {name: loss + math.nan for name, loss in super().__call__(features, **options).items()}
+
+
+def test_a_loss_that_is_not_finite_is_a_fault_even_if_its_gradient_is():
+    model = StandinCLIP()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step = TrainStep(
+        model, wrapped=model, loss_fn=Spoiled(world=World()), optimizer=adamw(model), world=World(), seed=3
+    )
+    result = step(draw_batch(16), learning_rate=RATE, step=0)
+    assert result.grad_norm.isfinite() and result.skipped and not result.finite
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def hybrid_on_rank(world):
     model = StandinCLIP(seed=world.rank).double()
     _, seen = recorded_step(
@@ -320,6 +371,33 @@ def test_short_types_train_like_float32(precision, loss_scale):
     results = trained(steps=4, precision=precision, loss_scale=loss_scale)[1]
     assert [r.loss.item() for r in results] == pytest.approx([r.loss.item() for r in want], rel=3e-2)
     assert [r.grad_norm.item() for r in results] == pytest.approx([r.grad_norm.item() for r in want], rel=0.1)
+
+
+def test_clipping_in_float16_goes_by_the_norm_without_the_loss_scale():
+    model = StandinCLIP()
+    optimizer = adamw(model)
+    step = TrainStep(
+        model, wrapped=model, loss_fn=ClipLoss(world=World()), optimizer=optimizer, world=World(), seed=3,
+        precision="fp16", max_grad_norm=0.5,
+    )  # fmt: skip
+    step.loss_scale.value.fill_(128.0)
+    result = step(draw_batch(16), learning_rate=RATE, step=0)
+    assert result.grad_norm > 0.5 and result.grad_norms.norm().item() == pytest.approx(result.grad_norm.item())
+    (beta1, _), moments = optimizer.defaults["betas"], [state["exp_avg"] for state in optimizer.state.values()]
+    clipped = torch.cat([moment.flatten() for moment in moments]).norm() / (1 - beta1)
+    assert clipped.item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_group_trains_at_its_share_of_the_learning_rate():
+    model = StandinCLIP()
+    optimizer = adamw(model)
+    optimizer.param_groups[0]["lr_scale"] = 0.25
+    before = {id(p): p.detach().clone() for p in model.parameters()}
+    step = TrainStep(model, wrapped=model, loss_fn=ClipLoss(world=World()), optimizer=optimizer, world=World(), seed=3)
+    step(draw_batch(16), learning_rate=RATE, step=0)
+    # Adam's first step moves an element by the learning rate, whatever its gradient; decay adds to it a little.
+    moved = [max((p - before[id(p)]).abs().max().item() for p in g["params"]) for g in optimizer.param_groups]
+    assert moved == [pytest.approx(0.25 * RATE, rel=0.2), pytest.approx(RATE, rel=0.2)]
 
 
 def test_overflow_in_float16_skips_but_is_no_fault():

@@ -22,6 +22,8 @@ from clip_train.metrics.sinks import read_metrics
 from clip_train.model.config import ModelConfig
 from clip_train.step import TrainStep
 from clip_train.train import train
+from tests.launched import SECONDS_TO_START
+from tests.runs import SMALL_MODEL
 
 STEPS = 50
 
@@ -72,29 +74,28 @@ def test_the_loss_falls_below_that_of_guessing(undisturbed):
     assert sum(list(values.values())[-5:]) / 5 < 0.9 * values[1]
 
 
-def test_a_run_killed_with_sigkill_ends_in_bit_identical_weights(scenes, undisturbed, tmp_path):
+def test_a_run_killed_with_sigkill_ends_in_bit_identical_weights(scenes, undisturbed, tmp_path, capsys):
     arguments = overrides(scenes, tmp_path, "data.workers=1")
     first = start(arguments)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SECONDS_TO_START
     while len(losses(tmp_path)) < 23 and time.monotonic() < deadline:
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert not (tmp_path / "checkpoints" / f"step-{STEPS:08d}").exists()
-    second = start(arguments)
-    _, said = second.communicate(timeout=90)
-    assert second.returncode == 0, said
-    assert "continuing" in said, said
+    train(load("train", arguments))
+    assert f"continuing {tmp_path}" in capsys.readouterr().err
     assert final_weights(tmp_path) == final_weights(undisturbed)
     assert losses(tmp_path) == losses(undisturbed)
 
 
-def test_two_processes_continue_a_run_of_one_with_the_same_losses(scenes, undisturbed, tmp_path):
-    train(load("train", overrides(scenes, tmp_path, "steps=10", "optim.schedule=constant")))
-    longer = ["optim.schedule=constant", "steps=60"]  # 50 of them on two processes
+def test_two_processes_continue_a_run_of_one_with_the_same_losses(scenes, tmp_path):
+    small = ["optim.schedule=constant", *SMALL_MODEL]
+    train(load("train", overrides(scenes, tmp_path, "steps=10", *small)))
+    longer = [*small, "steps=30"]  # 20 of them on two processes
     two = start(overrides(scenes, tmp_path, *longer), processes=2)
-    _, said = two.communicate(timeout=120)
+    _, said = two.communicate(timeout=SECONDS_TO_START)
     assert two.returncode == 0, said
     alone = tmp_path / "alone"
     train(load("train", overrides(scenes, alone, *longer)))
@@ -189,6 +190,25 @@ def test_a_run_that_breaks_after_every_rewind_ends_with_the_reason(scenes, tmp_p
     with pytest.raises(TrainingFailed, match="rewound 3 times to step 10"):
         train(load("train", overrides(scenes, tmp_path, "steps=25", "on_nonfinite=rewind")))
     assert len(slots) == 13 + 2 * 3
+
+
+@pytest.mark.slow
+def test_a_run_that_went_back_beyond_its_newest_save_saves_again_when_it_is_stopped(scenes, tmp_path, monkeypatch):
+    break_images(monkeypatch, 13)
+    step, newest = TrainStep.__call__, tmp_path / "checkpoints" / "step-00000010"
+    calls = Counter()
+
+    def with_trouble(self, batch, **arguments):
+        calls["step"] += 1
+        if calls["step"] == 14:  # the rewind that follows has to pass over the newest checkpoint
+            (newest / "model.safetensors").write_bytes(b"")
+        if calls["step"] == 14 + 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, **arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", with_trouble)
+    train(load("train", overrides(scenes, tmp_path, "steps=99", "checkpoint.every=5", "on_nonfinite=rewind")))
+    assert (tmp_path / "checkpoints" / "step-00000008" / "MANIFEST.json").exists()
 
 
 def test_nothing_to_rewind_to_is_said(scenes, tmp_path, monkeypatch):

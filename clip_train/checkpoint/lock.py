@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LOCK_NAME = "lock"
+# What exFAT, shared folders of virtual machines and mounted cloud drives answer.
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +64,8 @@ class RunLock:
         """Take the lock; an owner that died on this host is replaced, and `say` gets a line about it.
 
         Raises:
-            UserError: another process trains in this directory, or the directory cannot be written.
+            UserError: another process trains in this directory, or its lock is not one of ours.
+            OSError: the directory cannot be written.
         """
         self.path = run_dir / LOCK_NAME
         self.owner = Owner.this_process()
@@ -101,9 +105,15 @@ class RunLock:
         # A link appears with its contents, flushed, and only one of two hosts gets the name.
         private = self.path.with_name(f".lock-{self.owner.host}-{self.owner.pid}")
         private.unlink(missing_ok=True)
+        content = [json.dumps(asdict(self.owner)).encode()]
         try:
-            write_file(private, chunks=[json.dumps(asdict(self.owner)).encode()])
-            self.path.hardlink_to(private)
+            write_file(private, chunks=content)
+            try:
+                self.path.hardlink_to(private)
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                write_file(self.path, chunks=content)  # here another host may see half of it for a moment
         except FileExistsError:
             holder = self._read()
             raise UserError(f"{self.path.parent} was just taken by {holder}") from None

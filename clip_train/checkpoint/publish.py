@@ -101,6 +101,11 @@ def explain(error: OSError, *, folder: Path, needed: int) -> str:
     return f"No space left: {needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free"
 
 
+def private_name(target: Path, *, kind: str) -> Path:
+    """Return a name beside `target` that no reader looks at and that `clear_leftovers` knows."""
+    return target.parent / f".{kind}-{target.name}-{os.getpid()}"
+
+
 def _make(part: Path) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -128,8 +133,3 @@ def _holds(target: Path, records: dict[str, FileRecord]) -> bool:
         return verify(target).files == records
     except ClipTrainError:
         return False
-
-
-def private_name(target: Path, *, kind: str) -> Path:
-    """Return a name beside `target` that no reader looks at and that `clear_leftovers` knows."""
-    return target.parent / f".{kind}-{target.name}-{os.getpid()}"

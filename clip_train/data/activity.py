@@ -46,6 +46,10 @@ class Activity:
         cells[first + 1], cells[first + 2], cells[first + 3] = source, shard, time.monotonic_ns() // 1_000_000
         cells[first] = doing
 
+    def latest(self) -> float:
+        """Return when a loader process last began something, in seconds of the monotonic clock; 0 before."""
+        return max(self._cells[3::_CELLS]) / 1000
+
     def count_retries(self, number: int, *, worker: int) -> None:
         """Add to the reads that a loader process had to try again."""
         if number:

@@ -54,6 +54,20 @@ class CaptionChooser:
             caption = _json_caption(content, path=field.path, uniform=(uniform - start) / (end - start))
         return caption if self._template == PLACE else self._template.replace(PLACE, caption)
 
+    def all(self, members: Sequence[bytes]) -> list[str]:
+        """Return every caption that a call may draw, without the template.
+
+        Raises:
+            BadSampleError: a field is not there, or one of its texts is unusable.
+        """
+        found: list[str] = []
+        for field, number in zip(self._fields, self._members, strict=True):
+            if field.extension == "txt":
+                found.append(decode_caption(members[number]))
+            else:
+                found += all_captions(members[number], field=field)
+        return found
+
 
 def caption_extensions(fields: Sequence[CaptionField]) -> tuple[str, ...]:
     """Return the members that fields need, in the order in which an index holds them."""

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from clip_train.data.activity import Doing
-from clip_train.data.apart import run_apart
+from clip_train.data.apart import run_apart, run_bounded, run_here
 from clip_train.data.audit import hash_samples
 from clip_train.data.bad import BadSample
 from clip_train.data.images.decode import BadSampleError, open_image
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clip_train.data.activity import Activity
+    from clip_train.data.apart import Run
     from clip_train.data.captions import CaptionChooser
     from clip_train.data.features import FeatureTable
     from clip_train.data.order import SlotOrder
@@ -125,7 +126,7 @@ class RowFiller:
 
     def fill(
         self, rows: Rows, row: int, image: bytes, members: Sequence[bytes], place: Place | None = None, *,
-        apart: bool = False,
+        run: Run = run_here,
     ) -> None:  # fmt: skip
         """Fill a row; the numbers that decide crop and caption are those of its slot.
 
@@ -135,7 +136,7 @@ class RowFiller:
             image: the encoded picture.
             members: those that hold captions.
             place: of the sample; its feature stands there if `features` is set.
-            apart: decode in a process of its own; needs rows in shared memory, so a loader worker.
+            run: how the picture is decoded, see data/apart.py. Apart needs rows in shared memory, so a loader worker.
 
         Raises:
             BadSampleError: the content cannot be used; the row is not valid.
@@ -143,7 +144,7 @@ class RowFiller:
         uniforms = sample_uniforms(self._seed, int(rows.slots[row]))
         caption = self._captions(members, uniform=uniforms[CAPTION_WORD])
         look = partial(self._look, image, uniforms=uniforms, place=place, out=rows.images[row])
-        run_apart(look) if apart else look()  # last of what can fail
+        run(look)  # last of what can fail
         rows.tokens[row], rows.lengths[row], _ = self._tokenizer.encode_padded(caption)
         rows.valid[row] = True
 
@@ -236,14 +237,16 @@ class SampleDataset(Dataset[TaskResult]):
 
     def _filled(self, rows: Rows, task: Task) -> TaskRows:
         bad: list[BadSample] = []
-        apart = task.consumed < self.careful_until
+        run: Run = run_here if get_worker_info() is None else run_bounded
+        if task.consumed < self.careful_until:
+            run = run_apart
         sources, shards, indices = self.order.locate(task.slots)
         for row, slot in enumerate(task.slots.tolist()):
             source, shard, index = int(sources[row]), int(shards[row]), int(indices[row])
             try:
-                self._fill(rows, row, Place(source, shard, index), apart=apart)
+                self._fill(rows, row, Place(source, shard, index), run=run)
             except BadSampleError as error:
-                found = self._fill_with_substitute(rows, row, slot, apart=apart) if self._substitute else None
+                found = self._fill_with_substitute(rows, row, slot, run=run) if self._substitute else None
                 bad.append(self._bad_sample(slot, source, shard, index, error.reason, found.k if found else None))
                 if found is not None:
                     shards[row], indices[row] = found.shard, found.index
@@ -251,12 +254,12 @@ class SampleDataset(Dataset[TaskResult]):
         id_hash = hash_samples(self._sids[sources[valid]], shards[valid], indices[valid])
         return TaskRows(rows.batch, id_hash, bad)
 
-    def _fill(self, rows: Rows, row: int, place: Place, *, apart: bool) -> None:
+    def _fill(self, rows: Rows, row: int, place: Place, *, run: Run) -> None:
         worker = worker_number()
         self._activity.note(Doing.reading, worker=worker, source=place.source, shard=place.shard)
         image, members = self._readers[place.source].read(place.shard, place.sample)
         self._activity.note(Doing.decoding, worker=worker, source=place.source, shard=place.shard)
-        self._filler.fill(rows, row, image, members, place, apart=apart)
+        self._filler.fill(rows, row, image, members, place, run=run)
 
     def use_features(self, table: FeatureTable) -> None:
         """Read features in place of pictures. Before the first task."""
@@ -268,12 +271,12 @@ class SampleDataset(Dataset[TaskResult]):
             slot, self._sources[source].name, self._sources[source].shard_name(shard), index, key, reason, k
         )
 
-    def _fill_with_substitute(self, rows: Rows, row: int, slot: int, *, apart: bool) -> Substitute | None:
+    def _fill_with_substitute(self, rows: Rows, row: int, slot: int, *, run: Run) -> Substitute | None:
         """Fill a row with the first usable substitute, which keeps the numbers of its slot; without one, leave it."""
         source, shards, indices = self.order.substitutes(slot, global_batch_size=self._global_batch_size)
         for k, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True), start=1):
             try:
-                self._fill(rows, row, Place(source, shard, index), apart=apart)
+                self._fill(rows, row, Place(source, shard, index), run=run)
                 return Substitute(k, shard, index)
             except BadSampleError:
                 continue

@@ -85,6 +85,8 @@ class TrainStream(BatchStream):
             raise UserError(
                 f"global_batch_size={global_batch_size} must not exceed the {samples} samples of data.train"
             )
+        if empty := [source.name for source in sources if not source.num_samples]:
+            raise UserError(f"data.train: there is no sample in the shards of {', '.join(empty)}")
         super().__init__(
             num_samples=samples - samples % global_batch_size if drop_last else samples,
             global_batch_size=global_batch_size, max_bad_fraction=max_bad_fraction, workers=workers,
@@ -148,7 +150,7 @@ class TrainStream(BatchStream):
                 self._dataset, sampler=sampler, workers=self._workers, tasks_per_batch=sampler.tasks_per_batch
             )
             try:
-                with WorkerTasks(loader) as tasks:
+                with WorkerTasks(loader, activity=self._activity) as tasks:
                     while True:
                         results = [tasks.next() for _ in range(sampler.tasks_per_batch)]
                         parts = [rows_of(result, consumed=consumed, slabs=slabs) for result in results]

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clip_train.data.images.decode import BadSampleError, open_image
+from clip_train.data.images.decode import open_image
 from clip_train.data.images.folder import pictures_below
 from clip_train.data.images.transforms import preprocess_pixels
 from clip_train.data.index.files import IMAGE_EXTENSIONS
 from clip_train.data.index.tar import Member, read_samples
+from clip_train.data.index.walk import picture_of
 from clip_train.data.shard_file import ShardFile
 from clip_train.data.workers import WORKER_START_METHOD, as_is, start_worker, start_worker_server
 from clip_train.errors import ClipTrainError, IntegrityError, UserError
@@ -65,7 +66,7 @@ class ShardImages:
         for file in files:
             with file.here() as path:
                 for sample in read_samples(path):
-                    extension = next((e for e in IMAGE_EXTENSIONS if e in sample.members), None)
+                    extension = picture_of(sample)
                     if extension is not None:
                         self._samples.append((file, sample.key, sample.members[extension], sample.members))
         if not self._samples:
@@ -256,10 +257,12 @@ class _EvaluationDataset(Dataset[EvaluationBatch | ClipTrainError]):
         return EvaluationBatch(torch.from_numpy(images), torch.from_numpy(indices), torch.from_numpy(valid))
 
     def _pixels(self, index: int) -> np.ndarray:
+        content = self._source.read(index)
         try:
-            picture = open_image(self._source.read(index))
-            return preprocess_pixels(picture, image_size=self._image_size, squash=self._squash)
-        except (BadSampleError, OSError, ValueError, SyntaxError, EOFError) as error:
+            return preprocess_pixels(open_image(content), image_size=self._image_size, squash=self._squash)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise whatever damaged bytes lead them to
             raise IntegrityError(f"{self._source.key(index)} cannot be decoded for evaluation: {error}") from error
 
 

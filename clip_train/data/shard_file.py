@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from clip_train.data.source import find_shards
 from clip_train.errors import ClipTrainError, UserError
-from clip_train.storage.remote import is_remote, size_of
+from clip_train.storage.remote import folder_of, is_remote, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -74,7 +74,7 @@ class ShardFile:
         if self.cache is None:
             return message
         message = message.replace(str(self.path), self.location)
-        return message.replace(str(self.folder), self.location.rpartition("/")[0]) if self.folder else message
+        return message.replace(str(self.folder), folder_of(self.location)) if self.folder else message
 
 
 def find_files(patterns: str | Sequence[str], *, field: str, cache: ShardCache | None) -> list[ShardFile]:

@@ -13,7 +13,7 @@ from clip_train.data.index.walk import index_shards
 from clip_train.data.remote.index import load_remote_index
 from clip_train.distributed.agree import on_main
 from clip_train.errors import UserError
-from clip_train.redact import unsigned
+from clip_train.redact import has_login, unsigned
 from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def expand_shards(patterns: str | Sequence[str], *, field: str = "shards") -> li
     locations = find_shards(patterns, field=field)
     remote = next((location for location in locations if is_remote(location)), None)
     if remote is not None:
-        raise UserError(f"{field}={remote}: shards must be local files here; only data.train reads remote ones")
+        raise UserError(f"{field}={remote}: shards must be local files here")
     return [Path(location) for location in locations]
 
 
@@ -89,14 +89,16 @@ def find_shards(patterns: str | Sequence[str], *, field: str, public_only: bool 
     """
     found: list[str] = []
     missing: list[str] = []
-    for name in _expanded(patterns):
+    for name in _expanded(patterns, field=field):
         if name.startswith(PIPE):
             raise UserError(f"{field}={name}: commands cannot be indexed; data.reader=streaming reads them")
-        matches = (
-            _remote_matches(name, field=field, public_only=public_only) if is_remote(name) else _local_matches(name)
-        )
+        if is_remote(name):
+            matches = _remote_matches(name, field=field, public_only=public_only)
+        else:
+            matches = _local_matches(name, field=field)
         if not matches:
-            missing.append(f"{name}/*.tar" if not is_remote(name) and Path(name).is_dir() else name)
+            is_folder = bool(name) and not is_remote(name) and Path(name).is_dir()
+            missing.append(f"{name}/*.tar" if is_folder else name or "''")
         found += matches
     if missing:
         rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -115,7 +117,7 @@ def find_streams(patterns: str | Sequence[str], *, field: str, allow_pipe: bool)
         UserError: nothing matches, a scheme is not known, or a command is named and not allowed.
     """
     found: list[str] = []
-    for name in _expanded(patterns):
+    for name in _expanded(patterns, field=field):
         if not name.startswith(PIPE):
             found += find_shards(name, field=field)
         elif allow_pipe:
@@ -125,14 +127,17 @@ def find_streams(patterns: str | Sequence[str], *, field: str, allow_pipe: bool)
     return sorted(set(found), key=os.fsencode)
 
 
-def _expanded(patterns: str | Sequence[str]) -> list[str]:
+def _expanded(patterns: str | Sequence[str], *, field: str) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     names: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # An existing path may hold any character; os.path also takes patterns too long to be a path.
         local = pattern if is_remote(pattern) or pattern.startswith(PIPE) else _at_home(pattern)
-        names += [local] if os.path.exists(local) else expand_urls(local)  # noqa: PTH110
+        try:
+            names += [local] if os.path.exists(local) else expand_urls(local)  # noqa: PTH110
+        except ValueError as error:  # of braces that do not match
+            raise UserError(f"{field}={pattern}: {error}") from error
     return names
 
 
@@ -141,19 +146,26 @@ def _at_home(pattern: str) -> str:
     return os.path.expandvars(os.path.expanduser(pattern))  # noqa: PTH111
 
 
-def _local_matches(name: str) -> list[str]:
+def _local_matches(name: str, *, field: str) -> list[str]:
     path = Path(name)
-    if path.is_dir():
-        matches = sorted(path.glob("*.tar"))
-    elif path.exists():
-        matches = [path]
-    else:
-        matches = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    try:
+        if not name:
+            matches = []
+        elif path.is_dir():
+            matches = sorted(path.glob("*.tar"))
+        elif path.exists():
+            matches = [path]
+        else:
+            matches = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{field}={name!r} is neither a path nor a pattern: {error}") from error
     return [os.path.abspath(match) for match in matches]  # noqa: PTH100 - links keep their own names
 
 
 def _remote_matches(name: str, *, field: str, public_only: bool) -> list[str]:
     check_scheme(name, field=field)
+    if has_login(name):
+        raise UserError(f"{field}={unsigned(name)}: put the password into ~/.netrc, where no process list shows it")
     base = name.partition("?")[0]  # of a signed URL
     return [name] if base.endswith(".tar") and "*" not in base else list_shards(name, public_only=public_only)
 

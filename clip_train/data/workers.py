@@ -16,11 +16,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_train.data.apart import CPU_SECONDS
 from clip_train.distributed.stop import STOP_SIGNALS
 from clip_train.errors import TrainingFailed, UserError
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset, Sampler
+
+    from clip_train.data.activity import Activity
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +140,15 @@ class WorkerTasks:
 
     Args:
         loader: from `open_loader`. Its dataset must not raise in a worker.
+        activity: what its workers note: one that goes on, however slowly, does not hang.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader, *, activity: Activity) -> None:
+        self._activity = activity
         others = set(multiprocessing.active_children())
         self._results: Any = iter(loader)
         self._workers = [process for process in multiprocessing.active_children() if process not in others]
-        self._deadline, self._hung = math.inf, False
+        self._asked, self._hung = math.inf, False
         self._closed = threading.Event()
         if self._workers:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -162,11 +167,11 @@ class WorkerTasks:
         """Return the next result.
 
         Raises:
-            WorkerFailed: a worker died, or nothing came for `WORKER_TIMEOUT_SECONDS`.
+            WorkerFailed: a worker died, or none began anything for `WORKER_TIMEOUT_SECONDS`.
         """
-        deadline = time.monotonic() + WORKER_TIMEOUT_SECONDS
+        asked = time.monotonic()
         while True:
-            self._deadline = deadline
+            self._asked = asked
             try:
                 return next(self._results)
             except Exception as error:
@@ -180,17 +185,17 @@ class WorkerTasks:
                     wait([process.sentinel for process in self._workers], timeout=WORKER_POLL_SECONDS)
                 dead = [process for process in self._workers if not process.is_alive()]
                 if dead:
-                    how = ", ".join(f"process {p.pid} ended with {p.exitcode}" for p in dead)
+                    how = ", ".join(f"process {p.pid} ended with {p.exitcode}{_meaning(p.exitcode)}" for p in dead)
                     raise WorkerFailed(f"{how} ({error!r})") from error
                 if not isinstance(error, RuntimeError):
                     raise WorkerFailed(repr(error)) from error
             finally:
-                self._deadline = math.inf
+                self._asked = math.inf
 
     def _watch(self) -> None:
         """Kill workers that do not answer: the trainer may be waiting in a read that only their end ends."""
         while not self._closed.wait(WORKER_POLL_SECONDS):
-            if time.monotonic() >= self._deadline:
+            if time.monotonic() >= max(self._asked, self._activity.latest()) + WORKER_TIMEOUT_SECONDS:
                 self._hung = True
                 for process in self._workers:
                     process.kill()
@@ -200,6 +205,10 @@ class WorkerTasks:
         for process in self._workers:
             process.kill()
             process.join()
+
+
+def _meaning(exit_code: int | None) -> str:
+    return f" (a picture took {CPU_SECONDS} s of processor time)" if exit_code == -signal.SIGPROF else ""
 
 
 class WorkerFailures:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clip_train.distributed.collectives import all_gather, all_reduce, new_group
+from clip_train.distributed.collectives import all_gather, all_reduce, broadcast, new_group
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,6 +93,17 @@ def synchronize_batch_norms(model: nn.Module, *, world: World) -> None:
                 "torch's own BatchNorm2d can"
             )
         setattr(parent, name, SyncBatchNorm2d(child, world=world, group=group))
+
+
+def share_statistics(model: nn.Module, *, states: Iterable[Mapping[str, Tensor]], world: World) -> None:
+    """Give all ranks rank 0's buffers of `model`, in each of `states`, state dicts of it. Called by every rank.
+
+    A rank's running statistics follow its own images unless batch norms are synchronised, and rank 0's are saved: an
+    evaluation of what will be saved needs the same ones on all ranks.
+    """
+    for state in states:
+        for name in [name for name, _ in model.named_buffers() if name in state]:
+            broadcast(state[name], world=world)
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from clip_train.distributed.world import World
 
-
 START_FACTOR = 2.5  # of timeout_seconds until the first step is done
 _CPP_COMPILERS = ("g++", "clang++")
 
@@ -37,8 +36,7 @@ class Backend(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class DistributedConfig:
-    """How the ranks of one run work together. Ranks come from the environment of torchrun, srun or
-    mpirun."""
+    """How the ranks of one run work together. The environment of torchrun, srun or mpirun says which they are."""
 
     strategy: Strategy = Strategy.ddp
     """`ddp`: every rank holds the whole model, gradients are averaged. `fsdp`: every rank holds a part of each
@@ -86,7 +84,11 @@ class DistributedConfig:
         )
 
     def parallelize(self, model: nn.Module, *, world: World, precision: str, compile_blocks: bool) -> nn.Module:
-        """Return what to call in place of `model` to train it on all ranks. Called by every rank."""
+        """Return what to call in place of `model` to train it on all ranks. Called by every rank.
+
+        Raises:
+            UserError: an option does not go with the number of ranks, the device or the model.
+        """
         from clip_train.distributed.parallel import parallelize
 
         if self.shard_ranks is not None and world.size % self.shard_ranks:

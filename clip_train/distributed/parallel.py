@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clip_train.distributed.batch_norm import synchronize_batch_norms
+from clip_train.distributed.batch_norm import batch_norms, synchronize_batch_norms
 from clip_train.distributed.collectives import all_reduce, broadcast
 from clip_train.distributed.shards import is_sharded
 from clip_train.errors import UserError
@@ -67,7 +67,7 @@ def parallelize(
         synchronize_batch_norms(model, world=world)
     if compile_blocks:
         compile_each_block(model)
-    if world.device.type == "cuda" and strategy == "ddp":  # FSDP2 refuses parameters that are not contiguous
+    if strategy == "ddp":  # FSDP2 refuses parameters that are not contiguous
         channels_last_(model)
     if world.size == 1:
         return model
@@ -109,9 +109,9 @@ def compile_each_block(model: nn.Module, *, backend: str = "inductor") -> None:
 
 
 def channels_last_(model: nn.Module) -> None:
-    """Lay out the convolutions of residual towers, which have batch norms, as CUDA multiplies them, in place."""
+    """Lay out convolutions as they are multiplied and their gradients come, in place; a patch embedding stays."""
     for tower in model.children():
-        if any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
+        if sum(isinstance(module, nn.Conv2d) for module in tower.modules()) > 1:
             tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -124,6 +124,12 @@ def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> AbstractContextManage
         sharded.set_requires_gradient_sync(enabled)
         sharded.set_is_last_backward(enabled)
     return nullcontext()
+
+
+def reshard(model: nn.Module) -> None:
+    """Let a rank of `fsdp` hold its part of every parameter again: after encoding it keeps those outside of blocks."""
+    if any(is_sharded(p) for p in model.parameters()):
+        cast("FSDPModule", model).reshard()
 
 
 @torch.no_grad()
@@ -178,6 +184,12 @@ def _shard(
     ignored = {model.get_parameter(name) for name in _scalars(model)}
     # FSDP2 hangs a hook on each tensor that a module returns; on a parameter itself the hooks would pile up.
     model.register_forward_hook(_copy_scalars)
+    # Batch norms stay in float32, as under autocast: their running statistics are. One group: they are small and many.
+    if short and (norms := [norm for norm in batch_norms(model) if norm.affine]):
+        fully_shard(
+            cast("list[nn.Module]", norms), mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=sums),
+            offload_policy=offload,
+        )  # fmt: skip
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=ignored)

@@ -24,7 +24,7 @@ from clip_train.distributed.hosts import hosts_of, own_host
 from clip_train.errors import ClipTrainError, IntegrityError, TrainingFailed, UserError
 
 if TYPE_CHECKING:
-    from clip_train.distributed.launch import Ranks
+    from clip_train.distributed.ranks import Ranks
 
 SECONDS_BETWEEN_SIGNS = 1.0
 SECONDS_OF_SILENCE = 4.0  # after which a rank counts as gone
@@ -87,9 +87,8 @@ class RollCall:
         if self._signs.ident is not None:
             self._signs.join(SECONDS_OF_SILENCE)
         last = _Sign(-1, self.step, left=True, code=code, reason=reason, followed=followed)
-        writing = threading.Thread(
-            target=self._write, args=[last], daemon=True
-        )  # a store that is cut off never answers
+        # In a thread, since a store that is cut off never answers.
+        writing = threading.Thread(target=self._write, args=[last], daemon=True)
         writing.start()
         writing.join(SECONDS_OF_SILENCE)
 

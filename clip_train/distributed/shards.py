@@ -78,8 +78,12 @@ def fill(target: Tensor, value: Sliceable) -> None:
 
 
 def laid_out(value: Sliceable, *, like: Tensor) -> Tensor:
-    """Return `value`, which has all rows, as a tensor that is spread over ranks and devices as `like` is."""
-    own = _own_rows(value, chunk_of(like)).to(like.device)
+    """Return `value`, which has all rows, spread over ranks and devices as `like` is, in the same order in memory.
+
+    Fused optimizers go through a parameter and its state in the order of the memory.
+    """
+    rows = _own_rows(value, chunk_of(like))
+    own = torch.empty_like(own_part(like), dtype=rows.dtype, requires_grad=False).copy_(rows)
     if not is_sharded(like):
         return own
     from torch.distributed.tensor import DTensor

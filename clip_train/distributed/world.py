@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]
 
 from clip_train.distributed.hosts import own_host
-from clip_train.distributed.launch import open_store, ranks_from_environment
+from clip_train.distributed.launch import open_store
+from clip_train.distributed.ranks import ranks_from_environment
 from clip_train.distributed.roll_call import RollCall
 from clip_train.distributed.stalls import Stalls
 from clip_train.errors import UserError
@@ -116,6 +117,11 @@ def stop_world() -> None:
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
+    """Return the device that `device` means for the rank of this number on its machine.
+
+    Raises:
+        UserError: it is none that trains, or not there.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from clip_train.data.config import CacheConfig
+from clip_train.data.remote.config import CacheConfig
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class EvaluationConfig:
     workers: int = 0
     """Processes that decode images for each rank; 0 decodes in the rank's own process."""
     precision: Precision = Precision.auto
-    """Of the towers: `auto` is bf16 on CUDA and fp32 elsewhere. Similarities are always fp32."""
+    """Of the towers: `auto` is bf16 on CUDA and fp32 elsewhere. In a run with `distributed=fsdp` they keep the run's
+    precision. Similarities are always fp32."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Where remote shards of the set lie while they are read, as `data.cache`, which `val` takes."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)

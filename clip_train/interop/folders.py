@@ -32,6 +32,7 @@ WEIGHT_CHOICES = ("auto", "ema", "raw", "best")
 RUN_CONFIG_FILE = "config.yaml"
 EXPORT_FILE = "clip_train.json"
 TRANSFORMERS_CONFIG_FILE = "config.json"
+CONFIG_FILES = (EXPORT_FILE, open_clip.CONFIG_FILE, TRANSFORMERS_CONFIG_FILE, RUN_CONFIG_FILE)
 PREPROCESSOR_FILE = "preprocessor_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TRANSFORMERS_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -64,6 +65,8 @@ def read_folder(folder: Path, *, weights: str) -> Source:
         return _read_transformers(folder)
     if (folder / "checkpoints").is_dir() or (folder / RUN_CONFIG_FILE).is_file() or folder.name.startswith("step-"):
         return _read_run(folder, weights=weights)
+    if folder.name == "checkpoints":
+        raise UserError(f"{folder}: load the run, {folder.parent}, or one of its checkpoints")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
     raise UserError(
         f"{folder}: neither a run or checkpoint nor a folder with {EXPORT_FILE}, {open_clip.CONFIG_FILE} or "

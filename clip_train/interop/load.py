@@ -11,7 +11,7 @@ import torch
 
 from clip_train.errors import UserError
 from clip_train.interop import openai
-from clip_train.interop.folders import WEIGHT_CHOICES, Source, read_folder, read_folder_calibration
+from clip_train.interop.folders import CONFIG_FILES, WEIGHT_CHOICES, Source, read_folder, read_folder_calibration
 from clip_train.interop.hub import locate, recorded_activation
 from clip_train.interop.loaded_model import LoadedModel, Preprocess, empty_model
 from clip_train.interop.weights import assign_weights, first_keys, read_weights, weights_sha256
@@ -140,9 +140,11 @@ def _read_file(path: Path, *, model: str | None) -> Source:
     if openai.take_integers(tensors):
         return Source(openai.infer_config(tensors, name=model or path.stem, origin=str(path)), tensors, path)
     if model is None:
+        way = "pass model=NAME (see available_models()), or make a folder of it: clip-train export FILE --model NAME"
+        if any((path.parent / name).is_file() for name in CONFIG_FILES):
+            way = f"its folder does: load {path.parent}"
         raise UserError(
-            f"{path}: the file does not tell its architecture; pass model=NAME (see available_models()), or its folder "
-            f"if that has a config. Its first keys: {first_keys(tensors)}"
+            f"{path}: the file does not tell its architecture; {way}. Its first keys: {first_keys(tensors)}"
         )
     return Source(model_config(model), tensors, path)
 

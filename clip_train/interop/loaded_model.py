@@ -85,7 +85,7 @@ class LoadedModel(CLIP):
             normalize: False gives what OpenAI CLIP and open_clip return.
         """
         self._check_images(images)
-        if not len(images):
+        if images.shape[0] == 0:
             return self.logit_scale.new_empty(0, self.config.embed_dim, dtype=torch.float32)
         return super().encode_image(images, normalize=normalize)
 
@@ -100,7 +100,7 @@ class LoadedModel(CLIP):
             tokens = self.tokenize(texts).to(self.logit_scale.device)
         if tokens.ndim != 2:
             raise UserError(f"tokens of shape {list(tokens.shape)} are no batch: give [n, L]")
-        if not len(tokens):
+        if tokens.shape[0] == 0:
             return self.logit_scale.new_empty(0, self.config.embed_dim, dtype=torch.float32)
         return super().encode_text(tokens, normalize=normalize)
 

@@ -146,7 +146,7 @@ def _reason(path: Path, error: Exception) -> str:
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page in place of the weights: download the file again"
     if text.startswith("Weights only load failed"):  # and torch advises to run it
-        detail = text.partition("WeightsUnpickler error: ")[2].splitlines() or ["not a file of torch.save"]
+        detail = text.partition("WeightsUnpickler error: ")[2].strip().splitlines() or ["not a file of torch.save"]
         return f"not a readable weight file (damaged, or a pickle of more than tensors: {detail[0].strip()})"
     return f"not a readable weight file ({text.splitlines()[0] if text else type(error).__name__})"
 

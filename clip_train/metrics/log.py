@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from clip_train.metrics.panel import Panel
 from clip_train.metrics.sinks import Sinks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -47,7 +49,6 @@ class Metrics:
         peak_flops: float | None = None,
     ) -> None:  # fmt: skip
         self.world = world
-        self.every = config.every
         self.global_batch_size = global_batch_size
         self.sums: dict[str, Tensor] = {}
         self.num_added = 0
@@ -114,10 +115,14 @@ class Metrics:
         if self.sinks is not None:
             self.sinks.rewind(step)
 
-    def restart_window(self) -> None:
-        """Leave the time since the last log row out of the rates, after an evaluation or a save."""
-        if self.num_added == 0:
-            self.window_start = time.monotonic()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done within, such as an evaluation, out of the rates."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.window_start += time.monotonic() - began
 
     def close(self) -> None:
         """Flush and close every sink."""

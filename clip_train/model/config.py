@@ -12,7 +12,6 @@ from clip_train.errors import UserError
 if TYPE_CHECKING:
     from clip_train.model.clip import CLIP
 
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 

@@ -21,6 +21,7 @@ _BLOCK_LISTS = {
         ("visual.layer1", "visual.layer2", "visual.layer3", "visual.layer4"),
         ("visual.trunk.blocks",),
         ("visual.trunk.stages",),
+        ("visual.trunk.layer1", "visual.trunk.layer2", "visual.trunk.layer3", "visual.trunk.layer4"),
     ),
     TEXT: (("transformer.resblocks",),),
 }

@@ -1,8 +1,8 @@
 """Arithmetic of the towers, counted from the config: what a pair costs, whatever computes it.
 
-Counted is the architecture as published, 2 FLOP per multiply-add: all positions of all blocks and of
-the attention pool. That ours compute only the position that is read is not subtracted, nor is recomputation added.
-A model of timm is counted by torch, once, on the meta device.
+Counted is the architecture as published, 2 FLOP per multiply-add: all positions of all blocks and of the attention
+pool. That ours compute only the position that is read is not subtracted, nor is recomputation added. A model of timm is
+counted by torch, once, on the meta device.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train.model.config import ModelConfig
+from clip_train.model.pixels import pixel_normalisation
 
 EXPANSION = 4
 
@@ -99,10 +100,9 @@ class ModifiedResNet(nn.Module):
                 inputs = planes * EXPANSION
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.attnpool = AttentionPool(vision.image_size // 32, inputs, heads=vision.heads, embed_dim=config.embed_dim)
-        # On the CPU also when the parameters are built on the meta device: these two come from no file.
-        mean, std = torch.tensor(config.mean, device="cpu"), torch.tensor(config.std, device="cpu")
-        self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
-        self.register_buffer("pixel_shift", -mean / std, persistent=False)
+        scale, shift = pixel_normalisation(config)
+        self.register_buffer("pixel_scale", scale, persistent=False)
+        self.register_buffer("pixel_shift", shift, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images: uint8 [B, H, W, 3] raw pixels or float [B, 3, H, W] already normalised, to [B, D]."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clip_train.errors import UserError
 from clip_train.model.config import ModelConfig, TimmPool, TimmProjection
+from clip_train.model.pixels import pixel_normalisation
 
 if TYPE_CHECKING:
     from clip_train.model.config import VisionConfig
@@ -65,9 +66,9 @@ class TimmEncoder(nn.Module):
         has_batch_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.trunk.modules())
         # As for this library's ResNet: recomputing would count a batch twice in the running statistics.
         self.recomputes = config.checkpointing > 0 and not has_batch_norms
-        mean, std = torch.tensor(config.mean, device="cpu"), torch.tensor(config.std, device="cpu")
-        self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
-        self.register_buffer("pixel_shift", -mean / std, persistent=False)
+        scale, shift = pixel_normalisation(config)
+        self.register_buffer("pixel_scale", scale, persistent=False)
+        self.register_buffer("pixel_shift", shift, persistent=False)
         if self.recomputes:
             self._recompute(True)  # now, so that a model that cannot says so at once
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_train.model.config import ModelConfig
+from clip_train.model.pixels import pixel_normalisation
 from clip_train.model.transformer import BlockStyle, Transformer
 
 
@@ -41,11 +42,10 @@ class VisionTransformer(nn.Module):
         )
         self.ln_post = nn.LayerNorm(vision.width)
         self.proj = nn.Parameter(scale * torch.randn(vision.width, config.embed_dim))
-        # On the CPU also when the parameters are built on the meta device: these two come from no file.
-        mean, std = torch.tensor(config.mean, device="cpu"), torch.tensor(config.std, device="cpu")
-        per_patch = vision.patch_size**2  # tiled to whole patches [P * P * 3], to multiply along contiguous memory
-        self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(per_patch), persistent=False)
-        self.register_buffer("pixel_shift", (-mean / std).repeat(per_patch), persistent=False)
+        # Tiled to whole patches [P * P * 3], to multiply along contiguous memory.
+        pixel_scale, pixel_shift = (values.repeat(vision.patch_size**2) for values in pixel_normalisation(config))
+        self.register_buffer("pixel_scale", pixel_scale, persistent=False)
+        self.register_buffer("pixel_shift", pixel_shift, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images: uint8 [B, H, W, 3] raw pixels or float [B, 3, H, W] already normalised, to [B, D]."""

@@ -31,7 +31,7 @@ class OptimConfig:
     warmup: int = 0
     """Steps over which the learning rate rises linearly; 0 for none. Must be below `steps`."""
     schedule: Schedule = Schedule.cosine
-    """After the warm-up: `cosine` falls to 0 at the last step, `constant` stays."""
+    """After the warm-up: `cosine` falls along half a cosine towards 0 at the end of the run, `constant` stays."""
     max_grad_norm: float | None = None
     """Gradients whose norm over all parameters is larger are scaled down to it; null for no clipping."""
     layer_decay: float = 1.0

@@ -8,7 +8,11 @@ from typing import Any
 from torch import nn
 
 # Embeddings are matrices, but their rows are single vectors: decay would only shrink rare tokens and positions.
-_EMBEDDING_NAMES = ("class_embedding", "positional_embedding", "token_embedding", "pos_embed", "cls_token", "reg_token")
+_EMBEDDING_NAMES = (
+    "class_embedding", "positional_embedding", "token_embedding", "pos_embed", "cls_token", "dist_token", "reg_token",
+)  # fmt: skip
+# timm's transformers have tables of biases and temperatures of more than one dimension.
+_NEVER_DECAYED = ("bias", "logit_scale")
 
 
 def param_groups(
@@ -40,4 +44,5 @@ def param_groups(
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Return whether weight decay applies to the parameter of this dotted name."""
-    return parameter.ndim >= 2 and not any(part in _EMBEDDING_NAMES for part in name.split("."))
+    is_matrix = parameter.ndim >= 2 and not any(kind in name for kind in _NEVER_DECAYED)
+    return is_matrix and not any(part in _EMBEDDING_NAMES for part in name.split("."))

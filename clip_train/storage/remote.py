@@ -27,6 +27,8 @@ FIRST_WAIT_SECONDS = 0.5
 _CONNECT_SECONDS, _READ_SECONDS = 30, 60
 _EXTRAS = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs", "gcs": "gcs"}
 _FORBIDDEN = (401, 403)
+_ABSENT = (404, 410)
+_WEB = ("http://", "https://")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _RETRIED_STATUSES = (408, 425, 429)  # the server asks for another attempt
 
@@ -62,7 +64,7 @@ def filesystem(url: str, *, public_only: bool = False) -> tuple[Any, str]:
         raise UserError(f"{url}: with data.public_only=true shards are read from {', '.join(public.SCHEMES)} only")
     options: dict[str, Any] = {}
     try:
-        if scheme in ("http", "https"):
+        if url.startswith(_WEB):
             import aiohttp
 
             # A large shard may take long; a silent connection may not. The default counts both together.
@@ -292,11 +294,13 @@ def _retried(attempt: Callable[[], Any], *, url: str, path: Path | None = None) 
 
 def _classified(error: Exception, *, url: str, path: Path | None) -> Exception:
     """Tell a user's mistake from failing transport."""
+    if isinstance(error, FileNotFoundError) and url.startswith(_WEB) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # fsspec says "not found" of whatever kept it from learning a file's size
     status = getattr(error, "status", None)  # aiohttp's errors have one
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if refusal := public.find_private(error):
         return UserError(f"{url}: {refusal}")
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or status in _ABSENT:
         return UserError(f"{url}: not found")
     if isinstance(error, PermissionError) or status in _FORBIDDEN:
         return UserError(f"{url}: forbidden ({what}); keys come from the environment or a login")
@@ -310,8 +314,19 @@ def _classified(error: Exception, *, url: str, path: Path | None) -> Exception:
     return TransportError(f"{url} at byte {arrived}: {what}")
 
 
+def folder_of(url: str) -> str:
+    """Return the URL of a file's folder, without a slash at its end and without a signature."""
+    return url.partition("?")[0].rpartition("/")[0]
+
+
+def beside(url: str, ending: str) -> str:
+    """Return the URL of the file beside a shard that has its name with another ending, and its signature."""
+    path, mark, query = url.partition("?")
+    return f"{path.removesuffix('.tar')}{ending}{mark}{query}"
+
+
 def common_folder(urls: Sequence[str]) -> str:
     """Return the folder that holds all of the URLs, without a slash at its end."""
-    parts = [url.split("/")[:-1] for url in urls]
+    parts = [folder_of(url).split("/") for url in urls]
     same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
     return "/".join(names[0] for names in same)

@@ -181,6 +181,8 @@ def show(value: float, *, unit: str = "") -> str:
 
 def compact(value: float) -> str:
     """Write a count briefly: 950, 12k, 3.2M."""
+    if abs(value) >= 1e12:
+        return f"{value:.3g}"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"

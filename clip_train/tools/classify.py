@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from clip_train.calibration import RejectScore, hash_prompts
@@ -20,8 +21,6 @@ from clip_train.interop.loaded_model import read_picture
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from PIL import Image
 
     from clip_train.calibration import Temperature
     from clip_train.interop.loaded_model import LoadedModel
@@ -99,17 +98,23 @@ def classify(
         images: files or PIL images. EXIF orientation is applied.
         model: from `clip_train.load`.
         labels: texts; repeated ones count once.
-        templates: `none` takes the labels as whole captions; `single`, `simple`, `imagenet` or a file of templates put
-            them into prompts and average these.
+        templates: `none` takes the labels as whole captions; `single`, `simple`, `imagenet`, a file of templates or a
+            template with `{}` put them into prompts and average these.
         min_similarity: the cosine that the best label must reach, or the answer is unknown; `auto`: the threshold that
             was measured with the model, or a probability of one half of a calibrated SigLIP model, if there is one;
             `off`: there is always an answer.
         top: labels per picture.
 
     Raises:
-        UserError: there is no label, or an argument is out of range.
+        UserError: there is no label, or an argument is out of range or no list.
     """
+    if isinstance(model, str | os.PathLike):
+        raise UserError(f"model={str(model)!r} is a path: give the model that clip_train.load returns")
+    if isinstance(labels, str) or isinstance(images, str | os.PathLike | Image.Image):
+        raise UserError("classify takes several images and labels: put a single one into a list")
     names = list(dict.fromkeys(labels))
+    if any(not isinstance(name, str) for name in names):
+        raise UserError(f"labels must be texts, not {next(n for n in names if not isinstance(n, str))!r}")
     if not names:
         raise UserError("labels is empty: give at least one text")
     if top < 1:

@@ -117,9 +117,16 @@ def find_pictures(places: Iterable[str]) -> Iterator[Path]:
     """Yield files as they are, and the pictures below folders and of patterns in order of their paths.
 
     `-` stands for the lines of standard input. A pattern counts only where there is no file of its name.
+
+    Raises:
+        UserError: a place is no path.
     """
     for place in places:
         path = Path(place)
+        if "\0" in place:
+            raise UserError("standard input is not text: give it the paths of pictures, one per line")
+        if "://" in place:
+            raise UserError(f"{place} is a URL, and pictures are read from files: download it first")
         if place == STDIN:
             yield from find_pictures(line.strip() for line in sys.stdin if line.strip())
         elif path.is_dir():

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_train.data.captions import CaptionChooser
-from clip_train.data.config import CacheConfig, DataConfig
+from clip_train.data.config import DataConfig
 from clip_train.data.images.decode import BadSampleError, open_image, to_rgb
 from clip_train.data.images.transforms import CAPTION_WORD, TrainTransform, sample_uniforms
 from clip_train.data.order import SlotOrder, SourceOrder
 from clip_train.data.reader import ShardReader
+from clip_train.data.remote.config import CacheConfig
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.tokenizer.bpe import ClipTokenizer
-from clip_train.tools.pages import page_templates
+from clip_train.tools.pages import page_templates, write_page
 from clip_train.tools.report_pictures import data_uri
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ def write_contact_sheet(
         UserError: shards are missing, or a number is out of range.
         IntegrityError: a shard or an index is damaged.
     """
-    for name, value in (("num", number), ("image-size", image_size)):
-        if value < 1:
-            raise UserError(f"--{name}={value} must be at least 1")
+    for name, value, least in (("num", number, 1), ("image-size", image_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
     config = DataConfig(
         train=patterns, caption=caption, index_dir=None if index_dir is None else str(index_dir),
         cache=CacheConfig() if cache_dir is None else CacheConfig(dir=str(cache_dir)),
@@ -93,11 +94,7 @@ def write_contact_sheet(
         name=str(patterns), num_samples=source.num_samples, num_shards=len(source.shards), seed=seed,
         image_size=image_size, samples=samples, unusable=sum(sample.problem is not None for sample in samples),
     )  # fmt: skip
-    try:
-        out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    return out
+    return write_page(out, page)
 
 
 def _show(

@@ -69,6 +69,8 @@ def export_command(
     """
     if to not in (ALL, *Part):
         raise UserError(f"--to {to} must be one of {', '.join((ALL, *Part))}")
+    if int8 and to not in (ALL, Part.onnx):
+        raise UserError(f"--int8 is of the ONNX graphs: --to {to} writes none")
     named = None if to == ALL else MAIN_TARGET[Part(to)]
     found = read_source(source, weights=weights, model=model_name)
     out = out or _default_out(source, name=found.config.name)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from clip_train.errors import UserError
 from clip_train.files import replace_file
 
 
@@ -18,6 +19,13 @@ def page_templates() -> Environment:
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Write a page in one step, so that a browser never reads half of it; return its path."""
-    replace_file(path, page)
+    """Write a page in one step, so that a browser never reads half of it; return its path.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        replace_file(path, page)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return path

@@ -108,12 +108,25 @@ def prompts_command(
     labelled = open_labelled_images(str(images), split=split, classnames=classnames, templates=templates)
     if labelled.multilabel:
         raise UserError(f"{images}: pictures with several classes have no accuracy to choose templates by")
+    _make_place(path)
     loaded, _ = clip_train.load(model)
     report = explore(loaded, labelled, candidates=candidates, most=most)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(report.chosen.templates) + "\n", encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    try:
+        path.write_text("\n".join(report.chosen.templates) + "\n", encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return [*report.lines(), f"{path}: use it as evaluation.NAME.templates={path} or with classify --templates"]
+
+
+def _make_place(path: Path) -> None:
+    """Make the folder of a file that is written after a long computation."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
 
 
 def explore(model: LoadedModel, images: LabelledImages, *, candidates: list[str], most: int) -> PromptReport:

@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from clip_train.attempts import read_attempts
-from clip_train.config import parse_yaml
+from clip_train.attempts import attempts_so_far
+from clip_train.config import read_yaml
 from clip_train.errors import UserError
 from clip_train.metrics.panel import duration
 from clip_train.metrics.sinks import read_metrics
@@ -73,8 +73,7 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} has no config.yaml: it is not a run directory")
-    text = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    config = parse_yaml(text, origin=str(run_dir / "config.yaml"))
+    config = read_yaml(run_dir / "config.yaml")
     rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
     evaluations = read_evaluations(run_dir / "evaluation")
     training = [row for row in rows if "train/loss" in row]
@@ -96,7 +95,7 @@ def write_report(run_dir: Path) -> Path:
             if e.samples and len(e.samples.pair_pictures)
         ],
         summary=[(key, value) for key in SUMMARY_KEYS if (value := OmegaConf.select(config, key)) is not None],
-        config_text=text,
+        config_text=(run_dir / "config.yaml").read_text(encoding="utf-8"),
         environment=[*describe_attempts(run_dir), *describe_environment()],
         written=time.strftime("%Y-%m-%d %H:%M"),
         box=(WIDTH, HEIGHT),
@@ -216,7 +215,7 @@ def describe_environment() -> list[tuple[str, str]]:
 
 def describe_attempts(run_dir: Path) -> list[tuple[str, str]]:
     """Return what the run has cost so far, over all its restarts: device-hours and attempts."""
-    attempts = read_attempts(run_dir)
+    attempts = attempts_so_far(run_dir)
     if not attempts:
         return []
     devices = " + ".join(sorted({attempt.device for attempt in attempts}))

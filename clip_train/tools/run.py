@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import clip_train
 from clip_train.checkpoint.retention import list_checkpoints
+from clip_train.config import read_yaml
 from clip_train.errors import UserError
 from clip_train.evaluation.result import read_result
 from clip_train.metrics.sinks import read_metrics
@@ -54,7 +55,7 @@ class Run:
     @property
     def config(self) -> DictConfig:
         """The config of the run, by attribute (`run.config.optim.lr`) or key; read-only."""
-        config = cast("DictConfig", OmegaConf.load(self.path / "config.yaml"))
+        config = cast("DictConfig", read_yaml(self.path / "config.yaml"))
         OmegaConf.set_readonly(config, True)
         return config
 

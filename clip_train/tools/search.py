@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_train.data.images.folder import is_picture
 from clip_train.errors import UserError
 from clip_train.files import hash_file, replace_file
 from clip_train.interop.loaded_model import progress_bar
@@ -117,13 +118,15 @@ def embed_query(query: str, *, model: LoadedModel) -> np.ndarray:
     """Embed a picture if the query is a file, else a text: float32 [D], unit length.
 
     Raises:
-        UserError: the file is no picture, or the text has more tokens than the model's context.
+        UserError: the file is no picture or not there, or the text has more tokens than the model's context.
     """
     if os.path.isfile(query):  # noqa: PTH113 a text may be too long for a path, which pathlib raises for
         ((_, pixels),) = next(pixel_batches([query], model=model))
         if isinstance(pixels, str):
             raise UserError(f"{query}: {pixels}")
         return model.encode_image(pixels[None].to(model.logit_scale.device))[0].cpu().numpy()
+    if is_picture(Path(query)):
+        raise UserError(f"{query}: there is no picture of this name")
     return model.encode(texts=[query], progress=False)[0]
 
 
@@ -187,6 +190,8 @@ def _parquet(rows: Iterable[dict[str, Any]]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
+    # Arrow's text is UTF-8, which file names need not be.
+    shown = [{**row, "image_path": os.fsencode(row["image_path"]).decode("utf-8", "replace")} for row in rows]
     table = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), table)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(shown), table)
     return table.getvalue()

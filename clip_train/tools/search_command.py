@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,11 +99,15 @@ def _write_gallery(
     for match in matches:
         image = to_rgb(open_image((folder / match.image_path).read_bytes()))
         image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
-        shown.append({"picture": data_uri(np.asarray(image)), "path": match.image_path, "cosine": match.cosine})
+        shown.append(
+            {"picture": data_uri(np.asarray(image)), "path": _readable(match.image_path), "cosine": match.cosine}
+        )
     page = page_templates().get_template("search.html.j2").render(
-        query=query, matches=shown, folder=str(folder), num_pictures=len(index.files)
+        query=query, matches=shown, folder=_readable(str(folder)), num_pictures=len(index.files)
     )  # fmt: skip
-    try:
-        return write_page(path, page)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    return write_page(path, page)
+
+
+def _readable(path: str) -> str:
+    """Return a path as text; file names need not be UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clip_train.data.captions import CaptionChooser, caption_extensions
 from clip_train.data.config import DataConfig
+from clip_train.data.files import write_atomically
 from clip_train.data.images.decode import BadSampleError
 from clip_train.data.index.tar import read_samples
 from clip_train.data.source import expand_shards
@@ -68,36 +69,35 @@ def train_tokenizer(
     if not counted.num_captions:
         raise IntegrityError(f"{shards}: no sample has a caption in {caption}")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out))
+    write_atomically(out, tokenizer.to_str(pretty=True).encode())
+    without = f" ({counted.num_without:,} samples have none that can be used)" if counted.num_without else ""
     return (
-        f"{out}: {tokenizer.get_vocab_size():,} ids from {counted.num_captions:,} captions. Train with\n"
+        f"{out}: {tokenizer.get_vocab_size():,} ids from {counted.num_captions:,} captions{without}. Train with\n"
         f"  tokenizer=huggingface tokenizer.path={out} tokenizer.cleaning={cleaning.value} "
         f"'tokenizer.bos=\"{START}\"' 'tokenizer.eos=\"{END}\"'"
     )
 
 
 class _Counted:
-    """The cleaned captions of shards, counted as they pass. Samples without a usable one are passed over."""
+    """The cleaned captions of shards, counted as they pass, as are the samples without a usable one."""
 
     def __init__(self, shards: Sequence[Path], *, caption: str, cleaning: Cleaning) -> None:
         fields = DataConfig(caption=caption).caption_fields()
         self._shards, self._clean = shards, CLEANERS[cleaning.value]
         self._choose, self._extensions = CaptionChooser(fields), caption_extensions(fields)
-        self.num_captions = 0
+        self.num_captions = self.num_without = 0
 
     def __iter__(self) -> Iterator[str]:
         for shard in self._shards:
             with shard.open("rb") as file:
                 for sample in read_samples(shard):
-                    members = [sample.members[name] for name in self._extensions if name in sample.members]
-                    contents = [os.pread(file.fileno(), member.size, member.offset) for member in members]
-                    if len(contents) < len(self._extensions):
-                        continue
                     try:
+                        members = [sample.members[name] for name in self._extensions]
+                        contents = [os.pread(file.fileno(), member.size, member.offset) for member in members]
                         # Of several captions each sample gives another one, in golden steps.
                         caption = self._choose(contents, uniform=self.num_captions * GOLDEN % 1)
-                    except BadSampleError:
+                    except (KeyError, BadSampleError):
+                        self.num_without += 1
                         continue
                     self.num_captions += 1
                     yield self._clean(caption)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import clip_train.data.workers as workers_module
 from clip_train.data.config import DataConfig
 from clip_train.data.images.decode import features
 from clip_train.data.images.transforms import TrainTransform
@@ -151,7 +150,6 @@ class Crashes(ActsOnOne):
 @pytest.mark.parametrize(("transform", "reason"), [(Hangs, "too_slow"), (Crashes, "decoder_crashed")])
 def test_a_picture_that_ends_its_worker_is_tried_apart_and_counted_by_itself(tmp_path, monkeypatch, transform, reason):
     numbered_shards(tmp_path / "shards", [60])
-    monkeypatch.setattr(workers_module, "WORKER_TIMEOUT_SECONDS", 75.0)
     monkeypatch.setattr(DataConfig, "transform", lambda self, *, image_size: transform(image_size=image_size))
     done = train(tmp_path / "shards", tmp_path / "run", "data.workers=1", "steps=5", "data.max_bad_fraction=1")
     done.worked("a loader worker failed", f"1 {reason}", "run/bad")

@@ -5,7 +5,7 @@ import string
 import time
 from collections.abc import Sequence
 
-from clip_train.config import known_keys
+from clip_train.config_keys import known_keys
 from clip_train.schema import TrainConfig
 from tests.catalogue.commands import clip_train
 

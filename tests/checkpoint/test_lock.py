@@ -1,6 +1,7 @@
 """One writer per run directory."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -45,6 +46,19 @@ def test_a_lock_is_given_back(tmp_path):
     save_steps(tmp_path, 1)
     assert not (tmp_path / "lock").exists()
     save_steps(tmp_path, 2)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_disk_without_hard_links_can_be_locked_too(tmp_path, monkeypatch, number):
+    def refuse(*_args, **_options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    lock = RunLock(tmp_path)
+    with pytest.raises(UserError, match="is in use by process"):
+        RunLock(tmp_path)
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def write_owner(run_dir: Path, **changes) -> None:

@@ -171,6 +171,32 @@ def test_step_counters_stay_on_the_host_where_torch_keeps_them():
     }  # fmt: skip
 
 
+def test_a_resumed_convolution_with_channels_last_equals_one_that_was_not_interrupted():
+    def step(model, optimizer, number):
+        pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        model(pixels).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    model, optimizer = make()
+    step(model, optimizer, 0)
+    resumed, its_optimizer = make()
+    parts = [(ModelState(model), ModelState(resumed))]
+    parts += [(OptimizerState(model, optimizer), OptimizerState(resumed, its_optimizer))]
+    for saved, loaded in parts:  # as files hold them: in the order of the indices
+        values = saved.state_dict().items()
+        in_order = {k: v.clone(memory_format=torch.contiguous_format) for k, v in values if torch.is_tensor(v)}
+        loaded.load_state_dict({k: in_order.get(k, v) for k, v in values})
+    for one in ((model, optimizer), (resumed, its_optimizer)):
+        step(*one, 1)
+    assert torch.equal(model.weight, resumed.weight)
+
+
 def test_how_the_optimizer_computes_is_decided_by_the_process_that_resumes():
     model = Model()
     train(model, fused := adamw(model, fused=True), steps=range(2))

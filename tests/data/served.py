@@ -19,6 +19,7 @@ class Served:
         self.pieces: Counter[str] = Counter()
         self.go_on = threading.Event()
         self.faults: dict[str, list] = defaultdict(list)
+        self.heads: dict[str, list[int]] = defaultdict(list)  # statuses of the next questions for a size
         self.requests: Counter[str] = Counter()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(folder))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -53,6 +54,12 @@ class Served:
                 self.end_headers()
                 self.wfile.write(piece)
 
+            def do_HEAD(self) -> None:
+                if served.heads[self.path]:
+                    self.send_error(served.heads[self.path].pop(0))
+                else:
+                    super().do_HEAD()
+
             def do_GET(self) -> None:
                 if served.ranges and "Range" in self.headers:
                     self.send_piece(Path(self.translate_path(self.path)), self.headers["Range"])
@@ -60,14 +67,14 @@ class Served:
                 served.requests[self.path] += 1
                 fault = served.faults[self.path].pop(0) if served.faults[self.path] else None
                 path = Path(self.translate_path(self.path))
+                if isinstance(fault, int):
+                    self.send_error(fault)
+                    return
                 if fault is None or not path.is_file():
                     super().do_GET()
                     return
                 content = path.read_bytes()
                 half = content[: len(content) // 2]
-                if isinstance(fault, int):
-                    self.send_error(fault)
-                    return
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(half if fault == "short" else content)))
                 self.end_headers()

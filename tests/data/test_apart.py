@@ -48,6 +48,20 @@ def test_whatever_happens_apart_is_a_reason(monkeypatch, act, reason):
     assert refused.value.reason == reason
 
 
+@pytest.mark.parametrize(("act", "ended_by"), [(_compute, signal.SIGPROF), (lambda: time.sleep(0.1), 0)])
+def test_what_computes_too_long_ends_its_process_and_nothing_else_does(monkeypatch, act, ended_by):
+    monkeypatch.setattr(apart, "CPU_SECONDS", 0.05)
+    child = os.fork()
+    if child == 0:
+        apart.run_bounded(act)
+        until = time.process_time() + 0.1
+        while time.process_time() < until:
+            pass
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == ended_by
+
+
 def test_what_was_computed_apart_is_in_shared_memory():
     storage = torch.UntypedStorage._new_shared(4)
     row = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()

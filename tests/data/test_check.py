@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from clip_train.cli_shards import shards as command
 from clip_train.data.shards.check import CheckReport, check_source, expected_duplicates
+from clip_train.data.shards.check_text import as_text
 from clip_train.data.shards.index import index_source
 from clip_train.errors import UserError
 from clip_train.tokenizer.bpe import ClipTokenizer
@@ -198,6 +199,8 @@ def test_every_damaged_shard_is_found_and_the_others_are_checked_all_the_same(tm
 def test_a_folder_named_like_a_shard_and_numbers_out_of_range_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="--batch-size=0"):
         _check(tmp_path, batch_size=0)
+    with pytest.raises(UserError, match="--workers=-1"):
+        _check(tmp_path, workers=-1)
     (tmp_path / "x.tar").mkdir()
     with pytest.raises(UserError, match=r"x\.tar"):
         _check(tmp_path)
@@ -292,6 +295,19 @@ def test_numbers_and_notes_of_a_set(tmp_path):
 
 
 @pytest.mark.slow
+def test_samples_without_the_field_that_captions_come_from_count_as_unusable(tmp_path):
+    sample = {"jpg": JPEG, "json": b'{"alt": "x"}'}
+    write_shard(tmp_path / "a.tar", [{"__key__": key, **sample} for key in "01"] + [{"__key__": "2", "jpg": JPEG}])
+    report = _check(tmp_path, caption="json:atl")
+    assert (report.numbers["incomplete"], report.numbers["unusable"], report.would_stop) == (1, 2, True)
+
+
+def test_shards_without_any_sample_would_stop_a_run(tmp_path):
+    write_shard(tmp_path / "a.tar", [{"__key__": "0", "txt": b"x"}])
+    report = _check(tmp_path)
+    assert report.would_stop and "they hold no sample" in as_text(report)
+
+
 def test_several_processes_find_the_same(tmp_path):
     numbered_shards(tmp_path, [3, 4, 2], bad={4})
     alone, together = _check(tmp_path, jobs=1), _check(tmp_path, jobs=2)
@@ -299,14 +315,16 @@ def test_several_processes_find_the_same(tmp_path):
 
 
 def test_captions_may_come_from_json(tmp_path):
-    rows = {"a": {"alt": "words"}, "b": {"alt": 3}, "c": {}}
+    rows = {"a": {"alt": ["words", "more words"]}, "b": {"alt": ["words", 3]}, "c": {}}
     write_shard(
         tmp_path / "a.tar",
         [{"__key__": key, "jpg": JPEG, "json": json.dumps(row).encode()} for key, row in rows.items()],
     )
-    assert {(key, reason) for *_, key, reason in _found(_check(tmp_path, caption="json:alt"))} == {
+    report = _check(tmp_path, caption="json:alt")
+    assert {(key, reason) for *_, key, reason in _found(report)} == {
         ("b", "caption_not_text"), ("c", "caption_missing"),
     }  # fmt: skip
+    assert (report.numbers["tokens"]["least"], report.numbers["tokens"]["most"]) == (3, 4)
     with pytest.raises(UserError, match=r"data\.caption"):
         _check(tmp_path, caption="alt")
 

@@ -77,6 +77,24 @@ def test_the_samples_that_meet_all_conditions_stay_in_order(tmp_path, conditions
     assert (_open(tmp_path / "in").fingerprint, len(_captions(tmp_path / "in"))) == (whole, len(rows))
 
 
+def test_truths_and_keys_are_compared_as_what_they_are(tmp_path):
+    rows = [("1", True), ("01", False), ("1_0", True)]
+    sample = {"png": encoded(picture(0)), "txt": b"x"}
+    rows = [{"__key__": key, "json": json.dumps({"nsfw": nsfw}).encode(), **sample} for key, nsfw in rows]
+    write_shard(tmp_path / "a.tar", rows)
+    expected = {"nsfw!=true": 1, "nsfw=True": 2, "nsfw!=1": 1, "nsfw=0": 1, "key=1": 1, "key!=01": 2}
+    for condition, count in expected.items():
+        assert index_source(str(tmp_path), conditions=[condition]).num_samples == count, condition
+
+
+def test_a_shard_without_the_field_is_left_out_and_counted_beside_others(tmp_path):
+    _scored_shards(tmp_path, [9])
+    numbered_shards(tmp_path, [2])
+    summary = index_source(str(tmp_path), conditions=["similarity>=0.3"])
+    assert summary.num_samples == 4
+    assert summary.left_out["no similarity (in the json members of its shard: none)"] == 2
+
+
 def test_two_filters_that_keep_as_many_samples_have_different_fingerprints(tmp_path):
     _scored_shards(tmp_path, [8])
     prints = set()
@@ -103,7 +121,11 @@ def test_the_training_order_holds_every_survivor_once_an_epoch_and_nothing_else(
         (["similarity"], "must be FIELD OPERATOR VALUE"),
         (["similarity>=high"], "'high' is not a number"),
         (["key in nothing.txt"], r"nothing\.txt cannot be read"),
-        (["simlarity>0.1"], "no sample has the field 'simlarity'; .* caption, original_width, similarity"),
+        (
+            ["simlarity>0.1"],
+            "9 by no simlarity .in the json .*: LANGUAGE, caption, original_width, similarity",
+        ),
+        (["similarity=>0.1"], "must be FIELD OPERATOR VALUE"),
         (["similarity>9"], "the filter leaves no sample of 9: 9 by not similarity>9"),
     ],
 )

@@ -11,7 +11,7 @@ import webdataset
 
 from clip_train.data.index.files import RECORD, load_index
 from clip_train.data.index.jobs import run_jobs
-from clip_train.data.index.walk import index_shards
+from clip_train.data.index.walk import IndexOptions, index_shard, index_shards, publish_index
 from clip_train.data.reader import ShardReader
 from clip_train.data.shards.index import index_source
 from clip_train.data.source import expand_shards, open_source
@@ -151,6 +151,32 @@ def test_missing_shards_are_named_and_the_first_five_only(tmp_path):
         expand_shards(str(tmp_path / "s-{000..009}.tar"), field="data.train")
     with pytest.raises(UserError, match=r"nothing-\*\.tar"):
         expand_shards(str(tmp_path / "nothing-*.tar"))
+
+
+@pytest.mark.parametrize("pattern", ["s-{000..", "a**b.tar", "a\0b.tar", "x" * 5000, ""])
+def test_what_is_no_pattern_is_refused_as_one(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(numbered_shards(tmp_path, [1]))
+    with pytest.raises(UserError, match=r"data\.train="):
+        expand_shards(pattern, field="data.train")
+
+
+def test_two_runs_may_index_the_same_shards_at_once(tmp_path):
+    (shard,) = expand_shards(str(numbered_shards(tmp_path, [3])))
+    options = [IndexOptions(), IndexOptions()]
+    indexed = [index_shard(shard, options=attempt) for attempt in options]
+    for entry, attempt in zip(indexed, options, strict=True):
+        publish_index([entry], options=attempt)
+    assert load_index([shard]) == ([indexed[0].entry], [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "s-000.idx", "s-000.tar"]
+
+
+def test_an_index_that_cannot_be_written_is_a_user_error(tmp_path):
+    numbered_shards(tmp_path / "in", [3])
+    (tmp_path / "in" / "s-000.idx").mkdir()
+    with pytest.raises(UserError, match=r"s-000\.idx cannot be written"):
+        index_source(str(tmp_path / "in"))
+    with pytest.raises(UserError, match=r"cannot be written: Not a directory"):
+        index_source(str(tmp_path / "in"), index_dir=tmp_path / "in" / "s-000.tar")
 
 
 def test_patterns_may_be_folders_globs_braces_lists_and_odd_names(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from clip_train.data.config import DataConfig
 from clip_train.data.images.transforms import random_crop, sample_uniforms
 from clip_train.data.order import SlotOrder, SourceOrder
+from clip_train.data.shards.index import index_source
 from clip_train.data.tasks import TaskSampler
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
@@ -210,6 +211,13 @@ def test_an_uneven_global_batch_names_the_nearest_sizes_that_work(tmp_path):
 
 def test_fewer_samples_than_a_batch_are_refused(tmp_path):
     numbered_shards(tmp_path, COUNTS)
+    write_shard(tmp_path / "empty" / "a.tar", [])
+    numbered_shards(tmp_path / "empty", [1])
+    index_source(str(tmp_path / "empty"))
+    sources = {"a": {"shards": f"{tmp_path}/*.tar"}, "b": {"shards": f"{tmp_path}/empty/a.tar"}}
+    config = DataConfig(train=sources, workers=0)
+    with pytest.raises(UserError, match=r"there is no sample in the shards of b$"):
+        config.build_train(world=World(), seed=7, global_batch_size=4, tokenizer=ByteTokenizer(), image_size=16)
     with pytest.raises(UserError, match=r"global_batch_size=21 .* 20 samples"):
         stream(tmp_path, World(), batch=21)
 

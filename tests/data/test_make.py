@@ -164,6 +164,8 @@ def test_shards_are_never_overwritten_and_a_failed_set_has_no_index(tmp_path):
 def test_a_folder_without_pictures_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="holds no pictures"):
         make_shards(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="local files only"):
+        make_shards(Path("s3://bucket/pictures"), tmp_path / "out")
     with pytest.raises(UserError, match="is not a folder"):
         make_shards(tmp_path / "nothing", tmp_path / "out")
 

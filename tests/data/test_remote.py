@@ -22,19 +22,23 @@ import pytest
 import torch
 
 from clip_train.data import reader
-from clip_train.data.config import CacheConfig, DataConfig
+from clip_train.data.config import DataConfig
 from clip_train.data.index.files import INDEX_NAME
 from clip_train.data.order import SlotOrder, SourceOrder
 from clip_train.data.reader import ShardReader
+from clip_train.data.remote import cache
 from clip_train.data.remote.cache import CacheFull, RemoteShard, ShardCache
+from clip_train.data.remote.config import CacheConfig
 from clip_train.data.remote.schedule import Rows, Schedule
 from clip_train.data.scenes.write import write_scenes
+from clip_train.data.shards.index import index_source
 from clip_train.data.source import find_shards, open_source
 from clip_train.data.workers import start_worker_server
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
 from clip_train.metrics.sinks import read_metrics
 from clip_train.storage import remote
+from clip_train.storage.remote import size_of
 from tests.data.made import ByteTokenizer, numbered_shards, stream, write_shard
 from tests.data.served import Served
 from tests.gloo import run_on_ranks
@@ -96,8 +100,6 @@ def test_braces_folders_and_globs_name_remote_shards_in_order_of_their_names(ser
 
 
 def test_an_index_beside_the_shards_is_used_and_nothing_else_is_fetched_before_it_is_read(served, tmp_path):
-    from clip_train.data.shards.index import index_source
-
     index_source(str(tmp_path / "origin"), crc=True)
     local = open_source(str(tmp_path / "origin"), name="train", world=World(), field="data.train")
     source = opened(tmp_path, f"{served.url}/s-{{000..004}}.tar")
@@ -161,6 +163,33 @@ def test_absent_and_forbidden_shards_are_mistakes_of_the_user_and_are_not_tried_
     served.faults["/s-000.tar"] = [403, 403]
     with pytest.raises(UserError, match=r"/s-000\.tar: forbidden"):
         opened(tmp_path, f"{served.url}/s-000.tar")
+
+
+def test_a_size_that_cannot_be_asked_for_is_asked_again_and_never_called_not_found(served, tmp_path):
+    url = f"{served.url}/s-000.tar"
+    served.heads["/s-000.tar"] = [500, 503, 429]
+    served.faults["/s-000.tar"] = [500, 503, 429]
+    assert size_of(url) == (tmp_path / "origin" / "s-000.tar").stat().st_size
+    served.heads["/s-000.tar"], served.faults["/s-000.tar"] = [500] * 6, [500] * 6
+    with pytest.raises(IntegrityError, match=r"s-000\.tar at byte 0: ClientResponseError: 500.*\(6 attempts\)"):
+        size_of(url)
+    served.heads["/s-000.tar"], served.faults["/s-000.tar"] = [403], [403]
+    with pytest.raises(UserError, match=r"s-000\.tar: forbidden"):
+        size_of(url)
+    with pytest.raises(IntegrityError, match=r"ClientConnectorError.*\(6 attempts\)"):
+        size_of("http://127.0.0.1:1/s-000.tar")
+    with pytest.raises(UserError, match="put the password into"):
+        opened(tmp_path, url.replace("127", "me:secret@127"))
+
+
+def test_signed_shards_meet_their_statistics(served, tmp_path):
+    (tmp_path / "origin" / "s-000_stats.json").write_text('{"successes": 5}')
+    signed = f"{served.url}/s-000.tar?sig=a%2Fb"
+    assert index_source(signed, index_dir=tmp_path / "index", cache_dir=tmp_path / "cache").num_samples == 5
+    assert opened(tmp_path, signed, counts_from_stats=True).counts == [5]
+    (tmp_path / "origin" / "s-000_stats.json").write_text('{"successes": 6}')
+    with pytest.raises(IntegrityError, match=r"s-000_stats\.json counts 6"):
+        index_source(signed, index_dir=tmp_path / "other", cache_dir=tmp_path / "cache")
 
 
 def test_a_shard_that_changed_after_it_was_counted_is_an_integrity_error(served, tmp_path):
@@ -253,6 +282,12 @@ def _hold_all(folder: str, max_bytes: int, shards: list[RemoteShard], gate) -> N
 
 
 @pytest.mark.slow
+def test_a_disk_without_room_for_a_shard_is_said_and_not_waited_for(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_FREE_BYTES", 1 << 60)
+    with pytest.raises(UserError, match=r"cache has room for 0 bytes, and http://\S+/s-000\.tar takes 1"):
+        opened(tmp_path, f"{served.url}/s-000.tar")
+
+
 def test_several_processes_download_a_shard_once(served, tmp_path):
     source = opened(tmp_path, f"{served.url}/s-{{000..004}}.tar")
     shutil.rmtree(tmp_path / "cache")

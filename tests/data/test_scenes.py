@@ -26,6 +26,8 @@ from clip_train.data.scenes.vocabulary import (
     TEXTURES,
 )  # fmt: skip
 from clip_train.data.scenes.write import write_scenes
+from clip_train.data.source import open_source
+from clip_train.distributed.world import World
 from clip_train.errors import UserError
 
 HELD_OUT_NAMES = {combination.class_name for combination in HELD_OUT}
@@ -184,6 +186,20 @@ def test_written_scenes_are_shards_and_do_not_depend_on_the_number_of_workers(tm
     assert (tmp_path / "1/train" / INDEX_NAME).is_file()
     captions = [pair["txt"] for pair in read_tar(tmp_path / "1/val/000000.tar").values()]
     assert len(captions) == len(set(captions)) == 40
+
+
+def test_drawing_that_was_interrupted_begins_anew_and_what_is_there_is_never_mixed_with_it(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("clip_train.data.scenes.write.write_classes", interrupted)
+        write_scenes(tmp_path, num_train=3, num_val=1, seed=0, image_size=32)
+    write_scenes(tmp_path, num_train=2, num_val=1, seed=0, image_size=32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classes", "train", "val"]
+    assert open_source(str(tmp_path / "train"), name="train", world=World(), field="data.train").num_samples == 2
+    with pytest.raises(UserError, match="train is not empty: remove it or choose another folder"):
+        write_scenes(tmp_path, num_train=1, num_val=1, seed=0, image_size=32)
 
 
 def test_classes_follow_the_layout_of_clip_benchmark(tmp_path):

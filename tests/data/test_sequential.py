@@ -75,6 +75,12 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
         list(evaluation_batches(FolderImages(tmp_path), world=World(), image_size=16, batch_size=4))
 
 
+def test_a_picture_that_resizing_would_blow_up_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("L", (1, 300_000))))
+    with pytest.raises(IntegrityError, match=r"a\.png cannot be decoded for evaluation: too_many_pixels"):
+        list(evaluation_batches(FolderImages(tmp_path), world=World(), image_size=224, batch_size=1))
+
+
 def test_nothing_to_evaluate_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds no pictures"):
         FolderImages(tmp_path)

@@ -89,6 +89,8 @@ def test_a_command_that_fails_and_a_stream_that_breaks_off_stop_the_run_with_the
     whole = (tmp_path / "s-000.tar").read_bytes()
     with pytest.raises(IntegrityError, match=r"^pipe:cat \S+s-000\.tar; exit 7: the command ended with 7$"):
         take(streaming(f"pipe:cat {tmp_path}/s-000.tar; exit 7", allow_pipe=True), 9)
+    with pytest.raises(IntegrityError, match=r"the command ended with 127$"):
+        take(streaming("pipe:2>/dev/null no-such-command", allow_pipe=True), 1)
     (tmp_path / "s-000.tar").write_bytes(whole[:20_000])
     with pytest.raises(IntegrityError, match=r"s-000\.tar cannot be read as a stream of tar members: ReadError"):
         take(streaming(str(tmp_path)), 9)

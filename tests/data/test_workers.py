@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import clip_train.data.workers as workers_module
 from clip_train.data.config import DataConfig
+from clip_train.data.images.transforms import TrainTransform
 from clip_train.distributed.world import World
 from clip_train.errors import TrainingFailed
 from tests.data.made import ByteTokenizer, numbered_shards, stream
@@ -103,6 +105,24 @@ def test_a_worker_that_hangs_is_killed_and_replaced(shards, expected, monkeypatc
     stopped = _disturbed(stream(shards, World(), workers=2), lambda pids: os.kill(pids[1], signal.SIGSTOP), at=(2,))
     _assert_equal(stopped, expected)
     assert not multiprocessing.active_children()
+
+
+class Slow(TrainTransform):
+    """Takes seconds for every picture, none of them of the processor."""
+
+    def __call__(self, content, *, uniforms, out):
+        time.sleep(3)
+        super().__call__(content, uniforms=uniforms, out=out)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_slow_and_goes_on_is_left_alone(shards, expected, monkeypatch, caplog):
+    monkeypatch.setattr(workers_module, "WORKER_TIMEOUT_SECONDS", 15.0)  # a batch of 8 takes 24
+    monkeypatch.setattr(DataConfig, "transform", lambda self, *, image_size: Slow(image_size=image_size))
+    training_stream = stream(shards, World(), workers=1)
+    _assert_equal([next(training_stream.batches(0))], expected[:1])
+    training_stream.close()
+    assert "is replaced" not in caplog.text
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -75,6 +76,25 @@ def test_gradients_and_statistics_over_two_ranks_equal_those_of_torchs_norms_on_
             assert abs(got[name] - gradient).max() <= 1e-9 * max(1e-3, abs(gradient).max()), name
         for name, value in statistics(model).items():
             assert abs(counted[name] - value).max() < 1e-10, name
+
+
+def losses_on_rank(world, strategy):
+    model = small_resnet().float()
+    wrapped = parallelize(model, world=world, strategy=strategy, precision="bf16")
+    step, batch = step_of(model, wrapped, world, precision="bf16"), draw_batch(8)
+    own = Batch(*(t[4 * world.rank : 4 * world.rank + 4] for t in batch))
+    losses = [step(own, learning_rate=1e-3, step=i).loss.item() for i in range(3)]
+    return losses, statistics(model)
+
+
+@pytest.mark.slow
+def test_sharded_norms_compute_in_float32_under_bf16_as_replicated_ones_do():
+    for (sharded, counted), (replicated, wanted) in zip(
+        run_on_ranks(losses_on_rank, "fsdp"), run_on_ranks(losses_on_rank, "ddp"), strict=True
+    ):
+        assert np.allclose(sharded, replicated, atol=0.02)
+        for name, value in wanted.items():
+            assert np.allclose(counted[name], value, rtol=0.02, atol=0.02), name
 
 
 def test_gradient_caching_counts_each_micro_batch_once():

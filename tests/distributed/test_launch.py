@@ -9,7 +9,7 @@ import pytest
 from clip_train.attempts import Attempt
 from clip_train.distributed.collectives import all_reduce
 from clip_train.distributed.config import DistributedConfig
-from clip_train.distributed.launch import Ranks, ranks_from_environment
+from clip_train.distributed.ranks import Ranks, ranks_from_environment
 from clip_train.distributed.world import start_world, stop_world
 from clip_train.errors import IntegrityError, TrainingFailed, UserError
 from clip_train.exit_record import read_exit

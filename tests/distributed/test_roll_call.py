@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 
 from clip_train.distributed import roll_call
 from clip_train.distributed.hosts import own_host
-from clip_train.distributed.launch import Ranks
+from clip_train.distributed.ranks import Ranks
 from clip_train.distributed.roll_call import RollCall
 from clip_train.errors import TrainingFailed, UserError
 

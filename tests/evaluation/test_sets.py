@@ -58,8 +58,8 @@ def write_folders(root, names):
         (root / name / "x.png").write_bytes(png(i))
 
 
-def open_folders(root, *, classnames="auto", templates="auto"):
-    return open_labelled_images(str(root), split="test", classnames=classnames, templates=templates)
+def open_folders(root, *, classnames="auto", templates="auto", split="test"):
+    return open_labelled_images(str(root), split=split, classnames=classnames, templates=templates)
 
 
 def test_clip_benchmarks_layout_is_classified_as_by_hand(tmp_path):

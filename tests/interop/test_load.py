@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -321,6 +322,17 @@ def test_random_weights_are_never_loaded(name, message, monkeypatch):
     monkeypatch.delenv("CLIP_TRAIN_WEIGHTS", raising=False)
     with pytest.raises(UserError, match=message):
         clip_train.load(name)
+
+
+def test_a_weight_file_beside_its_config_names_the_folder(tmp_path):
+    folder = files.write_open_clip_folder(files.small_model(), tmp_path / "small")
+    with pytest.raises(UserError, match=rf"its folder does: load {folder}\. Its first keys"):
+        clip_train.load(folder / "open_clip_model.safetensors")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"load the run, .*run, or one of its checkpoints"):
+        clip_train.load(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match=r"or make a folder of it: clip-train export FILE --model NAME"):
+        clip_train.load(shutil.copy(folder / "open_clip_model.safetensors", tmp_path))
 
 
 def test_a_misspelt_path_names_its_neighbours(tmp_path):

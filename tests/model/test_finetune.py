@@ -61,6 +61,12 @@ def test_locked_parts_stay_in_evaluation_mode_so_that_batch_statistics_do_not_mo
     assert moved and all(name.startswith("visual.layer4.") for name in moved)
 
 
+def test_the_blocks_of_timms_resnets_are_known():
+    made = prepared(vision={"timm": "test_resnet", "unlocked_blocks": 1})
+    tower = {".".join(n.split(".")[1:3]) for n in trained(made) if n.startswith("visual.")}
+    assert tower == {"trunk.layer4", "head.proj"}
+
+
 def test_patches_are_not_dropped_in_a_locked_tower():
     made = prepared(vision={"unlocked_blocks": 0}, patch_dropout=0.5).train()
     images, _ = inputs()

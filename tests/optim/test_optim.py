@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from clip_train.errors import UserError
 from clip_train.optim.config import AdamWConfig, Schedule
 from clip_train.optim.ema import Ema
-from clip_train.optim.param_groups import param_groups
+from clip_train.optim.param_groups import decays, param_groups
 from clip_train.optim.schedule import learning_rate
 from tests.standin import StandinCLIP
 
@@ -56,6 +56,15 @@ def test_only_weight_matrices_decay():
     }
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["trunk.layers.0.attn.relative_position_bias_table", "trunk.blocks.0.attn.logit_scale", "trunk.dist_token"],
+)
+def test_tables_of_biases_and_temperatures_of_timm_do_not_decay(name):
+    assert not decays(f"visual.{name}", torch.nn.Parameter(torch.zeros(4, 1, 3)))
+    assert decays("visual.trunk.layers.0.attn.qkv.weight", torch.nn.Parameter(torch.zeros(4, 3)))
+
+
 def test_a_layers_share_of_the_learning_rate_is_the_decay_once_for_each_layer_above_it():
     model = StandinCLIP()
     above = {"conv1.weight": 3, "visual.resblocks.0.fc.weight": 2, "visual.resblocks.1.fc.weight": 1}
@@ -69,8 +78,9 @@ def test_a_layers_share_of_the_learning_rate_is_the_decay_once_for_each_layer_ab
     assert {g["weight_decay"] for g in optimizer.param_groups if g["lr_scale"] < 1} == {0.2}
 
 
-def test_averages_equal_those_of_torch():
-    model = StandinCLIP()
+@pytest.mark.parametrize("build", [StandinCLIP, lambda: torch.nn.BatchNorm1d(3)])
+def test_averages_equal_those_of_torch(build):
+    model = build()
     ema = Ema(model, decay=0.9)
     theirs = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     theirs.update_parameters(model)
@@ -78,6 +88,8 @@ def test_averages_equal_those_of_torch():
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+            for buffer in model.buffers():
+                buffer.add_(seed + 1)
         ema.update()
         theirs.update_parameters(model)
     want = theirs.module.state_dict()

@@ -17,6 +17,7 @@ CONFIG = """\
 name: {name}
 seed: 0
 global_batch_size: 256
+run_dir: runs/demo
 steps: 2000
 precision: fp32
 data:

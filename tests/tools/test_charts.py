@@ -56,4 +56,4 @@ def test_long_runs_are_thinned_to_means():
 def test_numbers_read_as_people_write_them():
     assert [show(v) for v in (1.4321, 0.0005, 2250.4, 0, 34.25)] == ["1.43", "5e-4", "2250", "0", "34.2"]
     assert show(0.1234, unit="%") == "12.3 %"
-    assert [compact(v) for v in (950, 12_000, 3_200_000, 2e9)] == ["950", "12k", "3.2M", "2B"]
+    assert [compact(v) for v in (950, 12_000, 3_200_000, 2e9, 5e30)] == ["950", "12k", "3.2M", "2B", "5e+30"]

@@ -75,6 +75,28 @@ def test_templates_are_averaged_as_unit_vectors(pictures, tmp_path):
     assert result.scores[0].cosine == pytest.approx(float(vector @ image / np.linalg.norm(vector)), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": "red"}, "put a single one into a list"),
+        ({"images": "red.png"}, "put a single one into a list"),
+        ({"images": Image.new("RGB", (9, 9))}, "put a single one into a list"),
+        ({"labels": ["red", 2]}, "labels must be texts, not 2"),
+        ({"model": "runs/demo"}, "'runs/demo' is a path: give the model"),
+    ],
+)
+def test_what_is_no_list_is_not_taken_apart(given, message):
+    with pytest.raises(UserError, match=message):
+        classify(**{"images": [], "labels": ["red"], "model": ColourModel(), **given})
+
+
+def test_many_labels_are_embedded_in_batches_as_they_are_one_by_one(pictures, monkeypatch):
+    labels = [f"{'red ' * i}green {'blue ' * (600 - i)}" for i in range(600)]
+    (result,) = run([pictures / "red.png"], labels, top=600)
+    cosines, _ = by_hand("red", labels)
+    assert [s.cosine for s in result.scores] == pytest.approx(sorted(cosines, reverse=True), abs=1e-5)
+
+
 def test_a_model_with_a_bias_judges_each_label_by_itself(pictures):
     model = ColourModel()
     model.logit_bias = torch.tensor(-5.0)

@@ -106,6 +106,37 @@ def test_folders_patterns_and_standard_input_name_pictures(pictures, monkeypatch
     assert list(find_pictures(["-"])) == [every[4], every[2]]
 
 
+def test_links_to_folders_are_followed_and_what_is_hidden_is_left_out(pictures, tmp_path):
+    links = tmp_path / "links"
+    (links / "__MACOSX").mkdir(parents=True)
+    (links / ".thumbnails").mkdir()
+    for name in ("._red.png", ".thumbnails/red.png", "__MACOSX/red.png", "red.png"):
+        (links / name).write_bytes(b"")
+    (links / "folder.png").mkdir()
+    (links / "same").symlink_to(pictures / "deep", target_is_directory=True)
+    (links / "loop").symlink_to(links, target_is_directory=True)
+    (pictures / "deep").mkdir()
+    (pictures / "deep" / "blue.png").write_bytes(b"")
+    assert list(find_pictures([str(links)])) == [links / "red.png", links / "same" / "blue.png"]
+
+
+@pytest.mark.parametrize(("given", "message"), [("https://x.org/a.png", "is a URL"), ("\x89PNG\0", "is not text")])
+def test_what_is_no_path_is_one_line(given, message, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(given))
+    with pytest.raises(UserError, match=message):
+        list(find_pictures(["-"]))
+
+
+def test_labels_as_editors_save_them_and_one_too_long(pictures, model, tmp_path, capsys):
+    file = tmp_path / "labels.txt"
+    file.write_bytes(b"\xef\xbb\xbfred\r\n\r\n  green\t\r\nred\r\n")
+    assert run([pictures / "red.png"], labels=None, labels_file=file, templates="{} or {c}") == 0
+    assert [label["label"] for label in rows(capsys)["red.png"]["labels"]] == ["red", "green"]
+    file.write_bytes("rouge foncé".encode("latin-1"))
+    with pytest.raises(UserError, match=r"labels.txt is not UTF-8 text \(byte 10\)"):
+        run([pictures / "red.png"], labels=None, labels_file=file)
+
+
 def test_without_a_model_the_newest_run_is_taken_and_named(pictures, model, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no run below runs"):

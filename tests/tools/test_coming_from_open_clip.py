@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_train.config import known_keys, load
+from clip_train.config import load
+from clip_train.config_keys import known_keys
 from clip_train.schema import CHOICES, ROOTS
 from clip_train.tools import coming_from_open_clip
 from clip_train.tools.coming_from_open_clip import parse, to_markdown, to_overrides, translate

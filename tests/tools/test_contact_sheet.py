@@ -80,5 +80,7 @@ def test_a_page_without_samples_or_pixels_is_refused(tmp_path):
     _shards(tmp_path / "in")
     with pytest.raises(UserError, match="--num=0"):
         write_contact_sheet(str(tmp_path / "in"), tmp_path / "out.html", number=0)
+    with pytest.raises(UserError, match="--seed=-1"):
+        write_contact_sheet(str(tmp_path / "in"), tmp_path / "out.html", seed=-1)
     with pytest.raises(UserError, match="cannot be written"):
         write_contact_sheet(str(tmp_path / "in"), tmp_path / "no" / "out.html", number=1)

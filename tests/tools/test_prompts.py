@@ -65,3 +65,7 @@ def test_a_model_that_is_no_run_needs_a_place_for_the_file(pictures):
         prompts_command("ViT-B/32", pictures, **CHOICES)
     with pytest.raises(UserError, match="--most=0"):
         prompts_command("x", pictures, **{**CHOICES, "most": 0, "out": pictures / "x.txt"})
+    with pytest.raises(UserError, match="is a folder: name a file in it"):  # before anything is computed
+        prompts_command("x", pictures, **{**CHOICES, "out": pictures})
+    with pytest.raises(UserError, match=r"x\.txt cannot be written: File exists"):
+        prompts_command("x", pictures, **{**CHOICES, "out": pictures / "cat" / "0.png" / "x.txt"})

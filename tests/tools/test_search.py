@@ -113,8 +113,18 @@ def test_an_unreadable_picture_is_named_the_others_are_found_and_the_exit_code_i
     output = capsys.readouterr()
     assert "bad.png: unknown format" in output.err
     assert "6 pictures, 6 of them embedded now" in output.out
-    page = (folder.parent / "page.html").read_text()
+    page = (folder.parent / "page.html").read_text(encoding="utf-8")
     assert page.count("data:image/") == 6 and "http" not in page
+
+
+def test_a_file_name_that_is_no_utf_8_is_indexed(folder, model):
+    pq = pytest.importorskip("pyarrow.parquet")
+    name = os.fsdecode(b"caf\xe9.png")
+    (folder / "0.png").rename(folder / name)
+    index = update_index(folder, model=model)
+    assert name in [file.image_path for file in index.files]
+    assert "caf\ufffd.png" in pq.read_table(index.place / PARQUET_FILE)["image_path"].to_pylist()
+    assert update_index(folder, model=model).num_embedded == 0
 
 
 def test_what_cannot_be_searched_is_one_line(folder, source, tmp_path):
@@ -124,7 +134,8 @@ def test_what_cannot_be_searched_is_one_line(folder, source, tmp_path):
         ("a cat", tmp_path / "empty", "no pictures that can be read"),
         ("a cat", tmp_path / "nowhere", "is no folder"),
         (str(tmp_path / "file"), folder, "unknown format"),
-        ("a cat " * 5000, folder, "tokens"),
+        ("a cat " * 5000, folder, "has 10002 tokens"),
+        (str(folder / "0.pgn.png"), folder, "there is no picture"),
     ):
         with pytest.raises(UserError, match=words):
             search_command(query, where, model=str(source))

@@ -23,8 +23,13 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether a name is that of nothing of the user's: `._a.jpg`, `.git`, `__MACOSX` of macOS."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder in no order, also those of linked folders. What begins with a dot is hidden.
+    """Yield the files below a folder in no order, also those of linked folders, without what is hidden.
 
     Raises:
         UserError: a folder cannot be read.
@@ -35,7 +40,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 def _find(folder: Path, *, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
     try:
         status = folder.stat()
-        entries = [(entry.name, entry.is_dir()) for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        entries = [(entry.name, entry.is_dir()) for entry in os.scandir(folder) if not is_hidden(entry.name)]
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
     identity = status.st_dev, status.st_ino

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip_train.data.images.decode import SCALE_FACTORS, decode_image, open_plain_jpeg, to_rgb
+from clip_train.data.images.decode import SCALE_FACTORS, check_pixels, decode_image, open_plain_jpeg, to_rgb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -185,6 +185,9 @@ def preprocess_pixels(image: Image.Image, *, image_size: int, squash: bool = Fal
 
     Returns:
         uint8 [S, S, 3], transparency over white.
+
+    Raises:
+        BadSampleError: the resized picture has more than 64 million pixels, as of one that is 1 x 2,000.
     """
     image = to_rgb(image)
     width, height = image.size
@@ -196,6 +199,7 @@ def preprocess_pixels(image: Image.Image, *, image_size: int, squash: bool = Fal
             width, height = image_size, int(image_size * height / width)
         else:
             width, height = int(image_size * width / height), image_size
+        check_pixels(width, height)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clip_train.data.files import write_atomically
 from clip_train.errors import IntegrityError, UserError
 
 if TYPE_CHECKING:
@@ -163,36 +164,6 @@ def fingerprint(named_shards: Iterable[tuple[str, ShardEntry]], *, captions: tup
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, also after a crash.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        write_synced(part, content)
-        part.replace(path)
-    except OSError as error:
-        raise UserError(_cannot_write(path, error)) from error
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk, making its folder if needed.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(_cannot_write(path, error)) from error
-
-
 def write_listing(
     folder: Path, entries: Sequence[ShardEntry], *, captions: tuple[str, ...], index_dir: Path | None
 ) -> None:
@@ -230,7 +201,7 @@ def read_listing(
     advice = f"remove it, then {_how_to_index(folder)}"
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -294,10 +265,3 @@ def _refuse_unfiltered(shards: Sequence[Path], *, captions: tuple[str, ...], ind
                     f"{folder} is filtered for captions from {'+'.join(other)}, but not yet indexed for captions from "
                     f"{'+'.join(captions)}: {_how_to_index(folder)} with --captions {'+'.join(captions)} and the filter"
                 )
-
-
-def _cannot_write(path: Path, error: OSError) -> str:
-    return (
-        f"{path} cannot be written ({error.strerror or error}): for folders that are read-only, keep the index "
-        "elsewhere with --index-dir and data.index_dir"
-    )

@@ -22,6 +22,7 @@ _MAX_EXTENDED_HEADER = 1 << 20
 _MAX_PADDING = 1 << 20  # writers fill up a record, mostly of 10 KiB; a preallocated file ends in what was not written
 _CHUNK = 4096  # bytes that are read at a time: what stands between two pictures, mostly
 _ZERO_BLOCK = bytes(BLOCK)
+_SORTED = " (`tar --sort=name` puts them so)"
 _CHECKSUM_BLANKS = 8 * 0x20
 _ADLER_MODULUS = 65521
 _REGULAR = frozenset((b"0", b"\0", b"7"))
@@ -82,7 +83,11 @@ def read_samples(path: Path, *, on_cut: Callable[[str], None] | None = None) -> 
                 finished.add(current.key)
                 yield current
             if key in finished:
-                raise _damaged(path, member.offset, f"the members of sample {key!r} are not next to each other")
+                raise _damaged(
+                    path,
+                    member.offset,
+                    f"the members of sample {key!r} are not next to each other{_SORTED}",
+                )
             current = TarSample(key, {})
         if extension in current.members:
             raise _damaged(path, member.offset, f"sample {key!r} has two members .{extension}")
@@ -254,7 +259,7 @@ def _pax(path: Path, offset: int, payload: bytes, name: str | None) -> tuple[str
 
 def _guess(header: bytes, position: int) -> str:
     if position == 0 and header.startswith(b"\x1f\x8b"):
-        return ": this is a gzip file; shards are plain tar files"
+        return ": this is a gzip file; shards are plain tar files (data.reader=streaming reads packed ones)"
     if position == 0 and header.lstrip()[:1] == b"<":
         return ": this looks like an HTML or XML page, not a tar"
     return ""

@@ -7,12 +7,15 @@ import json
 import os
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+from uuid import uuid4
 
 import numpy as np
 
+from clip_train.data.files import part_of, publish, write_part
 from clip_train.data.index.files import (
     CAPTION_CHOICES,
     DEFAULT_CAPTIONS,
@@ -23,7 +26,6 @@ from clip_train.data.index.files import (
     read_listing,
     record_layout,
     write_listing,
-    write_synced,
 )
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.tar import BLOCK, TarSample, read_samples
@@ -57,6 +59,8 @@ class IndexOptions:
     """Take the samples before the cut of a shard that is cut off."""
     index_dir: Path | None = None
     """Folder for the index where that of the shards cannot be written; None puts it beside them."""
+    attempt: str = field(default_factory=lambda: uuid4().hex)
+    """Names the records under way: two runs may begin to index the same shards."""
 
     def __post_init__(self) -> None:
         if self.captions not in CAPTION_CHOICES:
@@ -65,7 +69,7 @@ class IndexOptions:
 
 
 class IndexedShard(NamedTuple):
-    """What an index pass found in one shard. Its records wait as `.idx.part` for the other shards'."""
+    """What an index pass found in one shard. Its records wait as `.part` for the other shards'."""
 
     entry: ShardEntry
     incomplete: Counter[str]  # samples without picture or caption, by what they consist of
@@ -129,11 +133,13 @@ def index_shards(
         return publish_index(indexed, options=options)
     finally:
         for shard in shards:
-            idx_part(idx_path(shard, captions=captions, index_dir=index_dir)).unlink(missing_ok=True)
+            records = idx_path(shard, captions=captions, index_dir=index_dir)
+            with suppress(OSError):
+                part_of(records, attempt=options.attempt).unlink()
 
 
 def index_shard(path: Path, *, options: IndexOptions, earlier: ShardEntry | None = None) -> IndexedShard:
-    """Walk one shard and write its records to `.idx.part`, for `publish_index`.
+    """Walk one shard and write its records beside their place, for `publish_index`.
 
     Args:
         path: the tar.
@@ -164,7 +170,8 @@ def index_shard(path: Path, *, options: IndexOptions, earlier: ShardEntry | None
     records = records[kept]
     _fill_crcs(path, records, crc=options.crc, earlier=earlier)
     content = records.tobytes()
-    write_synced(idx_part(idx_path(path, captions=options.captions, index_dir=options.index_dir)), content)
+    place = idx_path(path, captions=options.captions, index_dir=options.index_dir)
+    write_part(place, content, attempt=options.attempt)
     entry = ShardEntry(
         path=path,
         n=len(records),
@@ -204,7 +211,7 @@ def publish_index(indexed: Sequence[IndexedShard], *, options: IndexOptions) -> 
         )
     by_folder: dict[Path, list[ShardEntry]] = {}
     for entry in entries:
-        idx_part(entry.idx_path).replace(entry.idx_path)
+        publish(part_of(entry.idx_path, attempt=options.attempt), entry.idx_path)
         by_folder.setdefault(entry.path.parent, []).append(entry)
     for folder, listed in by_folder.items():
         write_listing(folder, listed, captions=options.captions, index_dir=options.index_dir)
@@ -300,8 +307,3 @@ def _read_crcs(path: Path, records: np.ndarray, *, rows: np.ndarray) -> None:
                 file.seek(int(records[f"{part}_block"][row]) * BLOCK)
                 records[f"{part}_crc32"][row] = zlib.crc32(file.read(int(records[f"{part}_length"][row])))
     records["flags"][rows] |= HAS_CRC
-
-
-def idx_part(idx: Path) -> Path:
-    """Return where records wait to be published as `idx`."""
-    return idx.with_name(f"{idx.name}.part")

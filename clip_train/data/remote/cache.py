@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
-from clip_train.data.index.files import ShardEntry, idx_path, write_atomically
-from clip_train.data.index.walk import IndexOptions, idx_part, index_shard
+from clip_train.data.files import part_of, publish, write_atomically
+from clip_train.data.index.files import ShardEntry, idx_path
+from clip_train.data.index.walk import IndexOptions, index_shard
+from clip_train.data.remote.plan import UNPLANNED, Plan, published_needs, stem_of
 from clip_train.errors import IntegrityError, UserError
-from clip_train.redact import unsigned
 from clip_train.storage.remote import download, is_remote, read_file, size_of
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 _FREE_BYTES = 1 << 28  # left to others on the disk
 _POLL_SECONDS = 0.1
 URGENT = -1  # nearer than any plan
-UNPLANNED = 1 << 62
 
 
 class CacheFull(Exception):
@@ -105,7 +103,7 @@ class ShardCache:
 
     def path(self, url: str) -> Path:
         """Return where a shard is when it is here."""
-        return self.folder / f"{_stem(url)}.tar"
+        return self.folder / f"{stem_of(url)}.tar"
 
     @contextmanager
     def hold(self, shard: RemoteShard, *, distance: int = URGENT, wait: bool = True) -> Iterator[None]:
@@ -122,7 +120,7 @@ class ShardCache:
             CacheFull: there is no room and `wait` is false.
         """
         self._make_folders()
-        with self._lock(_stem(shard.url)):
+        with self._lock(stem_of(shard.url)):
             if not shard.path.exists():
                 with self._part(shard.url, room=shard.room, distance=distance, wait=wait) as part:
                     self._download(shard.url, part, size=shard.bytes, sha256=shard.sha256)
@@ -146,9 +144,9 @@ class ShardCache:
         """
         self._make_folders()
         path = self.path(url)
-        with self._lock(_stem(url)):
+        with self._lock(stem_of(url)):
             if size is not None and path.exists() and path.stat().st_size != size:
-                for stale in self.folder.glob(f"{_stem(url)}.*"):
+                for stale in self.folder.glob(f"{stem_of(url)}.*"):
                     stale.unlink(missing_ok=True)
             if not path.exists():
                 with self._part(url, room=size or 0, distance=URGENT, wait=True) as part:
@@ -165,7 +163,7 @@ class ShardCache:
         """
         self._make_folders()
         path = self.path(url)
-        with self._lock(_stem(url)):
+        with self._lock(stem_of(url)):
             if not path.exists():
                 size = size_of(url, public_only=self.public_only)
                 with self._part(url, room=size or 0, distance=URGENT, wait=True) as part:
@@ -211,10 +209,10 @@ class ShardCache:
     def _walk(self, tar: Path, *, url: str, captions: tuple[str, ...]) -> tuple[ShardEntry, Counter[str]]:
         """Walk a shard, complete or under its temporary name, and put its records where they belong."""
         try:
-            indexed = index_shard(tar, options=IndexOptions(captions=captions))
+            indexed = index_shard(tar, options=(options := IndexOptions(captions=captions)))
         except IntegrityError as error:
             raise IntegrityError(str(error).replace(str(tar), url)) from error
-        idx_part(indexed.entry.idx_path).replace(idx_path(self.path(url), captions=captions))
+        publish(part_of(indexed.entry.idx_path, attempt=options.attempt), idx_path(self.path(url), captions=captions))
         return indexed.entry, indexed.incomplete
 
     @contextmanager
@@ -229,6 +227,11 @@ class ShardCache:
         while not self._reserve(part, room=room, distance=distance):
             if not wait:
                 raise CacheFull
+            if room > (limit := self._limit()):  # others have filled the disk: eviction would not help
+                raise UserError(
+                    f"data.cache.dir={self.folder} has room for {max(0, limit):,} bytes, and {url} takes {room:,}: "
+                    "free some, or choose a folder on another disk"
+                )
             time.sleep(_POLL_SECONDS)
         try:
             yield part
@@ -247,7 +250,7 @@ class ShardCache:
 
     def _evict(self, missing: int, *, contents: Mapping[str, int], distance: int) -> int:
         """Remove shards that are needed later than `distance` until `missing` bytes are free; return those freed."""
-        needs = _published(self.folder / "plans")
+        needs = published_needs(self.folder / "plans")
         freed = 0
         for stem in sorted(contents, key=lambda stem: (-needs.get(stem, UNPLANNED), stem)):
             if freed >= missing or needs.get(stem, UNPLANNED) <= distance:
@@ -308,52 +311,5 @@ class ShardCache:
                 yield True
 
 
-class Plan:
-    """What one run needs of a cache and how soon, for every process that makes room. It counts while its owner lives.
-
-    Args:
-        folder: where plans are published.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / f"{uuid4().hex}.json"
-        self._path.write_text("{}", encoding="utf-8")
-        self._lock = self._path.with_suffix(".lock").open("a")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-
-    def publish(self, distances: Mapping[str, int]) -> None:
-        """Replace the plan: for each URL the samples until it is needed."""
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps({_stem(url): distance for url, distance in distances.items()}), encoding="utf-8")
-        part.replace(self._path)
-
-    def close(self) -> None:
-        """Withdraw the plan."""
-        self._path.unlink(missing_ok=True)
-        Path(self._lock.name).unlink(missing_ok=True)
-        self._lock.close()
-
-
-def _published(folder: Path) -> dict[str, int]:
-    """Return the nearest need of each planned shard; remove the plans of runs that are gone."""
-    needs: dict[str, int] = {}
-    for lock in folder.glob("*.lock"):
-        plan = lock.with_suffix(".json")
-        with suppress(FileNotFoundError), lock.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                for stem, distance in json.loads(plan.read_text(encoding="utf-8")).items():
-                    needs[stem] = min(distance, needs.get(stem, UNPLANNED))
-            else:
-                plan.unlink(missing_ok=True)
-                lock.unlink(missing_ok=True)
-    return needs
-
-
 def _part_path(path: Path, *, room: int) -> Path:
     return path.with_suffix(f".{room}.part")
-
-
-def _stem(url: str) -> str:
-    return hashlib.sha256(unsigned(url).encode()).hexdigest()

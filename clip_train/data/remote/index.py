@@ -19,18 +19,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_train.data.index.files import (
-    INDEX_FORMAT,
-    INDEX_VERSION,
-    idx_path,
-    listing_path,
-    parse_listing,
-    write_atomically,
-)
+from clip_train.data.files import write_atomically
+from clip_train.data.index.files import INDEX_FORMAT, INDEX_VERSION, idx_path, listing_path, parse_listing
 from clip_train.data.remote.cache import RemoteShard, ShardCache
 from clip_train.errors import IntegrityError, UserError
 from clip_train.redact import unsigned
-from clip_train.storage.remote import read_file, size_of
+from clip_train.storage.remote import beside, folder_of, read_file, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,7 +55,7 @@ def load_remote_index(
     """
     found: dict[str, RemoteShard] = {}
     signed = {unsigned(url): url for url in urls}  # a signature expires, and what was found of the shard stays true
-    for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls):
+    for folder in dict.fromkeys(map(folder_of, urls)):
         found |= _listed(folder, signed=signed, cache=cache, captions=captions, index_dir=index_dir)
     missing = [url for url in urls if url not in found]
     if missing and counts_from_stats:
@@ -118,7 +112,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def _from_stats(url: str, *, cache: ShardCache, captions: tuple[str, ...]) -> RemoteShard:
-    origin = f"{url.removesuffix('.tar')}_stats.json"
+    origin = beside(url, "_stats.json")
     content = read_file(origin, public_only=cache.public_only)
     size = size_of(url, public_only=cache.public_only)
     if content is None or size is None:
@@ -160,7 +154,8 @@ def _index(urls: Sequence[str], *, cache: ShardCache, captions: tuple[str, ...],
 def _keep(found: dict[str, RemoteShard], *, cache: ShardCache, captions: tuple[str, ...]) -> None:
     by_folder: dict[str, dict[str, dict[str, Any]]] = {}
     for shard in found.values():
-        folder, _, name = unsigned(shard.url).rpartition("/")
+        folder = folder_of(shard.url)
+        name = unsigned(shard.url).removeprefix(f"{folder}/")
         row = {"name": name, "n": shard.n, "bytes": shard.bytes, "idx_sha256": shard.idx_sha256, "sha256": shard.sha256}
         by_folder.setdefault(folder, {})[name] = row
     for folder, rows in by_folder.items():

@@ -15,12 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from clip_train.data.index.files import idx_path, listing_path, read_listing, write_atomically
+from clip_train.data.files import write_atomically
+from clip_train.data.index.files import idx_path, listing_path, read_listing
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.walk import index_shard, publish_index
 from clip_train.data.remote.index import DOWNLOADS, mirror_folder
 from clip_train.errors import UserError
-from clip_train.storage.remote import read_file, upload
+from clip_train.storage.remote import beside, folder_of, read_file, upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,8 +46,8 @@ def mirrored(
         UserError: a place is forbidden.
         IntegrityError: it cannot be reached.
     """
-    moved = [replace(file, folder=mirror_folder(file.location.rpartition("/")[0], root=root)) for file in files]
-    folders = {file.folder: file.location.rpartition("/")[0] for file in moved if file.folder is not None}
+    moved = [replace(file, folder=mirror_folder(folder_of(file.location), root=root)) for file in files]
+    folders = {file.folder: folder_of(file.location) for file in moved if file.folder is not None}
     copies: dict[Path, str] = {}
     for folder, url in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,11 +55,10 @@ def mirrored(
         if not own_index:
             _copy(f"{url}/{listing.name}", listing)
     for file in moved:
-        base = file.location.removesuffix(".tar")
-        copies[file.path.with_name(f"{file.path.stem}_stats.json")] = f"{base}_stats.json"
+        copies[file.path.with_name(f"{file.path.stem}_stats.json")] = beside(file.location, "_stats.json")
         records = idx_path(file.path, captions=captions)
         if not own_index and listing_path(records.parent, captions=captions).exists():
-            copies[records] = base + records.name.removeprefix(file.path.stem)
+            copies[records] = beside(file.location, records.name.removeprefix(file.path.stem))
     with ThreadPoolExecutor(2 * DOWNLOADS) as pool:
         list(pool.map(lambda copy: _copy(copy[1], copy[0]), copies.items()))
     return moved
@@ -79,7 +79,7 @@ def index_remote(
         UserError: as for local shards, or the place may not be written.
         IntegrityError: as for local shards, or something does not arrive.
     """
-    urls = list(dict.fromkeys(file.location.rpartition("/")[0] for file in files))
+    urls = list(dict.fromkeys(folder_of(file.location) for file in files))
     if index_dir is None and (web := next((url for url in urls if url.startswith(("http://", "https://"))), None)):
         raise UserError(
             f"{web} cannot be written: keep the index elsewhere with --index-dir and data.index_dir, or index the "

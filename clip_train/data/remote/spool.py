@@ -20,6 +20,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import TYPE_CHECKING, Any
 
 from clip_train.data.remote.cache import CacheFull, RemoteShard, ShardCache
+from clip_train.data.remote.index import DOWNLOADS
 from clip_train.data.remote.schedule import Rows, Schedule, ShardId
 from clip_train.data.workers import start_worker
 from clip_train.distributed.collectives import gather_objects
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from clip_train.data.source import Source
     from clip_train.distributed.world import World
 
-DOWNLOADS = 8  # at a time
 _PLANNING_SECONDS = 0.2  # between two looks at what is to be downloaded
 _POLL_SECONDS = 0.1
 _SECONDS_BETWEEN_PLANS = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from clip_train.errors import UserError
 T = TypeVar("T")
 
 PICTURES_PER_CLASS = 40
+_FOLDERS = ("train", "val", "classes")
 _CHUNK = 64  # pictures that a process draws before it hands them over
 
 
@@ -42,7 +44,7 @@ def write_scenes(
     The files depend on `seed`, `image_size` and the numbers only, not on `workers`.
 
     Args:
-        out: new folder.
+        out: folder that gets them once all are drawn.
         num_train: training pairs.
         num_val: pairs of held-out combinations, no two with the same caption.
         seed: of all pictures and captions.
@@ -50,22 +52,30 @@ def write_scenes(
         workers: processes that draw.
 
     Raises:
-        UserError: a number is out of range, or there are too few different scenes for `num_val`.
+        UserError: a number is out of range, there are too few different scenes for `num_val`, or `out` has some.
     """
     for name, value, least in (("num_train", num_train, 1), ("num_val", num_val, 1), ("image_size", image_size, 32)):
         if value < least:
             raise UserError(f"{name}={value} must be at least {least}")
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
+    for name in _FOLDERS:
+        if (out / name).is_dir() and any((out / name).iterdir()):
+            raise UserError(f"{out / name} is not empty: remove it or choose another folder than {out}")
+    part = out / ".part"  # what an interrupted call left there is drawn anew
+    shutil.rmtree(part, ignore_errors=True)
     draw = partial(_draw_in_order, seed=seed, image_size=image_size, workers=workers)
-    with ShardSetWriter(out / "train") as shards:
+    with ShardSetWriter(part / "train") as shards:
         for index, pair in enumerate(draw(training_pair, num_train)):
             shards.write(f"{index:08d}", {"png": pair.png, "txt": pair.caption})
-    with ShardSetWriter(out / "val") as shards:
+    with ShardSetWriter(part / "val") as shards:
         for index, pair in enumerate(_distinct(draw(held_out_pair, 4 * num_val), num_val)):
             shards.write(f"{index:08d}", {"png": pair.png, "txt": pair.caption})
     num_labelled = PICTURES_PER_CLASS * len(HELD_OUT)
-    write_classes(out / "classes", draw(labelled_scene, num_labelled))
+    write_classes(part / "classes", draw(labelled_scene, num_labelled))
+    for name in _FOLDERS:
+        (part / name).replace(out / name)
+    part.rmdir()
     return WrittenScenes(num_train, num_val, num_labelled)
 
 

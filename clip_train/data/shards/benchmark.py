@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from clip_train.data.files import write_atomically
 from clip_train.data.images.decode import BadSampleError, open_image, to_rgb
-from clip_train.data.index.files import write_atomically
+from clip_train.data.images.folder import is_hidden
 from clip_train.data.shards.writer import ShardWriter
 from clip_train.errors import IntegrityError, UserError
 
@@ -26,6 +27,7 @@ TEMPLATES = "zeroshot_classification_templates.txt"
 SAMPLES_PER_SHARD = 10_000
 _TYPE = "dataset_type.txt"
 _COUNT = "nshards.txt"
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 # clip-benchmark's reader decodes no other formats.
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -52,6 +54,13 @@ class LabelledPicture(NamedTuple):
 def has_layout(root: Path, *, split: str) -> bool:
     """Return whether the folder holds the split of a set in this layout."""
     return (root / split / _COUNT).is_file()
+
+
+def splits_of(root: Path) -> list[str]:
+    """Return the splits of a set, in this layout or as folders that are all named as splits are; none if neither."""
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
+    ours = [name for name in folders if has_layout(root, split=name)]
+    return ours or (folders if set(folders) <= _SPLITS else [])
 
 
 def kind_of(root: Path) -> Kind:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clip_train.data.captions import CaptionChooser, caption_extensions
-from clip_train.data.config import DataConfig, cache_in
+from clip_train.data.config import DataConfig
 from clip_train.data.images.decode import BadSampleError
 from clip_train.data.index.files import ShardEntry, read_listing
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.tar import read_samples
+from clip_train.data.remote.config import cache_in
 from clip_train.data.remote.mirror import mirrored
 from clip_train.data.shard_file import find_files
 from clip_train.data.shards.inspect import (
@@ -54,8 +55,9 @@ class CheckReport:
 
     @property
     def would_stop(self) -> bool:
-        """Whether a run on these shards would stop: there is damage, or too many samples cannot be used."""
-        return bool(self.numbers["damage"]) or self.numbers["unusable_share"] > MAX_BAD_FRACTION
+        """Whether a run on these shards would stop: there is damage, no sample, or too many cannot be used."""
+        numbers = self.numbers
+        return bool(numbers["damage"]) or not numbers["samples"] or numbers["unusable_share"] > MAX_BAD_FRACTION
 
 
 def check_source(
@@ -78,9 +80,10 @@ def check_source(
     Raises:
         UserError: shards are missing or cannot be opened, or a number is out of range.
     """
-    for name, value in (("batch-size", batch_size), ("world", world), ("jobs", jobs)):
-        if value < 1:
-            raise UserError(f"--{name}={value} must be at least 1")
+    limits = (("batch-size", batch_size, 1), ("world", world, 1), ("jobs", jobs, 1), ("workers", workers, 0))
+    for name, value, least in limits:
+        if value < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
     fields = DataConfig(caption=caption).caption_fields()
     captions = caption_extensions(fields)
     shards = find_files(patterns, field="shards", cache=cache_in(cache_dir))
@@ -93,11 +96,11 @@ def check_source(
         entries, defects = _entries(shards, captions=captions, index_dir=index_dir)
         found = list(run_jobs(inspection, [(shard, entries.get(shard.path)) for shard in shards], jobs=jobs))
         defects += [defect for shard in found for defect in shard.defects]
-        numbers = _count(found, defects=defects, context_length=tokenizer.context_length)
-        numbers["duplicates"] = _duplicates(found, batch_size=batch_size, inspection=inspection)
+        counted = _count(found, defects=defects, context_length=tokenizer.context_length)
+        counted["duplicates"] = _duplicates(found, batch_size=batch_size, inspection=inspection)
     return CheckReport(
-        numbers=numbers,
-        warnings=_warnings(numbers, found=found, batch_size=batch_size, world=world, workers=workers),
+        numbers=counted,
+        warnings=_warnings(counted, found=found, batch_size=batch_size, world=world, workers=workers),
         defects=defects,
     )
 
@@ -143,10 +146,10 @@ def _entries(
 
 def _count(found: Sequence[ShardFindings], *, defects: Sequence[Defect], context_length: int) -> dict[str, Any]:
     by_severity = Counter(defect.severity for defect in defects)
-    incomplete = sum(defect.reason in ("image_missing", "caption_missing") for defect in defects)
+    incomplete = sum(shard.incomplete for shard in found)
     pairs = sum(shard.pairs for shard in found)
     bad = {(d.shard, d.key) for d in defects if d.severity == Severity.unusable}
-    unusable = len(bad) - incomplete  # incomplete samples have no place in the order
+    unusable = len(bad) - incomplete
     tokens = np.concatenate([shard.tokens for shard in found])
     sizes = np.concatenate([shard.sizes for shard in found])
     return {
@@ -202,7 +205,7 @@ def _find_caption(shard: ShardFile, wanted: int, *, inspection: Inspection) -> s
         for sample in read_samples(path):
             if sample.members.keys() >= set(inspection.captions):
                 with suppress(BadSampleError):
-                    caption = inspection.caption(file, sample)
+                    caption = inspection.captions_of(file, sample)[0]
                     if caption_hash(caption) == wanted:
                         return caption
     raise IntegrityError(f"{shard.location} changed while it was checked")

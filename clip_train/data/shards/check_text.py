@@ -88,6 +88,8 @@ def _verdict(report: CheckReport) -> str:
     numbers = report.numbers
     if numbers["damage"]:
         return f"\na run on these shards would stop: {numbers['damage']:,} places are damaged"
+    if not numbers["samples"]:
+        return "\na run on these shards would stop: they hold no sample"
     if report.would_stop:
         return f"\na run on these shards would stop: {numbers['unusable_share']:.1%} of the samples cannot be used"
     return "\nthese shards can be trained on"

@@ -20,10 +20,11 @@ from clip_train.errors import IntegrityError, UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_CONDITION = re.compile(r"\s*(?P<field>[^\s<>=!]+)\s*(?P<operator>>=|<=|!=|=|>|<|\bin\b)\s*(?P<value>\S.*?)\s*")
+_CONDITION = re.compile(r"\s*(?P<field>[^\s<>=!]+)\s*(?P<operator>>=|<=|!=|=|>|<|\bin\b)\s*(?P<value>[^\s<>=].*?)\s*")
 _ORDERINGS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
+_TRUTHS = {"true": True, "false": False, "1": True, "0": False}
 _MEASURES = ("width", "height")  # of the picture, from its header; all other fields but `key` are the json member's
 _NAME_BYTES = 100  # of a member's name in its header, which is what a ledger holds
 
@@ -47,7 +48,12 @@ class Condition:
         number, bound = _number(value), _number(self.value)
         if self.operator in _ORDERINGS:
             return number is not None and bound is not None and _ORDERINGS[self.operator](number, bound)
-        equal = str(value) == self.value if number is None or bound is None else number == bound
+        if isinstance(value, bool):
+            equal = value is _TRUTHS.get(self.value.lower())
+        elif number is None or bound is None or self.field == "key":  # a key 0001 is not 1
+            equal = str(value) == self.value
+        else:
+            equal = number == bound
         return equal == (self.operator == "=")
 
 
@@ -75,27 +81,20 @@ class MetadataRule:
     conditions: tuple[Condition, ...]
 
     def __call__(self, shard: Path, pairs: Sequence[TarSample]) -> list[str | None]:
-        """Return for each pair the first condition that it does not meet.
-
-        Raises:
-            UserError: no sample of the shard has a field that a condition names.
-        """
+        """Return for each pair the first condition that it does not meet."""
         fields = {condition.field for condition in self.conditions}
         with shard.open("rb") as file:
             found = [_values(file, pair, fields) for pair in pairs]
-        for name in sorted(fields):
-            if pairs and not any(name in values for values in found):
-                known = sorted({field for values in found for field in values} - {"key"})
-                raise UserError(
-                    f"{shard}: no sample has the field {name!r}; there are key, width, height"
-                    + (f" and, in the json members, {', '.join(known)}" if known else " and no json members")
-                )
-        return [self._reason(values) for values in found]
+        present = {field for values in found for field in values}
+        return [self._reason(values, present=present) for values in found]
 
-    def _reason(self, values: dict[str, Any]) -> str | None:
+    def _reason(self, values: dict[str, Any], *, present: set[str]) -> str | None:
+        """Return why a pair is left out; if none of its shard has a field, also which ones there are."""
         for condition in self.conditions:
             if values.get(condition.field) is None:
-                return f"no {condition.field}"
+                others = ", ".join(sorted(present - {"key", *_MEASURES})) or "none"
+                hint = "" if condition.field in present else f" (in the json members of its shard: {others})"
+                return f"no {condition.field}{hint}"
             if not condition.holds(values[condition.field]):
                 return f"not {condition}"
         return None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clip_train.data.config import cache_in
 from clip_train.data.index.files import DEFAULT_CAPTIONS
 from clip_train.data.index.walk import IndexOptions, IndexSummary, index_shards
+from clip_train.data.remote.config import cache_in
 from clip_train.data.remote.mirror import index_remote
 from clip_train.data.shard_file import find_files
 from clip_train.data.shards.filters import AllRules, MetadataRule, QuarantineRule, parse_condition, read_quarantine

@@ -64,13 +64,14 @@ class ShardFindings:
     shard: ShardFile
     pairs: int = 0  # samples with picture and caption that the index keeps
     left_out: int = 0  # pairs that the index leaves out
+    incomplete: int = 0  # samples without the members of a pair, which have no place in the order
     indexed: bool = False
     with_crc: int = 0  # samples whose checksums were compared
     defects: list[Defect] = field(default_factory=list)
     extensions: Counter[str] = field(default_factory=Counter)  # members
     modes: Counter[str] = field(default_factory=Counter)  # usable pictures, such as "JPEG RGB"
-    captions: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # [n] hash of each usable caption
-    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # [n] length of each usable caption
+    captions: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # [n] hash of each sample's first one
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # lengths of all usable captions
     sizes: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [m, 2] width, height
 
     def add(self, severity: Severity, key: str | None, reason: str, detail: str = "") -> None:
@@ -93,7 +94,7 @@ class Inspection:
     """How samples are looked at.
 
     Args:
-        chooser: finds the caption of a sample; of several it takes the first.
+        chooser: finds the captions of a sample.
         captions: extensions of the members that hold captions.
         tokenizer: measures captions.
     """
@@ -126,7 +127,9 @@ class Inspection:
                     last = sample.key
                     findings.extensions.update(sample.members.keys())
                     pictures += picture_of(sample) is not None
-                    if self._is_pair(sample, findings) and _is_kept(sample, records, findings):
+                    if not self._is_pair(sample, findings):
+                        findings.incomplete += 1
+                    elif _is_kept(sample, records, findings):
                         self._inspect(file, sample, findings, hashes=hashes, tokens=tokens, sizes=sizes)
                         _compare_checksums(file, sample, records, findings, captions=self.captions)
             stated = stated_pictures(path)
@@ -151,13 +154,13 @@ class Inspection:
         findings.sizes = np.array(sizes, dtype=np.int32).reshape(-1, 2)
         return findings
 
-    def caption(self, file: BinaryIO, sample: TarSample) -> str:
-        """Return the caption of a sample of an open shard; of several the first.
+    def captions_of(self, file: BinaryIO, sample: TarSample) -> list[str]:
+        """Return the captions of a sample of an open shard, of which a run draws one.
 
         Raises:
-            BadSampleError: it cannot be used.
+            BadSampleError: one cannot be used.
         """
-        return self.chooser([_read(file, sample.members[name]) for name in self.captions], uniform=0.0)
+        return self.chooser.all([_read(file, sample.members[name]) for name in self.captions])
 
     def _is_pair(self, sample: TarSample, findings: ShardFindings) -> bool:
         found = "+".join(sorted(sample.members))
@@ -193,16 +196,16 @@ class Inspection:
         except BadSampleError as error:
             findings.add(Severity.unusable, sample.key, error.reason, _what_it_is(content, reason=error.reason))
         try:
-            caption = self.caption(file, sample)
+            captions = self.captions_of(file, sample)
         except BadSampleError as error:
             length = sum(sample.members[name].size for name in self.captions)
             findings.add(Severity.unusable, sample.key, error.reason, f"{length:,} bytes")
             return
         if any(b"\0" in _read(file, sample.members[name]) for name in self.captions):
             findings.add(Severity.warning, sample.key, "caption_with_nul", "each NUL is read as a blank")
-        hashes.append(caption_hash(caption))
+        hashes.append(caption_hash(captions[0]))
         special = 1 if self.tokenizer.start_id is None else 2
-        tokens.append(len(self.tokenizer.encode(caption)) + special)
+        tokens += [len(self.tokenizer.encode(caption)) + special for caption in captions]
 
 
 def caption_hash(caption: str) -> int:

@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
+from clip_train.data.files import write_atomically
 from clip_train.data.images.decode import BadSampleError
-from clip_train.data.index.files import write_atomically
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.walk import IndexedShard, IndexOptions, index_shard, publish_index
 from clip_train.data.shards.inputs.detect import read_input
@@ -40,7 +40,7 @@ _MAKING = ".making"
 _CHUNK = 1024  # pairs that are examined before their verdicts are kept
 _SHOWN_EXAMPLES = 3
 _SIDES = ("train", "val")
-_INDEX_OPTIONS = IndexOptions(crc=True)
+_INDEX_OPTIONS = IndexOptions(crc=True, attempt="made")  # the same in all processes; the lock keeps others out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

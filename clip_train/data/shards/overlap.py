@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import io
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_train.data.config import cache_in
+from clip_train.data.files import write_atomically
 from clip_train.data.images.decode import BadSampleError, decode_image
 from clip_train.data.images.folder import files_below, is_picture
 from clip_train.data.images.perceptual_hash import NUM_BITS, THUMBNAIL_SIDE, distances, fingerprint, likeness
 from clip_train.data.index.jobs import run_jobs
+from clip_train.data.remote.config import cache_in
 from clip_train.data.sequential import FileImages, ImageSource, ShardImages
 from clip_train.data.shard_file import ShardFile, find_files
 from clip_train.errors import UserError
@@ -128,16 +130,21 @@ def find_overlap(
 
 
 def write_matches(overlaps: Sequence[Overlap], path: Path) -> None:
-    """Write one line per picture of a set that was found, as CSV."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["set", "picture", "training_picture", "found", "exact", "mirrored", "distance", "likeness"])
-        for overlap in overlaps:
-            for picture, match in sorted(overlap.matches.items()):
-                writer.writerow(
-                    [overlap.name, overlap.keys[picture], match.key, overlap.counts[picture], int(match.exact),
-                     int(match.mirrored), match.distance, f"{match.likeness:.4f}"]
-                )  # fmt: skip
+    """Write one line per picture of a set that was found, as CSV.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["set", "picture", "training_picture", "found", "exact", "mirrored", "distance", "likeness"])
+    for overlap in overlaps:
+        for picture, match in sorted(overlap.matches.items()):
+            writer.writerow(
+                [overlap.name, overlap.keys[picture], match.key, overlap.counts[picture], int(match.exact),
+                 int(match.mirrored), match.distance, f"{match.likeness:.4f}"]
+            )  # fmt: skip
+    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 class _Piece(NamedTuple):

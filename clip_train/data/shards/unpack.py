@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from clip_train.data.files import write_atomically
 from clip_train.data.images.decode import BadSampleError
-from clip_train.data.index.files import write_atomically
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.shards.inputs.pair import Absent, Content, Pair, Stored
 from clip_train.data.shards.inputs.parquet import Cell, pictures_of

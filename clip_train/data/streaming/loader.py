@@ -140,7 +140,7 @@ class StreamingTrainStream(BatchStream):
             loader = open_loader(dataset, workers=self._workers, tasks_per_batch=len(task_rows))
             number = 0
             try:
-                with WorkerTasks(loader) as tasks:
+                with WorkerTasks(loader, activity=self._activity) as tasks:
                     while True:
                         parts = []
                         for _ in task_rows:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CHUNK_BYTES = 1 << 20
+_EXIT_SECONDS = 0.5
 
 
 @contextmanager
@@ -50,9 +51,20 @@ def _output_of(url: str) -> Iterator[IO[bytes]]:
             yield process.stdout
             while process.stdout.read(_CHUNK_BYTES):  # a tar ends before its stream does
                 pass
-        except BaseException:
+        except BaseException as error:
+            code = _exit_code(process) if isinstance(error, Exception) else None
             process.kill()
+            if code:  # then the rest of its output, and not its content, is what could not be read
+                raise IntegrityError(f"{url}: the command ended with {code}") from error
             raise
         code = process.wait()
     if code:
         raise IntegrityError(f"{url}: the command ended with {code}")
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    """Return how a command ended, None for one that still writes."""
+    try:
+        return process.wait(timeout=_EXIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from clip_train.calibration import Temperature
+from clip_train.calibration import FEWEST_TO_FIT, Temperature
 from clip_train.errors import UserError
 from clip_train.evaluation.calibrate.pairs import (
     ScaleAndBias,
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clip_train.evaluation.retrieve.captioned_images import CaptionedImages
-
-FEWEST_TO_FIT = 100
 
 
 class Fitted(NamedTuple):

@@ -28,8 +28,8 @@ class ClassifyConfig(EvaluationConfig):
     per line."""
     templates: str = "auto"
     """`auto` (the file in `root`; else `imagenet` for ImageNet's class folders, else `single`), `imagenet` (80),
-    `simple` (7), `single` (`a photo of a {}.`), a text file of templates, one per line, with `{}` or `{c}` for the
-    name, or a `.json` file with the prompts of each class: `{"cat": ["a cat", …], …}`."""
+    `simple` (7), `single` (`a photo of a {}.`), a template with `{}` or `{c}` for the name, a text file with one per
+    line, or a `.json` file with the prompts of each class: `{"cat": ["a cat", …], …}`."""
 
     label_column: str | None = None
     """Column of a table that holds the label; null: `label`, `class` or another usual name."""

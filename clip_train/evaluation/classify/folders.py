@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clip_train.data.images.folder import is_hidden
 from clip_train.data.sequential import FolderImages
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.class_names import AUTO, IMAGENET, names_from, prompts_from
@@ -42,7 +43,7 @@ def open_folders(base: Path, *, root: Path, classnames: str, templates: str) -> 
     objectnet = objectnet_classes(root) if classnames == AUTO else None
     if objectnet is not None and (root / "images").is_dir():
         base = root / "images"
-    folders = sorted(path.name for path in base.iterdir() if path.is_dir() and path.name[0] != ".")
+    folders = sorted(path.name for path in base.iterdir() if path.is_dir() and not is_hidden(path.name))
     if not folders or any(base.glob("ILSVRC2012_val_*")):
         return open_flat_imagenet(base, root=root, templates=templates)
     if objectnet is not None:

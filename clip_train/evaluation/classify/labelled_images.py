@@ -47,7 +47,7 @@ def open_labelled_images(
         UserError: the folder, names or templates do not fit together.
         IntegrityError: a label is missing or out of range.
     """
-    from clip_train.data.shards.benchmark import has_layout
+    from clip_train.data.shards.benchmark import has_layout, splits_of
     from clip_train.evaluation.classify.folders import open_folders
     from clip_train.evaluation.classify.shards import open_layout, open_shards
     from clip_train.evaluation.classify.table import TABLE_SUFFIXES, open_table
@@ -67,4 +67,6 @@ def open_labelled_images(
     base = path / split if (path / split).is_dir() else path
     if any(base.glob("*.tar")):
         return open_shards(str(base), root=path, cache=cache, **choices)
+    if base is path and (splits := splits_of(path)):
+        raise UserError(f"{path} has no split={split}; it has {', '.join(splits)}")
     return open_folders(base, root=path, **choices)

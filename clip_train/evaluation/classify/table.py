@@ -72,7 +72,7 @@ def _folder_of(name: str, *, table: Path) -> Path:
 def _labels_of(text: str) -> list[str]:
     """Return the labels in a cell: itself, or those of a list as Python or JSON writes it (Dollar Street)."""
     if not text.startswith("["):
-        return [text]
+        return [text] if text else []
     try:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,9 +44,11 @@ def read_lines(path: str | Path, *, counted: bool = False) -> list[str]:
         UserError: the file cannot be read, holds no line, or an empty one where lines are counted.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a text file: {error}") from error
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     found = [line for line in lines if line]
     if not found:
         raise UserError(f"{path} is empty; one entry per line is needed")
@@ -70,7 +73,7 @@ def imagenet_parts() -> dict[str, list[str]]:
 
 
 def load_templates(choice: str) -> list[str]:
-    """Return the templates that `choice` names: `imagenet`, `simple`, `single` or a text file.
+    """Return the templates that `choice` names: `imagenet`, `simple`, `single`, a text file, or itself if it is one.
 
     Raises:
         UserError: there is no such file, or a template has no placeholder.
@@ -79,8 +82,12 @@ def load_templates(choice: str) -> list[str]:
         return [SINGLE_TEMPLATE]
     if choice in ("imagenet", "simple"):
         return list(_shipped(f"{choice}_templates"))
-    if not Path(choice).is_file():
-        raise UserError(f"templates={choice} is neither imagenet, simple, single nor a file")
+    if not os.path.isfile(choice):  # noqa: PTH113 a template may be too long for a path, which pathlib raises for
+        if _PLACEHOLDER.search(choice):
+            return [choice]
+        raise UserError(
+            f"templates={choice} is neither imagenet, simple, single, a file, nor a template with {{}} for the name"
+        )
     templates = read_lines(choice)
     for template in templates:
         if not _PLACEHOLDER.search(template):
@@ -98,7 +105,7 @@ def load_prompts(choice: str, *, classnames: Sequence[str]) -> Templates:
     if path.suffix.lower() != ".json":
         return load_templates(choice)
     try:
-        prompts: Any = json.loads(path.read_text(encoding="utf-8"))
+        prompts: Any = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"templates={choice} cannot be read as JSON: {error}") from error
     if not isinstance(prompts, dict):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_train.calibration import Rejection, RejectScore, hash_prompts
+from clip_train.calibration import FEWEST_TO_FIT, Rejection, RejectScore, hash_prompts
 from clip_train.evaluation.prompts.files import Templates, fill, prompts_of
 from clip_train.evaluation.reject import metrics
 from clip_train.evaluation.result import EvaluationResult, Part, evenly_spaced, two_halves
@@ -18,7 +18,6 @@ MAIN_SCORE = RejectScore.max_cosine
 """Whose metrics stand in the table: it holds for any list of labels."""
 KNOWN = "known"
 """What the arrays of the known pictures are named by; those of a foreign set have its name."""
-FEWEST_TO_FIT = 100
 NUM_CURVE_POINTS = 100
 
 

@@ -49,7 +49,7 @@ def staged(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     try:
         yield part
         if out.exists():
@@ -59,5 +59,9 @@ def staged(out: Path) -> Iterator[Path]:
             shutil.rmtree(stale)
         else:
             part.rename(out)
+    except OSError as error:
+        if error.filename is not None and not Path(error.filename).is_relative_to(part):
+            raise
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip_train.errors import UserError
 from clip_train.tools.charts import HEIGHT, WIDTH, Overlay, overlay_chart
 from clip_train.tools.compare.comparison import ClassChange, Comparison, Row
 from clip_train.tools.compare.describe import p_value, remarks_of, seed_interval, verdict_of
@@ -56,10 +55,7 @@ def write_comparison(path: Path, *, comparisons: Sequence[Comparison], sides: Se
             box=(WIDTH, HEIGHT),
         )
     )
-    try:
-        write_page(path, page)
-    except OSError as error:
-        raise UserError(f"--html {path} cannot be written: {error.strerror or error}") from error
+    write_page(path, page)
 
 
 def spans_of(rows: Sequence[Row]) -> list[Span | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_train.checkpoint.retention import is_checkpoint_name, step_of
-from clip_train.config import flat_values
+from clip_train.config import flat_values, read_yaml
 from clip_train.errors import UserError
 from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.results import EVALUATION_FOLDER, Result, result_files, results_in
@@ -81,7 +81,7 @@ def _open(path: Path, *, name: str) -> Source:
         run_dir, step = path.parent.parent, step_of(path)
     config = run_dir / "config.yaml"
     if config.is_file():
-        values = flat_values(config.read_text(encoding="utf-8"), origin=str(config))
+        values = flat_values(read_yaml(config))
         results = results_in(run_dir / EVALUATION_FOLDER, step=step)
         return Source(name=name, path=path, config=values, rows=read_metrics(run_dir), results=results)
     files = result_files(path)

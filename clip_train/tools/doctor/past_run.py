@@ -29,11 +29,16 @@ def examine_run(run_dir: Path) -> list[Line]:
     if not rows:
         return [*lines, Line(Verdict.warning, "rows", "there are none yet")]
     last = int(rows[-1]["step"])
+    lost = [int(row["step"]) for row in rows if row["train/loss"] is None]
+    if lost:
+        text = f"not finite in {len(lost):,} of {len(rows):,} rows, first at step {lost[0]:,}"
+        verdict = Verdict.fail if lost[-1] == last else Verdict.warning
+        lines.append(Line(verdict, "loss", text, "see that batch: `clip-train shards replay`; or lower optim.lr"))
     findings = diagnose(rows, facts=Facts.of(config, steps=config.steps or last))
     for one in findings:
         verdict = Verdict.warning if one.number in _STILL_USABLE else Verdict.fail
         lines.append(Line(verdict, one.name.replace("_", " "), f"at step {one.step:,}: {one.message}"))
-    if not findings:
+    if not findings and not lost:
         text = f"none of the ten signatures of a sick run in {len(rows):,} rows up to step {last:,}"
         lines.append(Line(Verdict.ok, "loss", text))
     return lines

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from clip_train.distributed.launch import ranks_from_environment
+from clip_train.distributed.ranks import ranks_from_environment
 from clip_train.errors import UserError
 from clip_train.tools.ranks import last_lines, run_ranks
 from clip_train.tools.verdict import Line, Verdict

@@ -19,13 +19,12 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousHandler
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from clip_train.data.loader import check_divisible
 from clip_train.distributed.hosts import HOSTS_VARIABLE
 from clip_train.distributed.launch_config import LocalLaunchConfig
-from clip_train.distributed.world import World
 from clip_train.errors import UserError
 from clip_train.exit_record import EXIT_NAME, ExitRecord, read_exit
 from clip_train.metrics.panel import say
+from clip_train.starting_point import check_batch
 from clip_train.tools.launch.agent import RankAgent
 from clip_train.tools.launch.command import LAUNCHED_VARIABLE
 from clip_train.tools.launch.machines import Meeting, meet
@@ -51,7 +50,7 @@ def launch_local(config: TrainConfig, *, command: list[str]) -> int:
     assert isinstance(launch, LocalLaunchConfig)
     processes = launch.processes or _num_gpus(config)
     if launch.fewest == launch.nodes:
-        check_divisible(config.global_batch_size, world=World(size=processes * launch.nodes))
+        check_batch(config, ranks=processes * launch.nodes)
     variables = {LAUNCHED_VARIABLE: "local", **thread_defaults(processes)}
     if launch.dry_run:
         print(_description(launch, processes=processes, variables=variables, command=command))

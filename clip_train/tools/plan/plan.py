@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clip_train.data.loader import check_divisible
 from clip_train.distributed.launch_config import LocalLaunchConfig, SlurmLaunchConfig
-from clip_train.distributed.world import World, choose_device
-from clip_train.errors import UserError
+from clip_train.distributed.world import choose_device
 from clip_train.metrics.hardware import A100_PEAK_FLOPS, H100_PEAK_FLOPS, peak_flops
 from clip_train.schema import Gpu
-from clip_train.starting_point import require_precision, suited_to
+from clip_train.starting_point import check_batch, require_precision, suited_to
 from clip_train.tools.plan.counts import count_data, count_model
 from clip_train.tools.plan.duration import assumed_time, measured_time
 from clip_train.tools.plan.facts import FAILED, Machine, Plan
@@ -113,18 +111,6 @@ def launched_ranks(config: TrainConfig) -> int | None:
     if isinstance(launch, LocalLaunchConfig | SlurmLaunchConfig) and launch.processes is not None:
         return launch.nodes * launch.processes
     return None
-
-
-def check_batch(config: TrainConfig, *, ranks: int) -> None:
-    """Check that ranks and micro-batches are of equal size.
-
-    Raises:
-        UserError: they cannot be.
-    """
-    check_divisible(config.global_batch_size, world=World(size=ranks))
-    rows, micro = config.global_batch_size // ranks, config.micro_batch_size
-    if isinstance(micro, int) and rows % micro:
-        raise UserError(f"micro_batch_size={micro} must divide the {rows} pairs of each rank")
 
 
 def why_not_probed(plan: Plan) -> str:

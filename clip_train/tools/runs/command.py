@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from clip_train.attempts import read_attempts
+from clip_train.attempts import attempts_so_far
 from clip_train.checkpoint.lock import RunLock
 from clip_train.checkpoint.retention import list_checkpoints, step_of
-from clip_train.config import known_keys
+from clip_train.config_keys import known_keys
 from clip_train.errors import ClipTrainError, UserError
 from clip_train.evaluation.table import print_table
 from clip_train.health.events import read_events
@@ -67,7 +67,7 @@ def show_run(path: Path) -> None:
     facts = [("step", _progress(run)), ("resumes at", _resumable(run)), ("best", _best(run)), ("size", _size(run))]
     if run.seconds_left is not None:
         facts.insert(1, ("ETA", duration(run.seconds_left)))
-    attempts = read_attempts(path)
+    attempts = attempts_so_far(path)
     if attempts:
         devices = " + ".join(sorted({f"{attempt.world} x {attempt.device}" for attempt in attempts}))
         hours = sum(attempt.device_hours for attempt in attempts)
@@ -95,12 +95,14 @@ def remove_runs(paths: Sequence[Path], *, yes: bool) -> int:
     """Delete runs with all their files after asking; return 1 if the answer was no, else 0.
 
     Raises:
-        UserError: one is no run directory, or a process may be training in it; none is deleted then.
+        UserError: one is no run directory, or a process may be training in it; none is deleted then. Or one cannot be
+            deleted.
     """
     runs = []
     for path in paths:
         if path.is_symlink():
             raise UserError(f"{path} is a link: name the run directory itself")
+    for path in dict.fromkeys(path.resolve() for path in paths):
         run = summarise(path)
         if run.status is Status.running:
             raise UserError(f"{path} is in use by {run.reason}: stop it first")
@@ -116,7 +118,10 @@ def remove_runs(paths: Sequence[Path], *, yes: bool) -> int:
             return 1
     for run in runs:
         RunLock(run.path)  # a command that starts it at this moment is refused
-        shutil.rmtree(run.path)
+        try:
+            shutil.rmtree(run.path)
+        except OSError as error:
+            raise UserError(f"{run.path} cannot be deleted, it is there in part: {error}") from error
         print(f"deleted {run.path} ({_size(run)})")
     return 0
 

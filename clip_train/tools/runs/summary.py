@@ -15,13 +15,14 @@ from clip_train.attempts import read_attempts
 from clip_train.checkpoint.best import read_best
 from clip_train.checkpoint.lock import live_owner
 from clip_train.checkpoint.retention import list_checkpoints, step_of
-from clip_train.config import flat_values
-from clip_train.errors import ClipTrainError, Preempted, UserError
+from clip_train.config import flat_values, read_yaml
+from clip_train.errors import ClipTrainError, IntegrityError, Preempted, UserError
 from clip_train.exit_record import read_exit
 from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.report_evaluations import HEADLINE_METRICS
 
 ROWS_FOR_ETA = 200
+_KEYS_OF_A_TRAINING = {"global_batch_size", "run_dir"}
 _STOPPED = "stopped: "  # how the reason of a run begins that saved and left before its end
 
 
@@ -81,10 +82,20 @@ def find_runs(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     for parent, folders, files in os.walk(folder):
-        if "config.yaml" in files:
+        if "config.yaml" in files and is_run(Path(parent)):
             folders.clear()
             yield Path(parent)
         folders.sort()
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder's `config.yaml` is that of a training, be it damaged: many programs write such a file."""
+    try:
+        lines = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    found = {line.partition(":")[0] for line in lines}
+    return found >= _KEYS_OF_A_TRAINING or (folder / "metrics.jsonl").exists()
 
 
 def summarise(run_dir: Path) -> Summary:
@@ -94,14 +105,16 @@ def summarise(run_dir: Path) -> Summary:
         UserError: `run_dir` is not the directory of a run.
         IntegrityError: one of its small files is damaged.
     """
-    try:
-        config = flat_values((run_dir / "config.yaml").read_text(encoding="utf-8"), origin=f"{run_dir}/config.yaml")
-    except OSError as error:
-        raise UserError(f"{run_dir} has no config.yaml: it is not a run directory") from error
+    if not is_run(run_dir):
+        raise UserError(f"{run_dir} is not a run directory: it has no config.yaml of a training")
+    config = flat_values(read_yaml(run_dir / "config.yaml"))
     rows = read_metrics(run_dir)
     checkpoints = list_checkpoints(run_dir)
     step = max([row["step"] for row in rows[-1:]] + [step_of(path) for path in checkpoints[:1]], default=0)
-    total_steps = _total_steps(config, checkpoints=checkpoints)
+    try:
+        total_steps = _total_steps(config, checkpoints=checkpoints)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise IntegrityError(f"{run_dir}/config.yaml: its length is no number: {error}") from error
     status, reason = _status(run_dir, step=step, total_steps=total_steps)
     size_bytes = _size(run_dir)
     newest = {name: value for row in rows for name, value in row.items() if value is not None}

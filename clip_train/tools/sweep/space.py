@@ -101,6 +101,8 @@ def _read(space: Any) -> dict[str, str]:
             space = parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"sweep.space={space}: cannot read that file: {error}") from error
+    if space is not None and not hasattr(space, "items"):
+        raise UserError(f"sweep.space={space} is neither a file nor ranges by key")
     return dict(_flat(space or {}, prefix=""))
 
 

@@ -47,6 +47,34 @@ def test_a_table_with_numbers_needs_names_and_names_what_fits_neither(tmp_path):
         open_folders(tmp_path / "set.csv")
 
 
+def test_a_picture_without_a_label_is_left_out_and_makes_no_class(tmp_path):
+    (tmp_path / "set.csv").write_text("path,label\na.png,cup\nb.png,\nc.png,red fox\n")
+    images = open_folders(tmp_path / "set.csv")
+    assert list(images.classnames) == ["cup", "red fox"] and found(images) == {"a.png": 0, "c.png": 1}
+    assert images.warnings == ["1 of 3 pictures have not just one label: left out"]
+
+
+def test_another_split_is_not_taken_for_the_classes(tmp_path):
+    for split in ("train", "val"):
+        write_folders(tmp_path / "set" / split, ["a", "b"])
+    with pytest.raises(UserError, match="set has no split=test; it has train, val"):
+        open_folders(tmp_path / "set")
+    assert list(open_folders(tmp_path / "set", split="val").classnames) == ["a", "b"]
+    (tmp_path / "wds" / "test").mkdir(parents=True)
+    (tmp_path / "wds" / "test" / "nshards.txt").write_text("1")
+    with pytest.raises(UserError, match="wds has no split=dev; it has test"):
+        open_folders(tmp_path / "wds", split="dev")
+
+
+def test_a_class_may_be_a_link_and_what_is_hidden_is_none(tmp_path):
+    write_folders(tmp_path / "set", ["b", ".clip-train-index", "__MACOSX"])
+    write_folders(tmp_path / "elsewhere", ["a"])
+    (tmp_path / "set" / "a").symlink_to(tmp_path / "elsewhere" / "a", target_is_directory=True)
+    images = open_folders(tmp_path / "set")
+    assert list(images.classnames) == ["a", "b"]
+    assert sorted(found(images).values()) == [0, 1]
+
+
 def test_a_table_without_the_columns_says_which_names_are_looked_for(tmp_path):
     (tmp_path / "set.csv").write_text("thing,what\na.png,1\n")
     with pytest.raises(UserError, match=r"has the columns thing, what: picture paths go under image or image_path"):

@@ -6,7 +6,14 @@ import pytest
 
 from clip_train.errors import IntegrityError, UserError
 from clip_train.evaluation.prompts import files
-from clip_train.evaluation.prompts.files import fill, imagenet_classnames, imagenet_wnids, load_templates
+from clip_train.evaluation.prompts.files import (
+    fill,
+    imagenet_classnames,
+    imagenet_wnids,
+    load_prompts,
+    load_templates,
+    read_lines,
+)
 
 # SHA-256 of the lines joined by newlines, as published by OpenAI (names, templates) and of the sorted synset ids.
 CLASSNAMES = "571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60"
@@ -57,6 +64,18 @@ def test_a_template_without_placeholder_is_refused_by_name(tmp_path):
     path.write_text("a photo\n")
     with pytest.raises(UserError, match=r"'a photo' must contain \{\} or \{c\}"):
         load_templates(str(path))
+
+
+def test_a_template_is_taken_as_it_is_whatever_its_length():
+    assert load_templates("a photo of a {}, on film") == ["a photo of a {}, on film"]
+    assert load_templates("{c}" + " very" * 1000) == ["{c}" + " very" * 1000]
+
+
+def test_the_mark_that_editors_put_before_utf_8_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
+    (tmp_path / "prompts.json").write_bytes(b'\xef\xbb\xbf{"cat": ["a cat"], "dog": ["a dog"]}')
+    assert read_lines(tmp_path / "names.txt") == ["cat", "dog"]
+    assert load_prompts(str(tmp_path / "prompts.json"), classnames=["cat"]) == {"cat": ["a cat"]}
 
 
 def test_an_unknown_choice_of_templates_is_refused():

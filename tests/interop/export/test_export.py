@@ -1,6 +1,7 @@
 """The command from end to end: what it writes, what it refuses to write over, and what a reader of it gets back."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -159,12 +160,29 @@ def test_an_export_is_replaced_and_nothing_else_is(source, exported, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
 
 
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(source, exported, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(exported, out)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda to, what: _no_space() if len(what) > 100_000 else write(to, what))
+    with pytest.raises(UserError, match=rf"--out {out} cannot be written: No space left on device"):
+        export(source, out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert clip_train.load(out, device="cpu")
+
+
+def _no_space():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_part_named_and_refused_is_an_error_and_writes_nothing(tmp_path):
     gelu = files.write_open_clip_folder(files.small_model(), tmp_path / "gelu")
     with pytest.raises(UserError, match="the activation is GELU"):
         export(gelu, to="clip", out=tmp_path / "out")
     with pytest.raises(UserError, match="--to pt"):
         export(gelu, to="pt", out=tmp_path / "out")
+    with pytest.raises(UserError, match="--int8 is of the ONNX graphs"):
+        export(gelu, to="folder", int8=True, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

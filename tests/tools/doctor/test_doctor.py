@@ -56,6 +56,15 @@ def test_a_run_that_learns_is_fine_and_one_that_does_not_fails(tmp_path, capsys)
     assert found["end"]["verdict"] == "fail" and "not finite" in found["end"]["text"]
 
 
+@pytest.mark.parametrize(("lost", "verdict"), [((3960, 3980), "warning"), ((3980, 4000), "fail")])
+def test_losses_that_were_not_finite_are_told(tmp_path, lost, verdict):
+    rows = (write_run(tmp_path, loss=lambda step: 5.5 * 0.999**step) / "metrics.jsonl").read_text().splitlines()
+    kept = [{**row, "train/loss": None} if row["step"] in lost else row for row in map(json.loads, rows)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    (found,) = (line for line in examine_run(tmp_path) if line.subject == "loss")
+    assert found.verdict == verdict and f"in 2 of {len(rows)} rows, first at step {lost[0]:,}" in found.text
+
+
 def test_what_is_no_run_is_a_mistake_of_the_user(tmp_path):
     with pytest.raises(UserError, match=r"no config\.yaml"):
         doctor_command(run_dir=tmp_path, bundle=None, as_json=False)

@@ -5,8 +5,8 @@ import pytest
 
 from clip_train.errors import UserError
 from clip_train.evaluation.retrieve.config import RetrieveConfig
+from clip_train.starting_point import check_batch
 from clip_train.tools.plan.duration import ASSUMED_MFU, assumed_time, measured_time, times_due
-from clip_train.tools.plan.plan import check_batch
 from clip_train.tools.plan.probe import steady_steps
 from clip_train.tools.plan.traffic import step_traffic
 from clip_train.train import due
@@ -127,7 +127,7 @@ def test_steady_steps_leave_out_the_warm_up_and_find_what_a_save_costs():
 
 @pytest.mark.parametrize(
     ("override", "ranks", "expected"),
-    [("seed=1", 3, "nearest 63 or 66"), ("micro_batch_size=48", 1, "must divide the 64 pairs")],
+    [("seed=1", 3, "nearest 63 or 66"), ("micro_batch_size=47", 1, "must divide the 64 pairs of .*: nearest 32")],
 )
 def test_a_batch_that_cannot_be_cut_is_refused(override, ranks, expected):
     with pytest.raises(UserError, match=expected):

@@ -3,12 +3,16 @@
 import json
 import math
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from clip_train.checkpoint.lock import RunLock
-from clip_train.errors import UserError
+from clip_train.errors import ClipTrainError, UserError
 from clip_train.exit_record import ExitRecord
+from clip_train.tools.compare.sources import open_sides
+from clip_train.tools.report import write_report
+from clip_train.tools.run import Run
 from clip_train.tools.runs.command import list_runs, remove_runs, show_run
 from clip_train.tools.runs.summary import Status, find_runs, summarise
 from tests.tools.synthetic_run import write_run as write_synthetic_run
@@ -137,5 +141,30 @@ def test_only_dead_runs_are_deleted_and_only_after_a_yes(tmp_path, monkeypatch, 
     for wrong in (tmp_path, tmp_path / "link"):
         with pytest.raises(UserError):
             remove_runs([wrong], yes=True)
-    assert remove_runs([run, other], yes=True) == 0
-    assert not run.exists() and not other.exists()
+    project = tmp_path / "project"  # of another program
+    project.mkdir()
+    (project / "config.yaml").write_text("name: all my work\nsteps: none\n")
+    with pytest.raises(UserError, match="not a run directory"):
+        remove_runs([run, project], yes=True)
+    monkeypatch.chdir(other)
+    assert remove_runs([run, Path(), run], yes=True) == 0
+    assert not run.exists() and not other.exists() and project.exists()
+
+
+def test_a_config_of_another_program_is_no_run_and_hides_none(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("steps: none\n")
+    write_run(tmp_path / "runs" / "a")
+    assert list_runs(tmp_path, where=None, as_json=True) == 0
+    assert [one["step"] for one in json.loads(capsys.readouterr().out)] == [2000]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"steps: abc\nrun_dir: x\nglobal_batch_size: 1\n"])
+def test_a_damaged_config_is_one_line_of_every_command(tmp_path, damage):
+    run = write_run(tmp_path / "a")
+    (run / "config.yaml").write_bytes(damage)
+    with pytest.raises(ClipTrainError, match=r"config\.yaml"):
+        summarise(run)
+    if damage == b"\xff\xfe":
+        for read in (write_report, lambda run: Run(run).config, lambda run: open_sides([str(run), "."])):
+            with pytest.raises(UserError, match="cannot read"):
+                read(run)

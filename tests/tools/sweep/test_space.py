@@ -77,6 +77,12 @@ def test_a_file_that_holds_no_space_is_named(tmp_path, content, message):
         parse_space(str(path), given={})
 
 
+@pytest.mark.parametrize("space", [[1], 3])
+def test_a_space_that_is_neither_file_nor_ranges_is_refused(space):
+    with pytest.raises(UserError, match="neither a file nor ranges"):
+        parse_space(space, given={})
+
+
 def test_nothing_to_vary_is_refused_with_an_example():
     with pytest.raises(UserError, match=r"sweep\.space\.optim\.lr=log\(1e-5,1e-2\)"):
         parse_space(None, given={})

@@ -34,7 +34,8 @@ def read_input(source: Path, *, options: InputOptions) -> Input:
             return read_parquet(tables, options=options)
         return read_folder(source, options=options)
     if not source.exists():
-        raise UserError(f"{source} does not exist: it is not a folder and not a file")
+        what = "shards are made of local files only" if ":/" in str(source) else "it is not a folder and not a file"
+        raise UserError(f"{source} does not exist: {what}")
     suffix = source.suffix.lower()
     if suffix in TABLE_SUFFIXES:
         return read_table(source, options=options)
