@@ -109,6 +109,7 @@ def fits_on_cuda(step: TrainStep, *, model: CLIP, rows: int, global_rows: int, d
     except torch.OutOfMemoryError:
         fits = False
     model.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats(device)  # the peak that is logged is that of the run
     return fits
 
 

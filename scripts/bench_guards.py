@@ -1,7 +1,7 @@
 """What the guards of a run cost: each timed alone, as a share of a training step; and how long a save holds it up.
 
     python scripts/bench_guards.py                                           # ViT-B-32, B = 4,096, on 2 cores
-    python scripts/bench_guards.py --device cuda --precision bf16 --step-rows 4096
+    python scripts/bench_guards.py --device cuda --precision bf16 --step-rows 2048
 
 The step is taken with --step-rows pairs and its time scaled to --batch; the guards see the whole batch. Guards that run
 every so many steps count by that share. A save is asynchronous: what counts is how long the trainer waits for the copy.

@@ -4,7 +4,7 @@
     python scripts/bench_step.py --peer-python PATH --shards shards/clipart/train              # real pairs
     python scripts/bench_step.py --peer-python PATH --curve 20                                 # losses, step by step
     python scripts/bench_step.py --model tiny --batch 4096 --micro-batch 256 --precision fp32  # ours: caching
-    python scripts/bench_step.py --device cuda --model ViT-B-32 --batch 4096 --precision bf16
+    python scripts/bench_step.py --device cuda --model ViT-B-32 --batch 2048 --precision bf16  # 80 GB
 
 Both sides start from the same weights and see the same pictures and captions, AdamW settings, clipping and autocast. In
 each round every side trains --steps steps, in turning order; ratios are medians over the rounds. Pixels are normalised
@@ -149,10 +149,12 @@ def speed(options: argparse.Namespace, settings: dict[str, Any], *, peer: str | 
             for name, (chosen, python) in sides.items()
         }
         for worker in workers.values():
-            worker.ask({"steps": options.warmup})
+            bench.one_round(worker, {"steps": options.warmup}, untimed={"steps": 0}, device=options.device)
 
         def side(worker: bench.Worker) -> Callable[[], float]:
-            return lambda: worker.ask({"steps": options.steps})["seconds"]
+            return lambda: bench.one_round(
+                worker, {"steps": options.steps}, untimed={"steps": 1}, device=options.device
+            )
 
         seconds = bench.interleaved({n: side(w) for n, w in workers.items()}, rounds=options.rounds)
     first = next(iter(seconds))

@@ -2,7 +2,7 @@
 
     python scripts/bench_text.py --peer-python PATH --json text.json
     python scripts/bench_text.py --peer-python PATH --shards shards/clipart/train
-    python scripts/bench_text.py --device cuda --model ViT-B-32 --batch 4096 --precision bf16
+    python scripts/bench_text.py --device cuda --model ViT-B-32 --batch 2048 --precision bf16
 
 Lengths: `prompts` are single zero-shot prompts (10 tokens on average), `web` has the mean and the tail of web captions
 (20 to 22), `full` fills the context; with --shards, `shards` are the real captions. The sides are ours with captions
@@ -99,8 +99,12 @@ def speed(options: argparse.Namespace, settings: dict[str, Any], *, lengths: dic
         for captions, mean in lengths.items():
 
             def side(worker: bench.Worker, captions: str = captions) -> Callable[[], float]:
-                worker.ask({"captions": captions, "passes": options.warmup})
-                return lambda: worker.ask({"captions": captions, "passes": options.repeats})["seconds"]
+                def ask(passes: int, untimed: int) -> float:
+                    once, timed = ({"captions": captions, "passes": n} for n in (untimed, passes))
+                    return bench.one_round(worker, timed, untimed=once, device=options.device)
+
+                ask(options.warmup, untimed=0)
+                return lambda: ask(options.repeats, untimed=1)
 
             seconds = bench.interleaved({n: side(w) for n, w in workers.items()}, rounds=options.rounds)
             rows.append(

@@ -118,4 +118,5 @@ def test_cuda_small_micro_batches_fit_where_the_whole_batch_does_not():
     held = torch.empty(free - 1536 * 2**20, dtype=torch.uint8, device=device)
     assert fits_on_cuda(step[32], **options) and not fits_on_cuda(step[4096], **options)
     assert all(p.grad is None for p in model.parameters())
+    assert torch.cuda.max_memory_allocated(device) == torch.cuda.memory_allocated(device)
     del held

@@ -127,7 +127,7 @@ def test_what_is_no_path_is_one_line(given, message, monkeypatch):
         list(find_pictures(["-"]))
 
 
-def test_labels_as_editors_save_them_and_one_too_long(pictures, model, tmp_path, capsys):
+def test_labels_are_read_as_editors_save_them(pictures, model, tmp_path, capsys):
     file = tmp_path / "labels.txt"
     file.write_bytes(b"\xef\xbb\xbfred\r\n\r\n  green\t\r\nred\r\n")
     assert run([pictures / "red.png"], labels=None, labels_file=file, templates="{} or {c}") == 0
