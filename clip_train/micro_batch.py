@@ -97,17 +97,19 @@ def fits_on_cuda(step: TrainStep, *, model: CLIP, rows: int, global_rows: int, d
     """Return whether one `step`, what a real one holds besides, and the headroom fit the device."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    free, _ = torch.cuda.mem_get_info(device)
-    capacity = free + torch.cuda.memory_reserved(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    capacity = min(free + torch.cuda.memory_reserved(device), allowed)
     # Adam's averages are made by the first update; features and gradients of the other ranks' texts are not here.
     others = 8 * (sum(p.numel() for p in model.parameters()) + (global_rows - rows) * model.config.embed_dim)
+    held = None
     try:
         held = torch.empty(others, dtype=torch.uint8, device=device)
         try_step(step, model=model, rows=rows, device=device)
-        del held
         fits = torch.cuda.max_memory_allocated(device) <= (1 - HEADROOM) * capacity
     except torch.OutOfMemoryError:
         fits = False
+    del held
     model.zero_grad(set_to_none=True)
     torch.cuda.reset_peak_memory_stats(device)  # the peak that is logged is that of the run
     return fits

@@ -113,10 +113,12 @@ def test_cuda_small_micro_batches_fit_where_the_whole_batch_does_not():
             micro_batch_size=size,
         )  # fmt: skip
     options = {"model": model, "rows": 4096, "global_rows": 4096, "device": device}
+    _, total = torch.cuda.mem_get_info(device)
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    held = torch.empty(free - 1536 * 2**20, dtype=torch.uint8, device=device)
-    assert fits_on_cuda(step[32], **options) and not fits_on_cuda(step[4096], **options)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 1536 * 2**20) / total, device)
+    try:
+        assert fits_on_cuda(step[32], **options) and not fits_on_cuda(step[4096], **options)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
     assert all(p.grad is None for p in model.parameters())
     assert torch.cuda.max_memory_allocated(device) == torch.cuda.memory_allocated(device)
-    del held
