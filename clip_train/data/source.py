@@ -128,14 +128,17 @@ def find_streams(patterns: str | Sequence[str], *, field: str, allow_pipe: bool)
 
 
 def _expanded(patterns: str | Sequence[str], *, field: str) -> list[str]:
-    from webdataset.shardlists import expand_urls
-
     names: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # An existing path may hold any character; os.path also takes patterns too long to be a path.
         local = pattern if is_remote(pattern) or pattern.startswith(PIPE) else _at_home(pattern)
+        if os.path.exists(local):  # noqa: PTH110
+            names.append(local)
+            continue
+        from webdataset.shardlists import expand_urls  # imports torch, which a folder's index does without
+
         try:
-            names += [local] if os.path.exists(local) else expand_urls(local)  # noqa: PTH110
+            names += expand_urls(local)
         except ValueError as error:  # of braces that do not match
             raise UserError(f"{field}={pattern}: {error}") from error
     return names

@@ -1,13 +1,13 @@
-"""Rank 0 acts on disks and networks; every rank learns the result, or fails with it."""
+"""Rank 0 acts on disks and networks; every rank learns the result, or fails with it.
+
+Tools that read shards come here alone, too: torch is imported where several ranks are.
+"""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, TypeVar, cast
 
-import torch
-
-from clip_train.distributed.collectives import broadcast_object
 from clip_train.errors import ClipTrainError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def on_main(act: Callable[[], T], *, world: World) -> T:
     """
     if world.size == 1:
         return act()
+    from clip_train.distributed.collectives import broadcast_object
+
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(_on_device, act, world=world) if world.is_main else None
         error: BaseException | None = None
@@ -54,5 +56,7 @@ def on_main(act: Callable[[], T], *, world: World) -> T:
 
 def _on_device(act: Callable[[], T], *, world: World) -> T:
     if world.device.type == "cuda":
+        import torch
+
         torch.cuda.set_device(world.device)  # a new thread starts with device 0
     return act()
