@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from clip_train.distributed import agree
+from clip_train.distributed import agree, collectives
 from clip_train.distributed.agree import on_main
 from clip_train.distributed.world import World
 from clip_train.errors import ClipTrainError, IntegrityError
@@ -22,7 +22,7 @@ def outcomes(world):
     """A result, an error of ours and one of others, on this rank; how often the ranks exchanged a word."""
     calls, messages = [], []
     agree.SECONDS_BETWEEN_SIGNS = 0.05
-    broadcast = agree.broadcast_object
+    broadcast = collectives.broadcast_object
 
     def counted(value, **arguments):
         messages.append(value)
@@ -36,7 +36,7 @@ def outcomes(world):
     def damaged():
         raise IntegrityError("a.tar is damaged")
 
-    agree.broadcast_object = counted
+    collectives.broadcast_object = counted
     result = on_main(slow, world=world)
     return result, calls, len(messages), caught(damaged, world=world), caught(lambda: 1 // 0, world=world)
 

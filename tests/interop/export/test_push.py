@@ -28,6 +28,7 @@ def connect(monkeypatch):
     return use
 
 
+@pytest.mark.slow
 def test_an_export_is_committed_whole_and_loads_by_its_name(connect, tmp_path, capsys):
     model = files.small_model(seed=3)
     source = files.write_open_clip_folder(model, tmp_path / "source")
