@@ -96,8 +96,8 @@ def test_what_cannot_be_used_is_counted_by_reason_and_left_out(tmp_path):
         (source / f"{name}.png").write_bytes(content)
         (source / f"{name}.txt").write_text("" if name == "blank" else "a caption")
     (source / "alone.txt").unlink()
-    (source / "a.JPG").write_bytes(encoded(picture(1), "JPEG"))
-    (source / "a.txt").write_text("a photograph")
+    (source / "a.JFIF").write_bytes(encoded(picture(1), "JPEG"))
+    (source / "a.TXT").write_text("a photograph")
     (source / "a.cls").write_text("3")
     summary = make_shards(source, tmp_path / "out")
     assert summary.train == 6
@@ -124,9 +124,10 @@ def test_nothing_below_a_folder_is_lost_without_a_word(tmp_path):
 
 def test_samples_of_shards_without_a_picture_are_counted(tmp_path):
     samples = [{"__key__": "0", "png": encoded(picture(0)), "txt": b"x"}, {"__key__": "1", "heic": b"", "txt": b"x"}]
+    samples.append({"__key__": "2", "JFIF": encoded(picture(1), "JPEG"), "TXT": b"y"})
     write_shard(tmp_path / "in" / "x.tar", samples)
     summary = make_shards(tmp_path / "in", tmp_path / "out")
-    assert (summary.train, summary.examples) == (1, {"image_missing": ["x.tar/1"]})
+    assert (summary.train, summary.examples) == (2, {"image_missing": ["x.tar/1"]})
 
 
 def test_photographs_with_a_second_picture_inside_are_stored_as_the_jpegs_they_are(tmp_path):
