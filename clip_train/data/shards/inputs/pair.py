@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from clip_train.data.images.decode import BadSampleError
 from clip_train.errors import UserError
+from clip_train.storage.remote import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -126,7 +127,7 @@ def pairs_of_rows(rows: Iterable[Row], *, images: Path, keep_repeats: bool = Fal
     A picture that several rows name gets the captions of all of them, each different one once unless `keep_repeats`.
 
     Raises:
-        UserError: a picture is given by its address in the web.
+        UserError: a picture is given by its URL.
     """
     by_image: dict[str, list[str | None]] = {}
     without: list[Pair] = []
@@ -135,9 +136,9 @@ def pairs_of_rows(rows: Iterable[Row], *, images: Path, keep_repeats: bool = Fal
             without.append(Pair(row.name, Absent(images), tuple(row.captions)))
         else:
             by_image.setdefault(row.picture, []).extend(row.captions)
-    web = next((image for image in by_image if image.startswith(("http://", "https://"))), None)
-    if web is not None:
-        raise UserError(f"{web} is in the web: fetch the pictures first, for example with img2dataset")
+    elsewhere = next(filter(is_remote, by_image), None)
+    if elsewhere is not None:
+        raise UserError(f"{elsewhere} is not a file here: fetch the pictures first, for example with img2dataset")
     pairs = [
         Pair(image, Content(images / image), tuple(captions if keep_repeats else dict.fromkeys(captions)))
         for image, captions in by_image.items()
