@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -87,6 +90,26 @@ def test_ctrl_c_waits_for_the_processes_of_a_job_and_never_reaches_them():
     there = list(run_jobs(partial(signal.pthread_sigmask, signal.SIG_BLOCK), [[], []], jobs=2))
     assert [signal.SIGINT in blocked for blocked in there] == [True, True]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == here
+
+
+def test_a_job_that_is_given_up_does_not_wait_for_what_is_under_way():
+    results = run_jobs(time.sleep, [0, 600, 600], jobs=2)
+    next(results)
+    start = time.monotonic()
+    results.close()
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_job_end_with_a_parent_that_is_killed():
+    code = (
+        "import time; from clip_train.data.index.jobs import run_jobs\n"
+        "for _ in run_jobs(time.sleep, [0, 0, 600, 600], jobs=2): print('up', flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"up\n"
+        process.kill()
+        process.communicate(timeout=60)  # until the last process has closed its standard output
 
 
 def test_the_fingerprint_follows_content_and_not_the_place(tmp_path):
