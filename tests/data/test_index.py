@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from functools import partial
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -71,9 +72,11 @@ def test_incomplete_samples_are_counted_and_get_no_place(tmp_path):
 
 
 def test_shards_without_any_pair_are_an_error_that_shows_what_they_hold(tmp_path):
-    write_shard(tmp_path / "a.tar", [{"__key__": str(i), "jpg": b"x", "cls": b"1"} for i in range(3)])
-    with pytest.raises(IntegrityError, match=r"3 of cls\+jpg"):
-        index_source(str(tmp_path))
+    for name, hint in (("", "$"), ("IMG.", "; a key ends at the first dot of the name")):
+        samples = [{"__key__": str(i), f"{name}jpg": b"x", f"{name}cls": b"1"} for i in range(3)]
+        write_shard(tmp_path / "a.tar", samples)
+        with pytest.raises(IntegrityError, match=rf"3 of {name}cls\+{name}jpg{hint}".lower()):
+            index_source(str(tmp_path))
 
 
 def test_indexing_in_several_processes_gives_the_same_files(tmp_path):
@@ -249,10 +252,12 @@ def test_a_shard_listed_twice_is_used_once(tmp_path, caplog):
 
 
 def test_shards_are_numbered_by_the_bytes_of_their_names(tmp_path):
-    for name in ("b/1.tar", "a/2.tar", "Z/3.tar", "é/4.tar"):
+    for name in ("b/1.tar", "a/2.tar", "Z/3.tar", "é/4.tar", "\udce9/5.tar"):  # the last is Latin-1
         write_shard(tmp_path / name, [{"__key__": "0", "png": b"x", "txt": b"y"}])
     found = expand_shards(str(tmp_path / "*" / "*.tar"))
-    assert [p.parent.name for p in found] == ["Z", "a", "b", "é"]
+    assert [p.parent.name for p in found] == ["Z", "a", "b", "é", "\udce9"]
+    lines = b"".join(b"%s\t1\t%d\n" % (os.fsencode(p.relative_to(tmp_path)), p.stat().st_size) for p in found)
+    assert _open(tmp_path / "*" / "*.tar").fingerprint == sha256(lines).hexdigest()
 
 
 def _open_on_a_rank(world, folder):
