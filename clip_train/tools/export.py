@@ -43,7 +43,6 @@ def export_command(
     to: str,
     out: Path | None,
     weights: str,
-    model_name: str | None,
     drop_logit_bias: bool,
     int8: bool,
     prove: bool,
@@ -57,7 +56,6 @@ def export_command(
         to: a `Part`, or `all`.
         out: the folder; `RUN/export` for a run, `exports/NAME` otherwise.
         weights: of a run, see `clip_train.load`.
-        model_name: the architecture, for a weight file that does not tell.
         drop_logit_bias: see `refusals`.
         int8: also write 8-bit graphs, see `write_onnx`.
         prove: compare with the libraries that are installed.
@@ -72,7 +70,7 @@ def export_command(
     if int8 and to not in (ALL, Part.onnx):
         raise UserError(f"--int8 is of the ONNX graphs: --to {to} writes none")
     named = None if to == ALL else MAIN_TARGET[Part(to)]
-    found = read_source(source, weights=weights, model=model_name)
+    found = read_source(source, weights=weights)
     out = out or _default_out(source, name=found.config.name)
     check_replaceable(out)
     model = assemble(found)

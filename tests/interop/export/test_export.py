@@ -39,7 +39,7 @@ PYTHONS = [Path(path) for path in os.environ.get("CLIP_TRAIN_VERIFY_PYTHONS", ""
 
 def export(source, **options):
     defaults = {
-        "to": "folder", "out": None, "weights": "auto", "model_name": None, "drop_logit_bias": False, "int8": False,
+        "to": "folder", "out": None, "weights": "auto", "drop_logit_bias": False, "int8": False,
         "prove": False, "pythons": [], "repository": None,
     }  # fmt: skip
     return export_command(str(source), **{**defaults, **options})
