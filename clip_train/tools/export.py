@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 
+from clip_train.calibration import CALIBRATION_FILE, latest, read_calibration
 from clip_train.checkpoint.config import EMA_SUFFIX
 from clip_train.checkpoint.load import load_train_state
 from clip_train.errors import UserError
@@ -31,6 +32,7 @@ from clip_train.interop.export.write import write_parts
 from clip_train.interop.folders import EXPORT_FILE, RUN_CONFIG_FILE, is_average, read_json
 from clip_train.interop.load import assemble, read_source
 from clip_train.interop.loaded_model import LoadedModel
+from clip_train.interop.weights import weights_sha256
 from clip_train.tools.reliability import reliability_diagram
 from clip_train.tools.report_evaluations import LATER, read_evaluations
 
@@ -74,6 +76,9 @@ def export_command(
     out = out or _default_out(source, name=found.config.name)
     check_replaceable(out)
     model = assemble(found)
+    former = read_calibration(out / CALIBRATION_FILE)  # measured on the export that will be replaced
+    if former is not None and former.weights_sha256 == weights_sha256(model):
+        model.calibration = latest(former, model.calibration)
     reasons = refusals(found.config, found.tensors, tokenizer=found.tokenizer, drop_logit_bias=drop_logit_bias)
     parts, absent = _plan(list(Part) if to == ALL else [Part(to)], reasons=reasons, named=named, int8=int8)
     refused = {check.target: reasons[check.target] for check in absent if check.status is Status.refused}
