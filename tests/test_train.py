@@ -217,6 +217,16 @@ def test_nothing_to_rewind_to_is_said(scenes, tmp_path, monkeypatch):
         train(load("train", overrides(scenes, tmp_path, "steps=25", "on_nonfinite=rewind")))
 
 
+@pytest.mark.parametrize("name", ["val", "-val_ema"])
+def test_a_best_metric_that_its_evaluation_does_not_give_is_refused_before_the_first_step(scenes, tmp_path, name):
+    best = [f"checkpoint.best={name}/recall@1", "evaluation=[val]", f"data.val={scenes}/val", "optim.ema_decay=0.8"]
+    with pytest.raises(
+        UserError, match=rf"checkpoint.best={name}/recall@1 is not one of .*{name.lstrip('-')}/mean_recall@1"
+    ):
+        train(load("train", overrides(scenes, tmp_path, "steps=9", *best)))
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["", "_ema"])
 def test_the_best_checkpoint_is_saved_when_an_evaluation_beats_the_former(scenes, tmp_path, weights):

@@ -81,7 +81,6 @@ class Checkpointer:
         self._copies = RemoteCopies(config.remote, run_dir=self.run_dir, say=self._say) if config.remote else None
         self._lock: RunLock | None = None
         self._saving: threading.Thread | None = None
-        self._error_after_save: UserError | None = None
         held = [v for part in tensors.values() for v in part.state_dict().values() if isinstance(v, torch.Tensor)]
         self._commits = Commits(
             self.run_dir, world=world, config=config, copies=self._copies, say=self._say, is_shared=is_shared(held)
@@ -98,9 +97,7 @@ class Checkpointer:
         self.close()
 
     def is_best(self, metrics: Mapping[str, float], *, step: int) -> bool:
-        """Return whether these metrics of the weights at `step` are to be saved. Every rank calls this.
-
-        That is if they beat the best of the run, or `checkpoint.best` is not among them: the save ends the run.
+        """Return whether these metrics of the weights at `step` beat the best of the run. Every rank calls this.
 
         Raises:
             IntegrityError: the record of the best is damaged.
@@ -115,11 +112,7 @@ class Checkpointer:
             self._commits.challenger = score if score and score.beats(read_best(self.run_dir)) else None
             return self._commits.challenger is not None
 
-        try:
-            return on_main(judge, world=self.world)
-        except UserError as error:
-            self._error_after_save = error
-            return True
+        return on_main(judge, world=self.world)
 
     def save(
         self,
@@ -142,7 +135,6 @@ class Checkpointer:
         Raises:
             ClipTrainError: a tensor is not finite, or the third save in a row failed; for an asynchronous save at the
                 next call.
-            UserError: `is_best` has just found that `checkpoint.best` is no metric. All is saved.
         """
         self._settle()
         parts = {name: part.state_dict() for name, part in self._tensors.items()}
@@ -159,11 +151,7 @@ class Checkpointer:
             self._saving.start()
         if not self.config.asynchronous:
             self._settle()
-        path = checkpoint_path(self.run_dir, step=step)
-        if self._error_after_save is not None:
-            self.wait()
-            raise UserError(f"{self._error_after_save}; {path.name} is saved, and another metric goes on there")
-        return path
+        return checkpoint_path(self.run_dir, step=step)
 
     def wait(self) -> None:
         """Return when the newest save is on disk. Every rank calls this.
