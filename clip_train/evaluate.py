@@ -121,6 +121,9 @@ class Evaluations:
         tokenizer: the run's own.
         world: the ranks.
         wanted: why this rank should stop.
+
+    Raises:
+        UserError: an evaluation set is not there, or `checkpoint.best` is no metric of its evaluation.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class Evaluations:
             name: one.build(world=world, tokenizer=tokenizer, image_size=vision.image_size, squash=config.model.squash)
             for name, one in config.evaluation.items()
         }
+        self._require_best(config.checkpoint.best)
 
     def run(self, names: Iterable[str], *, step: int, samples: bool) -> tuple[dict[str, float], StopReason]:
         """Run some of them; return every metric as `NAME/metric`, or no metric and why all ranks left amid it.
@@ -154,6 +158,14 @@ class Evaluations:
         except Interrupted as interrupted:
             return {}, interrupted.reason
         return scores, StopReason.none
+
+    def _require_best(self, best: str | None) -> None:
+        if best is None:
+            return
+        name, _, metric = best.removeprefix("-").partition("/")
+        known = self._evaluators[name if name in self._evaluators else name.removesuffix(EMA_SUFFIX)].metric_names()
+        if metric not in known:
+            raise UserError(f"checkpoint.best={best} is not one of {', '.join(f'{name}/{one}' for one in known)}")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
