@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from clip_train.calibration import (
     CALIBRATION_FILE,
     FEWEST_TO_FIT,
     Calibration,
-    Rejection,
-    Temperature,
+    Measured,
     rejection_from_json,
     temperature_from_json,
     write_calibration,
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
     from clip_train.model.clip import CLIP
     from clip_train.optim.ema import Ema
     from clip_train.tokenizer.base import Tokenizer
-
-_Measured = TypeVar("_Measured", Temperature, Rejection)
 
 
 def run_evaluations(
@@ -272,7 +269,7 @@ def keep_calibration(results: Sequence[Path], *, model: LoadedModel, folder: Pat
     print(f"kept in {folder / CALIBRATION_FILE}, for `clip-train classify` and exports")
 
 
-def _firmer(found: _Measured | None, former: _Measured | None) -> _Measured | None:
+def _firmer(found: Measured | None, former: Measured | None) -> Measured | None:
     """Return what was found, or the former one if that rests on pictures enough and the new one does not."""
     if found is None or former is None or not found.num_fitted < FEWEST_TO_FIT <= former.num_fitted:
         return found or former
