@@ -45,6 +45,15 @@ class StepResult(NamedTuple):
     image_features: Tensor  # [B, D] of this rank's rows, unit length
     text_features: Tensor  # [B, D]
 
+    def measures(self) -> dict[str, Tensor]:
+        """Return what is logged of the step, still on the device."""
+        return {
+            "loss": self.loss,
+            "in_batch_recall@1": self.in_batch_recall,
+            "grad_norm": self.grad_norm,
+            "logit_scale": self.logit_scale.exp(),
+        }
+
 
 class TrainStep:
     """Trains a model by one global batch per call. Every rank calls it with its own rows of the same batch."""
