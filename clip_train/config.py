@@ -13,7 +13,7 @@ from typing import Any
 
 from clip_train.config_dir import config_dir
 from clip_train.config_keys import explain_refusal, groups_of, options_of
-from clip_train.errors import UserError
+from clip_train.errors import UserError, reading
 from clip_train.overrides import readable, refuse_code_and_secrets
 from clip_train.redact import redact
 from clip_train.schema import CHOICES, MAY_CHANGE_ON_RESUME, NAMED, ROOTS, TrainConfig
@@ -101,16 +101,14 @@ def from_yaml(path: Path, *, root: type = TrainConfig) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    values = read_yaml(path)
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
         schema = OmegaConf.structured(root)
         for group in (g for g in NAMED if g in values):
             schema[group] = OmegaConf.structured(_choice(group, values[group].get("name"), path))
         for name, evaluation in values.get("evaluation", {}).items():
             schema.evaluation[name] = OmegaConf.structured(_choice("evaluation", evaluation.get("name"), path))
         return OmegaConf.to_object(OmegaConf.merge(schema, values))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
 
@@ -140,10 +138,9 @@ def read_yaml(path: Path) -> Any:
     Raises:
         UserError: the file cannot be read, or is something else.
     """
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
+    return parse_yaml(text, origin=str(path))
 
 
 def flat_values(node: Any) -> dict[str, Any]:

@@ -1,5 +1,10 @@
 """The errors a user sees, each with the exit code of `clip-train`."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ClipTrainError(Exception):
     """An error whose message is meant for the user: printed on one line, without a traceback."""
@@ -33,3 +38,31 @@ class Preempted(ClipTrainError):
     """The run was asked to stop and saved everything: start it again. Exit code 85."""
 
     exit_code = 85
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Turn what can go wrong with a file that is read within into a user's error about `what`.
+
+    Raises:
+        UserError: the file cannot be read or is not UTF-8.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text (byte {error.start}): convert it first") from error
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Turn what can go wrong with files that are written within into a user's error about `what`.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror or error}") from error

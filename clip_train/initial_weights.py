@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clip_train.checkpoint.retention import list_checkpoints
 from clip_train.distributed.agree import on_main
 from clip_train.distributed.parallel import SCALARS
-from clip_train.errors import UserError
+from clip_train.errors import UserError, writing
 from clip_train.interop.folders import Source
 from clip_train.interop.load import read_source
 from clip_train.metrics.panel import say
@@ -64,11 +64,9 @@ def build_model(config: TrainConfig, *, world: World, tokenizer: Tokenizer) -> C
 
 def _record(lines: list[str], *, run_dir: Path) -> None:
     """Keep what became of the initial weights: of a hub's name, the path tells the commit."""
-    try:
+    with writing(f"run_dir={run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / RECORD_NAME).write_text("\n".join([*lines, ""]), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror or error}") from error
 
 
 def initialise(model: CLIP, *, init: str, tokenizer: Tokenizer) -> list[str]:

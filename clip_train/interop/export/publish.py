@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clip_train.errors import UserError
+from clip_train.errors import UserError, writing
 
 RECORD_FILE = "clip_train.json"
 REPORT_FILE = "export_report.json"
@@ -45,11 +45,9 @@ def staged(out: Path) -> Iterator[Path]:
         UserError: the place cannot be written to.
     """
     part = out.parent / f".part-{out.name}-{os.getpid()}"
-    try:
+    with writing(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     try:
         yield part
         if out.exists():
