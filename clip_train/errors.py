@@ -1,8 +1,8 @@
-"""The errors a user sees, each with the exit code of `clip-train`."""
+"""The errors a user sees, each with the exit code of `clip-train`, and what their messages have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -66,3 +66,10 @@ def writing(what: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what} cannot be written: {error.strerror or error}") from error
+
+
+def first_of(items: Iterable[object], *, most: int = 10, between: str = ", ") -> str:
+    """Return the first items for a message, and how many more there are."""
+    listed = list(items)
+    rest = [f"and {len(listed) - most:,} more"] if len(listed) > most else []
+    return between.join([*map(str, listed[:most]), *rest])

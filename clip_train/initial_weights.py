@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clip_train.checkpoint.retention import list_checkpoints
 from clip_train.distributed.agree import on_main
 from clip_train.distributed.parallel import SCALARS
-from clip_train.errors import UserError, writing
+from clip_train.errors import UserError, first_of, writing
 from clip_train.interop.folders import Source
 from clip_train.interop.load import read_source
 from clip_train.metrics.panel import say
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from clip_train.schema import TrainConfig
     from clip_train.tokenizer.base import Tokenizer
 
-NUM_KEYS_SHOWN = 10
 RECORD_NAME = "initial_weights.txt"
 # What may differ between the weights' model and the run's: how it trains and is computed, what shapes tell anyhow, and
 # the tokenizer's facts. Anything else would change what the weights compute without a word.
@@ -105,7 +104,7 @@ def initialise(model: CLIP, *, init: str, tokenizer: Tokenizer) -> list[str]:
         ],
     }
     if config.init_strict and any(misfits.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {_shown(names)}" for kind, names in misfits.items() if names)
+        listed = "; ".join(f"{len(names)} {kind}: {first_of(names)}" for kind, names in misfits.items() if names)
         raise UserError(
             f"model.init={init} does not fit {config.name}: {listed}. model.init_strict=false loads what fits and "
             "leaves the rest as drawn"
@@ -136,7 +135,7 @@ def _table(
     ]
     lines += [f"  {'interpolated':<18}{line}" for line in resized]
     fates = {"missing": "as drawn", "unexpected": "not used", "of another shape": "as drawn"}
-    lines += [f"  {kind:<18}{len(names)}, {fates[kind]}: {_shown(names)}" for kind, names in misfits.items() if names]
+    lines += [f"  {kind:<18}{len(names)}, {fates[kind]}: {first_of(names)}" for kind, names in misfits.items() if names]
     return lines + [f"  {'differs':<18}{line}" for line in different]
 
 
@@ -144,11 +143,6 @@ def _will_resume(config: TrainConfig) -> bool:
     if config.resume in ("auto", "never"):
         return config.resume == "auto" and bool(list_checkpoints(Path(config.run_dir)))
     return True
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - NUM_KEYS_SHOWN} more" if len(names) > NUM_KEYS_SHOWN else ""
-    return ", ".join(names[:NUM_KEYS_SHOWN]) + more
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from clip_train.data.loader import check_divisible
 from clip_train.distributed.collectives import broadcast_object, gather_objects
 from clip_train.distributed.hosts import own_host
 from clip_train.distributed.world import World
-from clip_train.errors import UserError
+from clip_train.errors import UserError, first_of
 from clip_train.model.config import TextConfig
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def require_same_run(config: TrainConfig, *, folder: Path, world: World) -> None
     former = path.read_text(encoding="utf-8") if world.is_main and path.exists() and config.resume != "never" else ""
     differences = changes(former, to_yaml(config)) if (former := broadcast_object(former, world=world)) else []
     if differences:
-        shown = "\n  ".join(differences[:10]) + ("\n  …" if len(differences) > 10 else "")
+        shown = first_of(differences, between="\n  ")
         raise UserError(
             f"{folder} is of a run with another config; give a new name=, or resume=never, or model.init= to start "
             f"from its weights alone:\n  {shown}"
