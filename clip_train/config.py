@@ -147,7 +147,14 @@ def flat_values(node: Any) -> dict[str, Any]:
     """Return the values of a config by dotted key, unresolved."""
     from omegaconf import OmegaConf
 
-    return dict(_flatten(OmegaConf.to_container(node, resolve=False)))
+    return flatten(OmegaConf.to_container(node, resolve=False))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted key; an empty mapping below is a value."""
+    if not isinstance(tree, dict) or (prefix and not tree):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, below in tree.items() for key, value in flatten(below, f"{prefix}{name}.").items()}
 
 
 def changes(old: str, new: str, *, may_differ: tuple[str, ...] = MAY_CHANGE_ON_RESUME) -> list[str]:
@@ -169,12 +176,6 @@ def _choice(group: str, name: str | None, path: Path) -> type:
     if name not in CHOICES[group]:
         raise UserError(f"{path}: {group}.name={name} is not one of {', '.join(CHOICES[group])}")
     return CHOICES[group][name]
-
-
-def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(tree, dict) or not tree:
-        return [(prefix.rstrip("."), tree)]
-    return [pair for key, value in tree.items() for pair in _flatten(value, f"{prefix}{key}.")]
 
 
 def _refuse_no_choice(key: str, value: str, *, groups: list[str]) -> None:
@@ -199,9 +200,7 @@ def _refuse_unasked_pipes(config: Any, overrides: list[str]) -> None:
 
 def _refuse_what_is_not_to_be_saved(composed: Any) -> None:
     """A run saves its config: what stands in the environment, a password perhaps, must not land there."""
-    from omegaconf import OmegaConf
-
-    for key, value in _flatten(OmegaConf.to_container(composed, resolve=False)):
+    for key, value in flat_values(composed).items():
         refuse_code_and_secrets(key, str(value))
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value}: numbers must be finite")

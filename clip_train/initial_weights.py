@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.retention import list_checkpoints
+from clip_train.config import flatten
 from clip_train.distributed.agree import on_main
 from clip_train.distributed.parallel import SCALARS
 from clip_train.errors import UserError, first_of, writing
@@ -116,7 +117,7 @@ def initialise(model: CLIP, *, init: str, tokenizer: Tokenizer) -> list[str]:
 
 def differences(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
     """Return `model.KEY=VALUE, not VALUE` for what two models compute differently and no shape shows."""
-    before, after = _flat(asdict(theirs)), _flat(asdict(ours))
+    before, after = flatten(asdict(theirs)), flatten(asdict(ours))
     return [
         f"model.{key}={_plain(before[key])} there, {_plain(value)} here"
         for key, value in after.items()
@@ -143,13 +144,6 @@ def _will_resume(config: TrainConfig) -> bool:
     if config.resume in ("auto", "never"):
         return config.resume == "auto" and bool(list_checkpoints(Path(config.run_dir)))
     return True
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _plain(value: object) -> str:
