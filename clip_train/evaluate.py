@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from clip_train.calibration import (
     CALIBRATION_FILE,
     FEWEST_TO_FIT,
     Calibration,
-    Rejection,
-    Temperature,
+    Measured,
     rejection_from_json,
     temperature_from_json,
     write_calibration,
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
     from clip_train.model.clip import CLIP
     from clip_train.optim.ema import Ema
     from clip_train.tokenizer.base import Tokenizer
-
-_Measured = TypeVar("_Measured", Temperature, Rejection)
 
 
 def run_evaluations(
@@ -124,6 +121,9 @@ class Evaluations:
         tokenizer: the run's own.
         world: the ranks.
         wanted: why this rank should stop.
+
+    Raises:
+        UserError: an evaluation set is not there, or `checkpoint.best` is no metric of its evaluation.
     """
 
     def __init__(
@@ -136,6 +136,7 @@ class Evaluations:
             name: one.build(world=world, tokenizer=tokenizer, image_size=vision.image_size, squash=config.model.squash)
             for name, one in config.evaluation.items()
         }
+        self._require_best(config.checkpoint.best)
 
     def run(self, names: Iterable[str], *, step: int, samples: bool) -> tuple[dict[str, float], StopReason]:
         """Run some of them; return every metric as `NAME/metric`, or no metric and why all ranks left amid it.
@@ -157,6 +158,14 @@ class Evaluations:
         except Interrupted as interrupted:
             return {}, interrupted.reason
         return scores, StopReason.none
+
+    def _require_best(self, best: str | None) -> None:
+        if best is None:
+            return
+        name, _, metric = best.removeprefix("-").partition("/")
+        known = self._evaluators[name if name in self._evaluators else name.removesuffix(EMA_SUFFIX)].metric_names()
+        if metric not in known:
+            raise UserError(f"checkpoint.best={best} is not one of {', '.join(f'{name}/{one}' for one in known)}")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
@@ -258,7 +267,7 @@ def keep_calibration(results: Sequence[Path], *, model: LoadedModel, folder: Pat
     print(f"kept in {folder / CALIBRATION_FILE}, for `clip-train classify` and exports")
 
 
-def _firmer(found: _Measured | None, former: _Measured | None) -> _Measured | None:
+def _firmer(found: Measured | None, former: Measured | None) -> Measured | None:
     """Return what was found, or the former one if that rests on pictures enough and the new one does not."""
     if found is None or former is None or not found.num_fitted < FEWEST_TO_FIT <= former.num_fitted:
         return found or former

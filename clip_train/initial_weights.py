@@ -80,7 +80,7 @@ def initialise(model: CLIP, *, init: str, tokenizer: Tokenizer) -> list[str]:
         IntegrityError: a checkpoint is damaged.
     """
     config = model.config
-    source = read_source(init, model=config.name)
+    source = read_source(init, architecture=config.name)
     different = differences(source.config, config)
     if source.tokenizer is not None and source.tokenizer.files() != tokenizer.files():
         different.append("tokenizer: another vocabulary, in which the same ids are other words")

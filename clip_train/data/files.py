@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from contextlib import suppress
+import fcntl
+import os
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -11,6 +13,7 @@ from clip_train.errors import UserError
 from clip_train.files import write_file
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -28,6 +31,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             part_of(path, attempt=attempt).unlink()
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Keep others waiting that write files of a folder which must fit together; where nothing can be locked, nobody."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def part_of(path: Path, *, attempt: str) -> Path:

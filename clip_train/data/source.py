@@ -14,7 +14,7 @@ from clip_train.data.remote.index import load_remote_index
 from clip_train.distributed.agree import on_main
 from clip_train.errors import UserError, first_of
 from clip_train.redact import has_login, unsigned
-from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards
+from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards, with_lower_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,7 +130,8 @@ def _expanded(patterns: str | Sequence[str], *, field: str) -> list[str]:
     names: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # An existing path may hold any character; os.path also takes patterns too long to be a path.
-        local = pattern if is_remote(pattern) or pattern.startswith(PIPE) else _at_home(pattern)
+        elsewhere = is_remote(pattern) or pattern.startswith(PIPE)
+        local = with_lower_scheme(pattern) if elsewhere else _at_home(pattern)
         if os.path.exists(local):  # noqa: PTH110
             names.append(local)
             continue

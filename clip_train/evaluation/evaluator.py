@@ -55,8 +55,13 @@ class Evaluator(ABC):
             # A plausible number that ties have made must not stand anywhere.
             result.metrics, result.intervals, result.parts, result.details, result.per_class = {}, {}, {}, {}, []
             result.notes = []
+        assert result.collapsed or result.metrics.keys() == set(self.metric_names()), sorted(result.metrics)
         result.seconds = time.monotonic() - started
         return result
+
+    @abstractmethod
+    def metric_names(self) -> list[str]:
+        """Return the names of all metrics that `evaluate` gives of this set, before it has run."""
 
     @abstractmethod
     def measure(self, model: DualEncoder) -> EvaluationResult:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import itertools
 import os
+import re
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ _CONNECT_SECONDS, _READ_SECONDS = 30, 60
 _EXTRAS = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs", "gcs": "gcs"}
 _FORBIDDEN = (401, 403)
 _ABSENT = (404, 410)
+_SCHEME = re.compile(r"\A[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 _WEB = ("http://", "https://")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _RETRIED_STATUSES = (408, 425, 429)  # the server asks for another attempt
@@ -36,6 +38,11 @@ _RETRIED_STATUSES = (408, 425, 429)  # the server asks for another attempt
 def is_remote(name: str) -> bool:
     """Return whether a name is a URL and not a local path."""
     return "://" in name
+
+
+def with_lower_scheme(url: str) -> str:
+    """Return a URL with its scheme in small letters, which mean the same. A path or a command stays as it is."""
+    return _SCHEME.sub(lambda scheme: scheme[0].lower(), url)
 
 
 def check_scheme(name: str, *, field: str) -> None:
@@ -59,6 +66,7 @@ def filesystem(url: str, *, public_only: bool = False) -> tuple[Any, str]:
     """
     import fsspec
 
+    url = with_lower_scheme(url)
     scheme = url.partition("://")[0]
     if public_only and scheme not in public.SCHEMES:
         raise UserError(f"{url}: with data.public_only=true shards are read from {', '.join(public.SCHEMES)} only")

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 
+from clip_train.calibration import CALIBRATION_FILE, latest, read_calibration
 from clip_train.checkpoint.config import EMA_SUFFIX
 from clip_train.checkpoint.load import load_train_state
 from clip_train.errors import UserError
@@ -31,6 +32,7 @@ from clip_train.interop.export.write import write_parts
 from clip_train.interop.folders import EXPORT_FILE, RUN_CONFIG_FILE, is_average, read_json
 from clip_train.interop.load import assemble, read_source
 from clip_train.interop.loaded_model import LoadedModel
+from clip_train.interop.weights import weights_sha256
 from clip_train.tools.reliability import reliability_diagram
 from clip_train.tools.report_evaluations import LATER, read_evaluations
 
@@ -43,7 +45,6 @@ def export_command(
     to: str,
     out: Path | None,
     weights: str,
-    model_name: str | None,
     drop_logit_bias: bool,
     int8: bool,
     prove: bool,
@@ -57,7 +58,6 @@ def export_command(
         to: a `Part`, or `all`.
         out: the folder; `RUN/export` for a run, `exports/NAME` otherwise.
         weights: of a run, see `clip_train.load`.
-        model_name: the architecture, for a weight file that does not tell.
         drop_logit_bias: see `refusals`.
         int8: also write 8-bit graphs, see `write_onnx`.
         prove: compare with the libraries that are installed.
@@ -72,10 +72,13 @@ def export_command(
     if int8 and to not in (ALL, Part.onnx):
         raise UserError(f"--int8 is of the ONNX graphs: --to {to} writes none")
     named = None if to == ALL else MAIN_TARGET[Part(to)]
-    found = read_source(source, weights=weights, model=model_name)
+    found = read_source(source, weights=weights)
     out = out or _default_out(source, name=found.config.name)
     check_replaceable(out)
     model = assemble(found)
+    former = read_calibration(out / CALIBRATION_FILE)  # measured on the export that will be replaced
+    if former is not None and former.weights_sha256 == weights_sha256(model):
+        model.calibration = latest(former, model.calibration)
     reasons = refusals(found.config, found.tensors, tokenizer=found.tokenizer, drop_logit_bias=drop_logit_bias)
     parts, absent = _plan(list(Part) if to == ALL else [Part(to)], reasons=reasons, named=named, int8=int8)
     refused = {check.target: reasons[check.target] for check in absent if check.status is Status.refused}

@@ -198,6 +198,15 @@ def test_a_bomb_is_refused_by_its_header_within_50_ms():
         assert min(seconds) < 0.05
 
 
+def test_a_jpeg_of_many_passes_is_refused_wherever_pictures_are_opened_for_training_or_not():
+    content = encoded(Image.new("RGB", (64, 64), "teal"), "JPEG", progressive=True)
+    last_scan = content[content.rindex(b"\xff\xda") : -2]
+    decode.open_image(content[:-2] + last_scan * 50 + content[-2:])
+    for open_it in (decode_image, decode.open_image):
+        with pytest.raises(BadSampleError, match="too_many_scans"):
+            open_it(content[:-2] + last_scan * 100 + content[-2:])
+
+
 def _bomb() -> bytes:
     """A whole PNG of 144 million pixels in 20 KB."""
     rows = zlib.compressobj(9)

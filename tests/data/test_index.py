@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import threading
 from functools import partial
 
 import numpy as np
 import pytest
 import webdataset
 
+from clip_train.data.files import one_writer
 from clip_train.data.index.files import RECORD, load_index
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.walk import IndexOptions, index_shard, index_shards, publish_index
@@ -168,6 +170,29 @@ def test_two_runs_may_index_the_same_shards_at_once(tmp_path):
         publish_index([entry], options=attempt)
     assert load_index([shard]) == ([indexed[0].entry], [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "s-000.idx", "s-000.tar"]
+
+
+def test_the_records_and_the_listing_of_an_index_are_always_of_one_pass(tmp_path):
+    (first,) = index_shards([write_shard(tmp_path / "a.tar", [_sample("0"), _sample("1")])]).shards
+    options = IndexOptions(rule=_OnlyTheFirst())
+    second = index_shard(first.path, options=options)
+    publishing = threading.Thread(target=publish_index, args=([second],), kwargs={"options": options})
+    with one_writer(tmp_path):  # as another pass that has written its records, and not yet its listing
+        publishing.start()
+        publishing.join(0.2)
+        assert first.idx_path.stat().st_size == 2 * RECORD.itemsize
+    publishing.join()
+    entries, _ = load_index([first.path])
+    assert (entries[0].n, first.idx_path.stat().st_size) == (1, RECORD.itemsize)
+
+
+class _OnlyTheFirst:
+    def __call__(self, shard, pairs):
+        return [None, *["later"] * (len(pairs) - 1)]
+
+
+def _sample(key: str) -> dict:
+    return {"__key__": key, "png": encoded(picture(int(key))), "txt": b"x"}
 
 
 def test_an_index_that_cannot_be_written_is_a_user_error(tmp_path):

@@ -96,8 +96,8 @@ def test_what_cannot_be_used_is_counted_by_reason_and_left_out(tmp_path):
         (source / f"{name}.png").write_bytes(content)
         (source / f"{name}.txt").write_text("" if name == "blank" else "a caption")
     (source / "alone.txt").unlink()
-    (source / "a.JPG").write_bytes(encoded(picture(1), "JPEG"))
-    (source / "a.txt").write_text("a photograph")
+    (source / "a.JFIF").write_bytes(encoded(picture(1), "JPEG"))
+    (source / "a.TXT").write_text("a photograph")
     (source / "a.cls").write_text("3")
     summary = make_shards(source, tmp_path / "out")
     assert summary.train == 6
@@ -124,9 +124,10 @@ def test_nothing_below_a_folder_is_lost_without_a_word(tmp_path):
 
 def test_samples_of_shards_without_a_picture_are_counted(tmp_path):
     samples = [{"__key__": "0", "png": encoded(picture(0)), "txt": b"x"}, {"__key__": "1", "heic": b"", "txt": b"x"}]
+    samples.append({"__key__": "2", "JFIF": encoded(picture(1), "JPEG"), "TXT": b"y"})
     write_shard(tmp_path / "in" / "x.tar", samples)
     summary = make_shards(tmp_path / "in", tmp_path / "out")
-    assert (summary.train, summary.examples) == (1, {"image_missing": ["x.tar/1"]})
+    assert (summary.train, summary.examples) == (2, {"image_missing": ["x.tar/1"]})
 
 
 def test_photographs_with_a_second_picture_inside_are_stored_as_the_jpegs_they_are(tmp_path):
@@ -284,7 +285,7 @@ INPUT_MISTAKES = [
     ),
     ("t.csv", "image,caption\na.png,x\n", {"template": "a {}"}, "--template means nothing for a table"),
     ("t.csv", "image,caption\nhttps://x.org/a.png,x\n", {}, "fetch the pictures first"),
-    ("t.csv", "image,caption\n,x\n", {}, "row 1: the picture is ''"),
+    ("t.csv", "image,caption\n,x\n", {}, "no row names a picture: column 'image' must hold paths of files, not ''"),
     ("t.csv", "image,caption\nno.png,x\n", {}, r"1 image_missing; the first is .*no\.png"),
     ("t.csv", "image;caption\na.png;x\n", {}, "its columns are 'image;caption'"),
     ("t.csv", "image,caption\na.png,a cat, asleep\n", {}, "line 2 has more fields than the 2 columns"),
@@ -292,7 +293,7 @@ INPUT_MISTAKES = [
     ("t.tsv", 'image\tcaption\na.png\t"open\na.png\t"a" cat\n', {}, "line 3: .* a text that begins with a quote"),
     ("t.jsonl", "[" * 100_000, {}, "line 1 is not JSON"),
     ("t.jsonl", '{"image": "a.png", "text": "x"}\n{"image"\n', {}, "line 2 is not JSON"),
-    ("t.jsonl", '{"image": "a.png", "text": 3}\n', {}, "row 1: the caption is 3"),
+    ("t.jsonl", '{"image": "a.png", "text": 3}\n', {}, "none of 1 pictures can be used: 1 caption_not_text"),
     (
         "t.json",
         '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}',
@@ -318,6 +319,19 @@ def test_inputs_that_cannot_be_read_are_user_errors_that_say_what_is_wrong(tmp_p
     with pytest.raises(UserError, match=message):
         make_shards(tmp_path / name, tmp_path / "out", input_options=InputOptions(**options))
     assert not list(tmp_path.glob("out/**/*.tar"))
+
+
+def test_rows_of_a_table_that_cannot_be_used_are_left_out_by_name_and_the_others_are_made(tmp_path):
+    _pictures(tmp_path, ["a.png", "b.png", "c.png"])
+    cells = [("a.png", ["one", 7]), ("", "x"), (None, "x"), ("b.png", 3), (["c.png"], "x"), ("c.png", None)]
+    lines = [json.dumps({"image": image, "caption": caption}) for image, caption in cells]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    summary = make_shards(tmp_path / "t.jsonl", tmp_path / "out", options=MakeOptions(shuffle=False))
+    assert (summary.train, _read(tmp_path / "out" / "train")[0]["txt"]) == (1, b"one")
+    rows = [f"row {number} of t.jsonl" for number in (2, 3, 5)]
+    assert summary.examples == {
+        "image_missing": rows, "caption_not_text": ["b.png"], "caption_missing": ["c.png"],
+    }  # fmt: skip
 
 
 def test_a_failed_attempt_leaves_nothing_that_a_corrected_one_would_believe(tmp_path):

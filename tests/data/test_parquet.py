@@ -106,7 +106,7 @@ def test_a_row_group_of_many_pictures_is_never_in_memory_as_a_whole(tmp_path):
     ("columns", "options", "message"),
     [
         ({"image": [1, 2], "text": ["a", "b"]}, {}, "column 'image' is of type int64; pictures are paths, bytes, or"),
-        ({"image": [b"x"], "text": [3]}, {}, "row 1: the caption is 3; it must be a text"),
+        ({"image": [b"x"], "text": [3]}, {}, "column 'text' is of type int64; captions are texts or lists of texts"),
         ({"image": [b"x"], "text": ["a"]}, {"images": "."}, "--images means nothing for a table"),
         ({"text": ["a"]}, {}, "no column of images with a usual name"),
     ],

@@ -14,6 +14,7 @@ from clip_train.config import load
 from clip_train.config_dir import config_dir
 from clip_train.data.config import DataConfig, Reader
 from clip_train.data.order import SHARD, key, permutation, source_id
+from clip_train.data.source import find_streams
 from clip_train.distributed.world import World
 from clip_train.errors import IntegrityError, UserError
 from tests.data.made import ByteTokenizer, caption_of, encoded, numbered_shards, picture, write_shard
@@ -71,6 +72,8 @@ def test_commands_run_only_where_the_command_line_allows_it(tmp_path):
     with pytest.raises(UserError, match=r"data\.reader=streaming reads them"):
         DataConfig(train=f"pipe:touch {marker}", allow_pipe=True).open_train(world=World())
     assert not marker.exists()
+    command = "pipe:curl HTTP://Host/{0..1}.tar"
+    assert find_streams(command, field="x", allow_pipe=True) == [command.replace("{0..1}", i) for i in "01"]
 
 
 def test_a_recipe_cannot_allow_commands(tmp_path, monkeypatch):

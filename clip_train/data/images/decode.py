@@ -132,10 +132,11 @@ def decode_image(content: bytes) -> np.ndarray:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Open a picture by its header alone, and check its size before any pixel is decoded.
+    """Open a picture by its header alone, and check that decoding it is bounded before any pixel is decoded.
 
     Raises:
-        BadSampleError: the format is unknown or not allowed, or the picture has more than 64 million pixels.
+        BadSampleError: the format is unknown or not allowed, the picture has more than 64 million pixels, or it takes
+            minutes.
     """
     if not content:
         raise BadSampleError("empty_image")
@@ -149,6 +150,8 @@ def open_image(content: bytes) -> Image.Image:
             raise BadSampleError("unknown_format") from error
     if image.format == "MPO":  # a JPEG with more pictures behind it, as phones write them
         image.format = "JPEG"
+    if "progressive" in image.info:
+        _check_scans(content)
     check_pixels(*image.size)
     return image
 

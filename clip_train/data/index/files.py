@@ -35,7 +35,7 @@ CAPTION_EXTENSIONS = ("txt", "json")
 DEFAULT_CAPTIONS = ("txt",)
 CAPTION_CHOICES = (DEFAULT_CAPTIONS, ("json",), CAPTION_EXTENSIONS)
 # In order of preference, should a sample have several. The position + 1 is the kind stored in the index.
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif", "jpe")
 HAS_CRC = 1
 _FIELDS = [
     ("image_block", "<u4"),  # content offsets in blocks of 512 bytes

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from clip_train.data.files import part_of, publish, write_part
+from clip_train.data.files import one_writer, part_of, publish, write_part
 from clip_train.data.index.files import (
     CAPTION_CHOICES,
     DEFAULT_CAPTIONS,
@@ -23,6 +23,7 @@ from clip_train.data.index.files import (
     IMAGE_EXTENSIONS,
     ShardEntry,
     idx_path,
+    index_folder,
     read_listing,
     record_layout,
     write_listing,
@@ -211,10 +212,12 @@ def publish_index(indexed: Sequence[IndexedShard], *, options: IndexOptions) -> 
         )
     by_folder: dict[Path, list[ShardEntry]] = {}
     for entry in entries:
-        publish(part_of(entry.idx_path, attempt=options.attempt), entry.idx_path)
         by_folder.setdefault(entry.path.parent, []).append(entry)
     for folder, listed in by_folder.items():
-        write_listing(folder, listed, captions=options.captions, index_dir=options.index_dir)
+        with one_writer(index_folder(folder, index_dir=options.index_dir)):
+            for entry in listed:
+                publish(part_of(entry.idx_path, attempt=options.attempt), entry.idx_path)
+            write_listing(folder, listed, captions=options.captions, index_dir=options.index_dir)
     return summary
 
 

@@ -38,6 +38,7 @@ class Plan:
 
     def publish(self, distances: Mapping[str, int]) -> None:
         """Replace the plan: for each URL the samples until it is needed."""
+        # Every second, and worthless after a crash: flushed to the disk, it would wait for the shards that arrive.
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps({stem_of(url): distance for url, distance in distances.items()}), encoding="utf-8")
         part.replace(self._path)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clip_train.data.captions import CaptionChooser
     from clip_train.data.shard_file import ShardFile
 
-_FORMAT_OF = {"jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF"} | {
+_FORMAT_OF = {"jpg": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "jpe": "JPEG", "tif": "TIFF"} | {
     extension: extension.upper() for extension in ("png", "webp", "gif", "bmp", "tiff", "avif")
 }
 # What a picture of unknown format is, by its first bytes (at the place given).

@@ -120,16 +120,16 @@ def make_shards(
     """
     options = options or MakeOptions()
     found = read_input(source, options=input_options or InputOptions())
-    pairs = shuffled(found.pairs, options=options)
-    with _place_of_work(out, pairs=pairs, options=options) as place:
-        pairs = unpacked(pairs, place=place, jobs=jobs, progress=progress)
+    listed = shuffled(found.pairs, options=options)
+    with _place_of_work(out, pairs=listed, options=options) as place:
+        pairs = unpacked(listed, place=place, jobs=jobs, progress=progress)
         verdicts = _examine_all(pairs, place=place, options=options, jobs=jobs, progress=progress)
         skipped = {reason: count for reason, count in sorted(Counter(verdicts).items()) if reason not in _SIDES}
         if len(pairs) == sum(skipped.values()):
             shutil.rmtree(place)
             reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
             raise UserError(
-                f"{source}: none of {len(pairs)} pictures can be used: {reasons}; the first is {pairs[0].image.path}"
+                f"{source}: none of {len(pairs)} pictures can be used: {reasons}; the first is {listed[0].image.path}"
             )
         shards = _plan(out, pairs=pairs, verdicts=verdicts, options=options)
         indexed = []

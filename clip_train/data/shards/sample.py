@@ -73,6 +73,9 @@ def read_captions(pair: Pair) -> list[bytes]:
         return [content]
     captions, reason = [], "caption_missing"
     for caption in pair.captions:
+        if caption is None:
+            reason = "caption_not_text"
+            continue
         try:
             decode_caption(encoded := caption.encode("utf-8", "surrogatepass"))
             captions.append(encoded)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from clip_train.distributed.world import World
-from clip_train.evaluation.classify.multilabel import score_multilabel
+from clip_train.evaluation.classify.multilabel import MULTILABEL_METRIC, score_multilabel
 from clip_train.evaluation.classify.permutation import probable_permutation
-from clip_train.evaluation.classify.scores import NUM_TOP, score
+from clip_train.evaluation.classify.scores import NUM_TOP, metric_names, score
 from clip_train.evaluation.collapse import TowerStatistics
 from clip_train.evaluation.evaluator import Evaluator, Setting
 from clip_train.evaluation.features import (
@@ -51,6 +51,10 @@ class Classify(Evaluator):
     def __init__(self, images: LabelledImages, *, setting: Setting) -> None:
         super().__init__(setting)
         self.images = images
+
+    def metric_names(self) -> list[str]:
+        """Return those of one class per image, or of several."""
+        return [MULTILABEL_METRIC] if self.images.multilabel else metric_names(len(self.images.classnames))
 
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return metrics, chance, intervals and the likeliest classes of every image."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from clip_train.data.sequential import FileImages
 from clip_train.data.shards.inputs.coco import read_coco
-from clip_train.data.shards.inputs.pair import InputOptions, Pair, pairs_of_rows
+from clip_train.data.shards.inputs.pair import Absent, InputOptions, Pair, Row, pairs_of_rows
 from clip_train.data.shards.inputs.parquet import Cell, read_parquet
 from clip_train.data.shards.inputs.table import TABLE_SUFFIXES, read_table
 from clip_train.errors import UserError, reading
@@ -47,6 +47,9 @@ def open_annotations(annotations: str, *, images: str | None, split: str) -> Cap
         raise UserError(
             f"annotations={annotations} must be a .json, a .txt or a table ({', '.join(TABLE_SUFFIXES)}, .parquet)"
         )
+    bad = next((pair.name for pair in pairs if isinstance(pair.image, Absent) or None in pair.captions), None)
+    if bad is not None:
+        raise UserError(f"annotations={path}: {bad} needs the path of a picture, and captions that are texts")
     source = FileImages([pair.image.path for pair in pairs], folder=folder or path.parent)
     return captioned_images(source, [[str(caption) for caption in pair.captions] for pair in pairs])
 
@@ -71,11 +74,14 @@ def _document(path: Path) -> dict[str, Any]:
     return document
 
 
-def _karpathy(document: dict[str, Any], *, split: str, path: Path) -> list[tuple[str, list[str]]]:
+def _karpathy(document: dict[str, Any], *, split: str, path: Path) -> list[Row]:
     """Return the captions of each picture of a split, with its path (`filepath/filename`, as for COCO)."""
     try:
         rows = [
-            ("/".join(filter(None, (image.get("filepath"), image["filename"]))), [s["raw"] for s in image["sentences"]])
+            Row(
+                "/".join(filter(None, (image.get("filepath"), image["filename"]))),
+                [s["raw"] for s in image["sentences"]],
+            )
             for image in document["images"]
             if image["split"] == split
         ]
@@ -90,14 +96,14 @@ def _karpathy(document: dict[str, Any], *, split: str, path: Path) -> list[tuple
     return rows
 
 
-def _lines(path: Path) -> list[tuple[str, list[str]]]:
+def _lines(path: Path) -> list[Row]:
     with reading(path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         found = _LINE.fullmatch(line.strip())
         if found:
-            rows.append((found[1], [found[2]]))
+            rows.append(Row(found[1], [found[2]]))
         elif line.strip() and number > 1:  # the first may be a heading
             raise UserError(f"{path}, line {number} is not `picture.jpg,caption`: {line[:60]!r}")
     if not rows:

@@ -62,6 +62,13 @@ class Retrieve(Evaluator):
         self._recall_k = sorted(set(recall_k))
         self._chunk_elements = chunk_elements
 
+    def metric_names(self) -> list[str]:
+        """Return recalls in both directions, the lenient ones too if pictures share captions."""
+        within = [k for k in self._recall_k if k <= len(self.images.source)]
+        names = [f"{side}_retrieval_recall@{k}" for k in within for side in ("image", "text")]
+        names += ["mean_recall@1"] if 1 in within else []
+        return [*names, *(f"lenient_{name}" for name in names if self._has_shared_captions)]
+
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return metrics, chance, intervals, ranks and a few pictures' nearest captions."""
         texts = encode_texts(model, self._texts, world=self.world)
@@ -70,7 +77,7 @@ class Retrieve(Evaluator):
         )
         image_ranks, text_ranks = self._search(image_features, texts)
         result = score(image_ranks, text_ranks, owner=self.images.owner, recall_k=self._recall_k)
-        if len(texts.features) < len(texts.rows):
+        if self._has_shared_captions:
             lenient = score(
                 *self._search(image_features, texts, lenient=True), owner=self.images.owner, recall_k=self._recall_k
             )
@@ -108,6 +115,10 @@ class Retrieve(Evaluator):
     @cached_property
     def _texts(self) -> TokenizedTexts:
         return tokenize_texts(self.setting.tokenizer, self.images.captions)
+
+    @property
+    def _has_shared_captions(self) -> bool:
+        return len(self._texts.tokens) < len(self._texts.rows)
 
     def _search(self, image_features: Tensor, texts: EncodedTexts, *, lenient: bool = False) -> tuple[Ranks, Ranks]:
         """Return the ranks of images by caption and of captions by image.

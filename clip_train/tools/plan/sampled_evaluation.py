@@ -116,6 +116,10 @@ class SampledEvaluator(Evaluator):
         result.seconds += self._clock.saved_seconds - before
         return result
 
+    def metric_names(self) -> list[str]:
+        """Return those of the other evaluator."""
+        return self._inner.metric_names()
+
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Do the work of the other evaluator."""
         return self._inner.measure(model)

@@ -87,6 +87,9 @@ def test_wrong_files_are_refused_by_name(pictures):
     (pictures / "x.csv").write_text("path,caption\na.jpg,\n")
     with pytest.raises(IntegrityError, match=r"a\.jpg has no caption"):
         opened(pictures / "x.csv")
+    (pictures / "x.csv").write_text("image,caption\na.jpg,x\n,y\n")
+    with pytest.raises(UserError, match=r"row 2 of x\.csv needs the path of a picture"):
+        opened(pictures / "x.csv")
     for fields in ({}, {"shards": "x", "annotations": "y"}):
         with pytest.raises(UserError, match=r"give one of evaluation\.retrieve\.shards="):
             RetrieveConfig(**fields)

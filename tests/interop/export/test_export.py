@@ -23,6 +23,7 @@ from clip_train.errors import UserError
 from clip_train.evaluation.classify.scores import score
 from clip_train.evaluation.result import write_result
 from clip_train.interop.export.inputs import write_labelled
+from clip_train.interop.export.publish import check_replaceable, staged
 from clip_train.interop.export.targets import Target
 from clip_train.interop.export.verify import Status, compare, find_libraries, verify
 from clip_train.interop.weights import weights_sha256
@@ -39,7 +40,7 @@ PYTHONS = [Path(path) for path in os.environ.get("CLIP_TRAIN_VERIFY_PYTHONS", ""
 
 def export(source, **options):
     defaults = {
-        "to": "folder", "out": None, "weights": "auto", "model_name": None, "drop_logit_bias": False, "int8": False,
+        "to": "folder", "out": None, "weights": "auto", "drop_logit_bias": False, "int8": False,
         "prove": False, "pythons": [], "repository": None,
     }  # fmt: skip
     return export_command(str(source), **{**defaults, **options})
@@ -144,10 +145,17 @@ def test_the_calibration_of_these_weights_goes_with_them_and_that_of_others_does
     assert not (run / "export" / "calibration.svg").exists()
 
 
-def test_an_export_is_replaced_and_nothing_else_is(source, exported, tmp_path):
+def test_an_export_is_replaced_and_nothing_else_is(source, model, exported, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(exported, out)
+    (out / "evaluation").mkdir()
+    (out / "evaluation" / "val.json").write_text("of the same weights")
+    measured = replace(BOTH, weights_sha256=weights_sha256(model))
+    write_calibration(measured, out / CALIBRATION_FILE)
     assert export(source, out=out) == 0
+    assert (out / "evaluation" / "val.json").read_text() == "of the same weights"
+    assert clip_train.load(out, device="cpu")[0].calibration == measured
+    assert not (out / CALIBRATION_FILE).exists() and "temperature 1.5 " in (out / "README.md").read_text()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"notes\.txt"):
         export(source, out=out)
@@ -158,6 +166,25 @@ def test_an_export_is_replaced_and_nothing_else_is(source, exported, tmp_path):
         export(source, out=tmp_path / "file")
     assert (out / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_results_of_other_weights_go_with_the_export_that_they_measured(tmp_path, capsys):
+    out = tmp_path / "out"
+    for weights in ("former", "new"):
+        with staged(out) as folder:
+            (folder / "clip_train.json").write_text(
+                json.dumps({"files": {"open_clip_model.safetensors": {"sha256": weights}}})
+            )
+        if weights == "former":
+            (out / "evaluation").mkdir()
+            (out / "evaluation" / "val.json").touch()
+            check_replaceable(out)
+    assert [path.name for path in out.iterdir()] == ["clip_train.json"]
+    assert "evaluation: results of the weights that were here before, deleted with them" in capsys.readouterr().out
+    (out / "evaluation").mkdir()
+    (out / "evaluation" / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"evaluation/notes\.txt"):
+        check_replaceable(out)
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(source, exported, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from clip_train.data.shards.inputs.pair import Input, InputOptions, pairs_of_rows
+from clip_train.data.shards.inputs.pair import Input, InputOptions, Row, pairs_of_rows
 from clip_train.data.shards.inputs.table import captions_of
 from clip_train.errors import UserError, reading
 
@@ -43,10 +43,11 @@ def read_coco(path: Path, *, options: InputOptions) -> Input:
     if not names:
         raise UserError(f"{path} lists no pictures")
     images = options.images or _folder_of(next(iter(names.values())), path=path)
-    by_name: dict[str, list[str]] = {name: [] for name in names.values()}
+    by_name: dict[str, list[str | None]] = {name: [] for name in names.values()}
     for number, caption in notes:
-        by_name[names[number]] += map(str.strip, captions_of(caption, row=f"{path}, picture {number!r}"))
-    return Input(kind=kind, pairs=pairs_of_rows(by_name.items(), images=images, keep_repeats=options.keep_repeats))
+        by_name[names[number]] += [text and text.strip() for text in captions_of(caption)]
+    rows = (Row(name, captions) for name, captions in by_name.items())
+    return Input(kind=kind, pairs=pairs_of_rows(rows, images=images, keep_repeats=options.keep_repeats))
 
 
 def _folder_of(name: str, *, path: Path) -> Path:

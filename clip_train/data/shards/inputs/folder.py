@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _EXTRAS = ("cls", "json")
-_COMPANIONS = frozenset(f".{extension}" for extension in ("txt", *_EXTRAS))
+_COMPANIONS = ("txt", *_EXTRAS)
 
 
 def read_folder(folder: Path, *, options: InputOptions) -> Input:
@@ -30,7 +30,10 @@ def read_folder(folder: Path, *, options: InputOptions) -> Input:
     kind = "a folder of pictures with .txt captions"
     options.refuse_except(kind=kind)
     pictures, others = _files(folder)
-    if not any(picture.with_suffix(".txt").exists() for picture in pictures):
+    # Whatever the case of the endings: cameras write `A.JPG`, and so `A.TXT`.
+    companions = {key: path for path in others if (key := _stem_and_extension(path))[1] in _COMPANIONS}
+    captions = {picture: companions.get((picture.with_suffix(""), "txt")) for picture in pictures}
+    if not any(captions.values()):
         raise UserError(
             f"{folder}: none of {len(pictures):,} pictures has a .txt of the same name beside it, such as "
             f"{pictures[0].with_suffix('.txt')}; for folders named after classes pass --template 'a photo of a {{}}'"
@@ -39,15 +42,19 @@ def read_folder(folder: Path, *, options: InputOptions) -> Input:
         Pair(
             picture.relative_to(folder).as_posix(),
             Content(picture),
-            Content(picture.with_suffix(".txt")),
-            tuple((extension, Content(picture.with_suffix(f".{extension}"))) for extension in _EXTRAS),
+            Content(caption or picture.with_suffix(".txt")),
+            tuple(
+                (extension, Content(companions[key]))
+                for extension in _EXTRAS
+                if (key := (picture.with_suffix(""), extension)) in companions
+            ),
         )
-        for picture in pictures
+        for picture, caption in captions.items()
     ]
-    captioned = {picture.with_suffix(".txt") for picture in pictures}
-    alone = [path for path in others if path.suffix == ".txt" and path not in captioned]
+    captioned = set(captions.values())
+    alone = [path for (_, kind), path in companions.items() if kind == "txt" and path not in captioned]
     pairs += [Pair(path.relative_to(folder).as_posix(), Absent(path), Content(path)) for path in alone]
-    return Input(kind=kind, pairs=pairs, ignored=_extensions(p for p in others if p.suffix not in _COMPANIONS))
+    return Input(kind=kind, pairs=pairs, ignored=_extensions(set(others) - set(companions.values())))
 
 
 def read_class_folders(folder: Path, *, options: InputOptions) -> Input:
@@ -91,6 +98,10 @@ def _files(folder: Path) -> tuple[list[Path], list[Path]]:
     if not pictures:
         raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
     return pictures, list(filterfalse(is_picture, files))
+
+
+def _stem_and_extension(path: Path) -> tuple[Path, str]:
+    return path.with_suffix(""), path.suffix.lower().removeprefix(".")
 
 
 def _extensions(files: Iterable[Path]) -> Counter[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from clip_train.data.images.decode import BadSampleError
 from clip_train.errors import UserError
+from clip_train.storage.remote import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,8 +67,16 @@ class Pair(NamedTuple):
 
     name: str  # unique in the input: decides the shuffle and names the sample
     image: Stored
-    captions: Content | tuple[str, ...]  # a text file, or the captions themselves
+    captions: Content | tuple[str | None, ...]  # a text file, or the captions themselves; None is one that is no text
     extras: tuple[tuple[str, Content | bytes], ...] = ()  # further members by extension, where they exist
+
+
+class Row(NamedTuple):
+    """A row of a table."""
+
+    picture: str | None  # its path; None if the row names none
+    captions: list[str | None]
+    name: str = ""  # what to call a row without a picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,23 +121,26 @@ class InputOptions:
                 raise UserError(f"--{name.replace('_', '-')} means nothing for {kind}")
 
 
-def pairs_of_rows(
-    rows: Iterable[tuple[str, list[str]]], *, images: Path, keep_repeats: bool = False
-) -> list[Pair]:  # fmt: skip
-    """Return one pair per picture of rows (picture path, captions), in order of first appearance.
+def pairs_of_rows(rows: Iterable[Row], *, images: Path, keep_repeats: bool = False) -> list[Pair]:
+    """Return one pair per picture of rows, in order of first appearance, then those without one, which cannot be used.
 
     A picture that several rows name gets the captions of all of them, each different one once unless `keep_repeats`.
 
     Raises:
-        UserError: a picture is given by its address in the web.
+        UserError: a picture is given by its URL.
     """
-    by_image: dict[str, list[str]] = {}
-    for image, captions in rows:
-        by_image.setdefault(image, []).extend(captions)
-    web = next((image for image in by_image if image.startswith(("http://", "https://"))), None)
-    if web is not None:
-        raise UserError(f"{web} is in the web: fetch the pictures first, for example with img2dataset")
-    return [
+    by_image: dict[str, list[str | None]] = {}
+    without: list[Pair] = []
+    for row in rows:
+        if row.picture is None:
+            without.append(Pair(row.name, Absent(images), tuple(row.captions)))
+        else:
+            by_image.setdefault(row.picture, []).extend(row.captions)
+    elsewhere = next(filter(is_remote, by_image), None)
+    if elsewhere is not None:
+        raise UserError(f"{elsewhere} is not a file here: fetch the pictures first, for example with img2dataset")
+    pairs = [
         Pair(image, Content(images / image), tuple(captions if keep_repeats else dict.fromkeys(captions)))
         for image, captions in by_image.items()
     ]
+    return pairs + without

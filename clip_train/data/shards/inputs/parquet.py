@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clip_train.data.images.decode import BadSampleError
-from clip_train.data.shards.inputs.pair import Input, InputOptions, Pair, pairs_of_rows
+from clip_train.data.shards.inputs.pair import Input, InputOptions, Pair, Row, pairs_of_rows
 from clip_train.data.shards.inputs.table import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     captions_of,
     choose_column,
-    picture_path,
+    rows_of,
 )
 from clip_train.errors import UserError
 
@@ -80,15 +80,16 @@ def read_parquet(paths: Sequence[Path], *, options: InputOptions) -> Input:
         UserError: a column is missing or of another type, or a file cannot be read.
     """
     pairs: list[Pair] = []
-    rows: list[tuple[str, list[str]]] = []
+    rows: list[Row] = []
     for path in paths:
         columns, types = _schema(path)
         usual = {"image": _PICTURE_COLUMNS, "caption": CAPTION_COLUMNS}
         image = choose_column(columns, asked=options.image_col, usual=usual["image"], what="image", path=path)
         caption = choose_column(columns, asked=options.caption_col, usual=usual["caption"], what="caption", path=path)
+        _require_texts(caption, types[caption], path=path)
         inside = _column_of_bytes(image, types[image], path=path)
         if inside is None:
-            rows += _rows_with_paths(path, image=image, caption=caption)
+            rows += rows_of(_records(path, columns=[image, caption]), image=image, caption=caption, path=path)
         else:
             pairs += _pairs_inside(path, column=inside, caption=caption)
     kind = f"a table ({'.parquet' if len(paths) == 1 else f'{len(paths)} files .parquet'})"
@@ -138,6 +139,18 @@ def _schema(path: Path) -> tuple[list[str], dict[str, Any]]:
     return schema.names, {field.name: field.type for field in schema}
 
 
+def _require_texts(name: str, kind: Any, *, path: Path) -> None:
+    from pyarrow import types
+
+    item = kind
+    while (
+        types.is_list(item) or types.is_large_list(item) or types.is_fixed_size_list(item) or types.is_dictionary(item)
+    ):
+        item = item.value_type
+    if not (types.is_string(item) or types.is_large_string(item) or types.is_null(item)):
+        raise UserError(f"{path}: column {name!r} is of type {kind}; captions are texts or lists of texts")
+
+
 def _column_of_bytes(name: str, kind: Any, *, path: Path) -> str | None:
     """Return the column of a picture's bytes, None if a column holds paths.
 
@@ -160,12 +173,6 @@ def _column_of_bytes(name: str, kind: Any, *, path: Path) -> str | None:
     )
 
 
-def _rows_with_paths(path: Path, *, image: str, caption: str) -> Iterator[tuple[str, list[str]]]:
-    for number, record in enumerate(_records(path, columns=[image, caption]), start=1):
-        row = f"{path}, row {number}"
-        yield picture_path(record[image], row=row), captions_of(record[caption], row=row)
-
-
 def _pairs_inside(path: Path, *, column: str, caption: str) -> Iterator[Pair]:
     import pyarrow.parquet
 
@@ -174,8 +181,8 @@ def _pairs_inside(path: Path, *, column: str, caption: str) -> Iterator[Pair]:
     places = ((group, row) for group, size in enumerate(sizes) for row in range(size))
     records = _records(path, columns=[caption])
     for number, (place, record) in enumerate(zip(places, records, strict=True), start=1):
-        captions = captions_of(record[caption], row=f"{path}, row {number}")
-        yield Pair(f"{path.name}/{number:09d}", Cell(path, column, *place), tuple(dict.fromkeys(captions)))
+        captions = tuple(dict.fromkeys(captions_of(record[caption])))
+        yield Pair(f"{path.name}/{number:09d}", Cell(path, column, *place), captions)
 
 
 def _records(path: Path, *, columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -6,11 +6,11 @@ import csv
 import json
 from typing import TYPE_CHECKING, Any
 
-from clip_train.data.shards.inputs.pair import Input, InputOptions, pairs_of_rows
+from clip_train.data.shards.inputs.pair import Input, InputOptions, Row, pairs_of_rows
 from clip_train.errors import UserError, reading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -26,13 +26,13 @@ def read_table(path: Path, *, options: InputOptions) -> Input:
     Picture paths start from `--images`, by default from the table's folder.
 
     Raises:
-        UserError: a column is missing, the file cannot be read, or a row holds something else than paths and texts.
+        UserError: a column is missing, the file cannot be read, or no row names a picture.
     """
     kind = f"a table ({path.suffix.lower()})"
     names = ["image_col", "caption_col", "images"] + (["sep"] if path.suffix.lower() in (".csv", ".tsv") else [])
     options.refuse_except(*names, kind=kind)
     with reading(path):
-        rows = list(_rows(path, options=options))
+        rows = _rows(path, options=options)
     if not rows:
         raise UserError(f"{path} holds no rows")
     return Input(
@@ -58,7 +58,7 @@ def choose_column(columns: Sequence[str], *, asked: str | None, usual: Sequence[
     return column
 
 
-def _rows(path: Path, *, options: InputOptions) -> Iterator[tuple[str, list[str]]]:
+def _rows(path: Path, *, options: InputOptions) -> list[Row]:
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         records = list(_json_lines(path))
@@ -67,9 +67,24 @@ def _rows(path: Path, *, options: InputOptions) -> Iterator[tuple[str, list[str]
         columns, records = read_csv(path, sep=options.sep or ("\t" if suffix == ".tsv" else ","))
     image = choose_column(columns, asked=options.image_col, usual=IMAGE_COLUMNS, what="image", path=path)
     caption = choose_column(columns, asked=options.caption_col, usual=CAPTION_COLUMNS, what="caption", path=path)
+    return rows_of(records, image=image, caption=caption, path=path)
+
+
+def rows_of(records: Iterable[dict[str, Any]], *, image: str, caption: str, path: Path) -> list[Row]:
+    """Return the rows of a table's records. One whose cell is empty or no path names no picture.
+
+    Raises:
+        UserError: there are rows, and none names a picture.
+    """
+    rows, other = [], None
     for number, record in enumerate(records, start=1):
-        row = f"{path}, row {number}"
-        yield picture_path(record.get(image), row=row), captions_of(record.get(caption), row=row)
+        cell = record.get(image)
+        named = isinstance(cell, str) and bool(cell.strip())
+        other = cell if other is None and not named else other
+        rows.append(Row(cell if named else None, captions_of(record.get(caption)), name=f"row {number} of {path.name}"))
+    if rows and not any(row.picture for row in rows):
+        raise UserError(f"{path}: no row names a picture: column {image!r} must hold paths of files, not {other!r}")
+    return rows
 
 
 def read_csv(path: Path, *, sep: str) -> tuple[list[str], list[dict[str, Any]]]:
@@ -115,26 +130,9 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def picture_path(value: object, *, row: str) -> str:
-    """Return what a cell says of a picture.
-
-    Raises:
-        UserError: it is not a path; the message begins with `row`.
-    """
-    if isinstance(value, str) and value:
-        return value
-    raise UserError(f"{row}: the picture is {value!r}; it must be the path of a file")
-
-
-def captions_of(value: object, *, row: str) -> list[str]:
-    """Return the captions of a cell, none if it is empty.
-
-    Raises:
-        UserError: it holds something else than texts; the message begins with `row`.
-    """
+def captions_of(value: object) -> list[str | None]:
+    """Return the captions of a cell, none if it is empty; None stands for one that is no text."""
     if value is None:
         return []
     captions: list[Any] = value if isinstance(value, list) else [value]
-    if not all(isinstance(caption, str) for caption in captions):
-        raise UserError(f"{row}: the caption is {value!r}; it must be a text or a list of texts")
-    return captions
+    return [caption if isinstance(caption, str) else None for caption in captions]
