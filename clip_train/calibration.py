@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clip_train.errors import IntegrityError
 from clip_train.files import replace_file
@@ -110,9 +110,25 @@ class Calibration:
     rejection: Rejection | None
 
 
+Measured = TypeVar("Measured", Temperature, Rejection)
+
+
 def hash_prompts(prompts: Sequence[str]) -> str:
     """Return the SHA-256 of a set of prompts, whatever their order."""
     return sha256("\n".join(sorted(set(prompts))).encode()).hexdigest()
+
+
+def latest(own: Calibration | None, other: Calibration | None) -> Calibration | None:
+    """Return each part from whichever of two calibrations of the same weights measured it last, `own` if both did."""
+    if own is None or other is None:
+        return own or other
+    return replace(
+        own, temperature=_later(own.temperature, other.temperature), rejection=_later(own.rejection, other.rejection)
+    )
+
+
+def _later(own: Measured | None, other: Measured | None) -> Measured | None:
+    return other if own is None or (other is not None and other.date > own.date) else own
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:

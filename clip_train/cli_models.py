@@ -88,7 +88,6 @@ def export(
     weights: Annotated[
         str, typer.Option(help="Of a run: ema, raw, best, or auto, the average if there is one.")
     ] = "auto",
-    model: Annotated[str | None, typer.Option(help="Architecture of a weight file that does not tell it.")] = None,
     drop_logit_bias: Annotated[
         bool, typer.Option("--drop-logit-bias", help="Leave the bias out where there is none: other probabilities.")
     ] = False,
@@ -106,7 +105,7 @@ def export(
     from clip_train.tools.export import export_command
 
     code = export_command(
-        source, to=to, out=out, weights=weights, model_name=model, drop_logit_bias=drop_logit_bias, int8=int8,
+        source, to=to, out=out, weights=weights, drop_logit_bias=drop_logit_bias, int8=int8,
         prove=verify, pythons=verify_python or [], repository=push,
     )  # fmt: skip
     raise typer.Exit(code)

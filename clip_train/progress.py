@@ -92,15 +92,13 @@ def skip_samples(progress: Progress, *, config: TrainConfig, resumed_from: Path 
         progress.skip(config.data.skip_samples)
 
 
-def rewind(checkpointer: Checkpointer, *, progress: Progress) -> int:
-    """Load the newest good checkpoint but keep the place in the data; return its step. Every rank calls it.
+def rewind(checkpointer: Checkpointer, *, progress: Progress) -> None:
+    """Load the newest checkpoint, perhaps the one resumed from, but keep the place in the data. Every rank calls it.
 
     Raises:
         TrainingFailed: there is none yet.
     """
     before = progress.state_dict()
-    checkpointer.wait()
-    if checkpointer.resume("auto") is None:
+    if checkpointer.go_back() is None:
         raise TrainingFailed("not finite before the first checkpoint: nothing to rewind to; lower checkpoint.every")
     progress.keep_place(before)
-    return progress.step

@@ -5,6 +5,7 @@ Nothing here imports torch, so that a misspelt key is refused in well under two 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.config import EMA_SUFFIX, CheckpointConfig
 from clip_train.data.config import DataConfig, Reader
-from clip_train.distributed.config import DistributedConfig, Strategy
+from clip_train.distributed.config import MOST_SECONDS, DistributedConfig, Strategy
 from clip_train.distributed.launch_config import LaunchConfig, LocalLaunchConfig, SlurmLaunchConfig
 from clip_train.errors import UserError
 from clip_train.evaluation.calibrate.config import CalibrateConfig
@@ -58,6 +59,9 @@ CHOICES: dict[str, dict[str, type]] = {
 }
 """Group -> name -> dataclass. A YAML file extends `base_NAME`, or `base` where a group has one class for all its files.
 Where there are several, the `name` field must say which."""
+
+LENGTHS = ("steps", "samples", "epochs")
+"""Keys of which one says how long a run is."""
 
 NAMED = ("tokenizer", "loss", "optim", "launch")
 """Groups whose dataclass depends on the choice: a written config tells it by `name`."""
@@ -153,12 +157,15 @@ class TrainConfig:
         if self.data.skip_samples and self.resume in ("auto", "never"):
             raise UserError(f"data.skip_samples={self.data.skip_samples} needs resume=CHECKPOINT, to skip from there")
         self.profiled_steps()
-        given = [key for key in ("steps", "samples", "epochs") if getattr(self, key) is not None]
+        given = [key for key in LENGTHS if getattr(self, key) is not None]
         if len(given) != 1:
             raise UserError(
                 f"give exactly one of steps, samples and epochs, not {' and '.join(given) or 'none of them'}"
             )
+        if self.samples is not None:
+            self._check_countable(self.samples)
         if self.steps is not None:
+            self._check_countable(self.steps * self.global_batch_size)
             self._check_length(self.steps)
         for group in NAMED:
             choices, chosen = CHOICES[group], getattr(self, group)
@@ -178,10 +185,12 @@ class TrainConfig:
         for key in ("name", "run_dir", "resume"):
             if not getattr(self, key).strip():
                 raise UserError(f"{key}= must not be empty")
-        for key in ("global_batch_size", "steps", "samples", "epochs", "max_hours", "watchdog_seconds"):
+        for key in ("global_batch_size", *LENGTHS, "max_hours", "watchdog_seconds"):
             value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise UserError(f"{key}={value} must be positive")
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{key}={value} must be positive and finite")
+        if self.watchdog_seconds is not None and self.watchdog_seconds > MOST_SECONDS:
+            raise UserError(f"watchdog_seconds={self.watchdog_seconds} must be at most {MOST_SECONDS}; null: never")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} must lie in [0, 2^63)")
 
@@ -208,11 +217,12 @@ class TrainConfig:
         """Return the length of the run in steps, given the size of the training data.
 
         Raises:
-            UserError: warm-up or profiled steps do not end before the run does.
+            UserError: warm-up or profiled steps do not end before the run does, or the run is too long to be counted.
         """
         if self.steps is not None:
             return self.steps
         samples = self.samples if self.samples is not None else (self.epochs or 0) * num_samples
+        self._check_countable(samples)
         total = max(1, round(samples / self.global_batch_size))
         self._check_length(total)
         return total
@@ -239,6 +249,11 @@ class TrainConfig:
         if best is not None and best.removeprefix("-").split("/")[0] not in results:
             known = ", ".join(f"{name}/…" for name in results) or "none: name some with evaluation=[...]"
             raise UserError(f"checkpoint.best={best} must be a metric of an evaluation; there are {known}")
+
+    def _check_countable(self, samples: float) -> None:
+        if samples >= 2**63:  # positions in the data are of 64 bits
+            length = next(f"{key}={value}" for key in LENGTHS if (value := getattr(self, key)) is not None)
+            raise UserError(f"{length} is a run of more samples than can be counted: at most 2^63")
 
     def _check_length(self, total: int) -> None:
         if self.optim.warmup >= total:

@@ -13,6 +13,7 @@ from clip_train.calibration import (
     Reliability,
     Temperature,
     hash_prompts,
+    latest,
     read_calibration,
     write_calibration,
 )
@@ -45,6 +46,14 @@ def test_what_is_written_is_read_again(tmp_path, calibration):
 
 def test_no_file_is_no_calibration(tmp_path):
     assert read_calibration(tmp_path / CALIBRATION_FILE) is None
+
+
+def test_of_two_calibrations_each_part_is_the_one_measured_last():
+    newer = replace(TEMPERATURE, value=2.0, date="2026-11-22")
+    other = replace(BOTH, temperature=newer, rejection=replace(REJECTION, date="2026-11-20"))
+    assert latest(BOTH, other) == replace(BOTH, temperature=newer)
+    assert latest(None, other) == other and latest(BOTH, None) == BOTH
+    assert latest(replace(BOTH, temperature=None), other) == replace(BOTH, temperature=newer)
 
 
 def damaged_files():

@@ -153,6 +153,23 @@ def test_yaml_that_is_not_yaml_names_the_file(tmp_path):
         from_yaml(path)
 
 
+@pytest.mark.parametrize(
+    "length", ["epochs=1e300", "epochs=1e308", "samples=1" + 19 * "0", "steps=1" + 300 * "0", "steps=92233720368547759"]
+)
+def test_a_run_of_more_samples_than_can_be_counted_is_refused(length):
+    overrides = [length, "optim.warmup=1", "data.train=x", "global_batch_size=100"]
+    with pytest.raises(UserError, match=f"{length.partition('=')[0]}=.* is a run of more samples than can be counted"):
+        load("train", overrides).total_steps(1000)
+
+
+@pytest.mark.parametrize(
+    "key", ["watchdog_seconds", "distributed.timeout_seconds", "distributed.arrival_seconds"]
+)  # fmt: skip
+def test_a_wait_that_no_clock_can_hold_is_refused(key):
+    with pytest.raises(UserError, match=f"{key}=1e.300 must be "):
+        load("train", [*BASE, f"{key}=1e300"])
+
+
 def test_samples_and_epochs_become_steps():
     config = load("train", ["samples=10240", "optim.warmup=1", "data.train=x"])
     assert config.total_steps(123) == 10

@@ -211,23 +211,40 @@ def test_a_run_that_went_back_beyond_its_newest_save_saves_again_when_it_is_stop
     assert (tmp_path / "checkpoints" / "step-00000008" / "MANIFEST.json").exists()
 
 
+def test_a_run_that_began_at_a_checkpoint_of_another_run_is_rewound_to_it(scenes, undisturbed, tmp_path, monkeypatch):
+    slots, weights = break_images(monkeypatch, 3)
+    start = undisturbed / "checkpoints" / "step-00000040"
+    train(load("train", overrides(scenes, tmp_path, f"resume={start}", "on_nonfinite=rewind")))
+    # Step 43 is seen to be broken while step 44 is under way: all four are taken again, on new data.
+    assert weights[4] == weights[0] and len(slots) == 4 + 10
+    assert list(losses(tmp_path)) == list(range(41, 51))
+
+
 def test_nothing_to_rewind_to_is_said(scenes, tmp_path, monkeypatch):
     break_images(monkeypatch, 3)
     with pytest.raises(TrainingFailed, match="nothing to rewind to"):
         train(load("train", overrides(scenes, tmp_path, "steps=25", "on_nonfinite=rewind")))
 
 
+@pytest.mark.parametrize("name", ["val", "-val_ema"])
+def test_a_best_metric_that_its_evaluation_does_not_give_is_refused_before_the_first_step(scenes, tmp_path, name):
+    best = [f"checkpoint.best={name}/recall@1", "evaluation=[val]", f"data.val={scenes}/val", "optim.ema_decay=0.8"]
+    with pytest.raises(
+        UserError, match=rf"checkpoint.best={name}/recall@1 is not one of .*{name.lstrip('-')}/mean_recall@1"
+    ):
+        train(load("train", overrides(scenes, tmp_path, "steps=9", *best)))
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["", "_ema"])
-def test_the_best_checkpoint_is_saved_when_an_evaluation_beats_the_former(scenes, tmp_path, weights):
+@pytest.mark.parametrize("name", ["val/image_retrieval_recall@10", "val_ema/image_retrieval_recall@10", "-val/loss"])
+def test_the_best_checkpoint_is_saved_when_an_evaluation_beats_the_former(scenes, tmp_path, name):
     best = ["evaluation=[val]", f"evaluation.val.shards={scenes}/val", "evaluation.val.every=15", "data.val=null"]
     best.append("optim.ema_decay=0.8")
-    metric = f"checkpoint.best=val{weights}/image_retrieval_recall@10"
-    train(
-        load("train", overrides(scenes, tmp_path, "steps=120", "global_batch_size=64", "optim.lr=2e-3", metric, *best))
-    )
-    name = metric.partition("=")[2]
-    scores = {row["step"]: row[name] for row in read_metrics(tmp_path) if name in row}
+    best.append(f"checkpoint.best={name}")
+    train(load("train", overrides(scenes, tmp_path, "steps=120", "global_batch_size=64", "optim.lr=2e-3", *best)))
+    metric, sign = name.removeprefix("-"), -1 if name.startswith("-") else 1
+    scores = {row["step"]: sign * row[metric] for row in read_metrics(tmp_path) if metric in row}
     assert len(scores) >= 3  # until then the model counts as collapsed
     winner = max(scores, key=lambda step: (scores[step], -step))
     assert best_checkpoint(tmp_path).name == f"step-{winner:08d}"

@@ -34,16 +34,9 @@ class Score:
 
     @staticmethod
     def of(metrics: Mapping[str, float], *, metric: str, step: int) -> Score | None:
-        """Pick a metric out of those of some evaluations; None if its evaluation gave none, as of a collapsed model.
-
-        Raises:
-            UserError: its evaluation gives others only.
-        """
-        name = metric.removeprefix("-")
-        given = sorted(other for other in metrics if other.split("/")[0] == name.split("/")[0])
-        if given and name not in metrics:
-            raise UserError(f"checkpoint.best={metric} is not one of {', '.join(given)}")
-        return Score(step=step, metric=metric, value=metrics[name]) if given else None
+        """Pick a metric out of those of some evaluations; None if its evaluation gave none, as of a collapsed model."""
+        value = metrics.get(metric.removeprefix("-"))
+        return None if value is None else Score(step=step, metric=metric, value=value)
 
     def beats(self, other: Score | None) -> bool:
         """Return whether this is better than `other`; anything beats none and another metric's."""

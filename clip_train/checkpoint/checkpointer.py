@@ -15,11 +15,17 @@ from clip_train.checkpoint.best import Score, read_best
 from clip_train.checkpoint.choose import choose
 from clip_train.checkpoint.commit import MAX_FAILURES, Commits
 from clip_train.checkpoint.copies import RemoteCopies
-from clip_train.checkpoint.load import TRAIN_STATE_NAME, load_part, load_train_state
+from clip_train.checkpoint.load import (
+    TRAIN_STATE_NAME,
+    find_checkpoint,
+    load_part,
+    load_train_state,
+    newest_verified,
+)
 from clip_train.checkpoint.lock import RunLock
 from clip_train.checkpoint.manifest import Manifest
 from clip_train.checkpoint.publish import FREE_FACTOR, clear_leftovers, explain, require_space
-from clip_train.checkpoint.retention import checkpoint_path
+from clip_train.checkpoint.retention import checkpoint_path, list_checkpoints
 from clip_train.checkpoint.snapshot import num_bytes, take_snapshot, texts_of
 from clip_train.checkpoint.tensors import is_shared
 from clip_train.distributed.agree import on_main
@@ -75,13 +81,14 @@ class Checkpointer:
         self.run_dir = Path(run_dir)
         self.world = world
         self.config = config
+        self.saved_step = 0  # steps done at the newest save, or where training continues
         self._tensors = tensors
         self._state = state
         self._say = (say or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
         self._copies = RemoteCopies(config.remote, run_dir=self.run_dir, say=self._say) if config.remote else None
         self._lock: RunLock | None = None
         self._saving: threading.Thread | None = None
-        self._error_after_save: UserError | None = None
+        self._start: Path | None = None  # what this attempt resumed from; on rank 0
         held = [v for part in tensors.values() for v in part.state_dict().values() if isinstance(v, torch.Tensor)]
         self._commits = Commits(
             self.run_dir, world=world, config=config, copies=self._copies, say=self._say, is_shared=is_shared(held)
@@ -98,9 +105,7 @@ class Checkpointer:
         self.close()
 
     def is_best(self, metrics: Mapping[str, float], *, step: int) -> bool:
-        """Return whether these metrics of the weights at `step` are to be saved. Every rank calls this.
-
-        That is if they beat the best of the run, or `checkpoint.best` is not among them: the save ends the run.
+        """Return whether these metrics of the weights at `step` beat the best of the run. Every rank calls this.
 
         Raises:
             IntegrityError: the record of the best is damaged.
@@ -115,11 +120,7 @@ class Checkpointer:
             self._commits.challenger = score if score and score.beats(read_best(self.run_dir)) else None
             return self._commits.challenger is not None
 
-        try:
-            return on_main(judge, world=self.world)
-        except UserError as error:
-            self._error_after_save = error
-            return True
+        return on_main(judge, world=self.world)
 
     def save(
         self,
@@ -142,7 +143,6 @@ class Checkpointer:
         Raises:
             ClipTrainError: a tensor is not finite, or the third save in a row failed; for an asynchronous save at the
                 next call.
-            UserError: `is_best` has just found that `checkpoint.best` is no metric. All is saved.
         """
         self._settle()
         parts = {name: part.state_dict() for name, part in self._tensors.items()}
@@ -159,11 +159,8 @@ class Checkpointer:
             self._saving.start()
         if not self.config.asynchronous:
             self._settle()
-        path = checkpoint_path(self.run_dir, step=step)
-        if self._error_after_save is not None:
-            self.wait()
-            raise UserError(f"{self._error_after_save}; {path.name} is saved, and another metric goes on there")
-        return path
+        self.saved_step = step
+        return checkpoint_path(self.run_dir, step=step)
 
     def wait(self) -> None:
         """Return when the newest save is on disk. Every rank calls this.
@@ -198,16 +195,21 @@ class Checkpointer:
         """
         self._settle()
         chosen = on_main(lambda: self._choose(mode), world=self.world)
-        if chosen is None:
-            return None
-        # Rank 0 has verified its choice; every rank reads the same files.
-        manifest = Manifest.read(chosen)
-        check(chosen)
-        try:
-            self._load(chosen)
-        except UserError as error:
-            raise UserError(f"{chosen}: {error}") from error
-        return ResumedFrom(step=manifest.step, path=chosen, consumed=manifest.consumed)
+        if chosen is not None:
+            check(chosen)
+        return self._resume_from(chosen)
+
+    def go_back(self) -> ResumedFrom | None:
+        """Load the newest intact save again, or what this attempt resumed from while it has saved nothing.
+
+        Every rank calls this. It returns None if there is neither.
+
+        Raises:
+            ClipTrainError: the save under way failed.
+            IntegrityError: there are checkpoints and none is intact.
+        """
+        self.wait()
+        return self._resume_from(on_main(self._choose_former, world=self.world))
 
     def _prepare(self, needed: int) -> list[str]:
         folder = self.run_dir / "checkpoints"
@@ -228,7 +230,30 @@ class Checkpointer:
         if start is None:
             return None
         self._commits.start_from(start)
+        self._start = start.path
         return start.path
+
+    def _choose_former(self) -> Path | None:
+        """Choose and verify what to go back to, on rank 0."""
+        if list_checkpoints(self.run_dir):
+            former: Path | None = newest_verified(self.run_dir, say=self._say)
+        else:
+            former = find_checkpoint(self._start) if self._start else None
+        if former is not None:
+            self._commits.go_back_to(former)
+        return former
+
+    def _resume_from(self, chosen: Path | None) -> ResumedFrom | None:
+        if chosen is None:
+            return None
+        # Rank 0 has verified its choice; every rank reads the same files.
+        manifest = Manifest.read(chosen)
+        try:
+            self._load(chosen)
+        except UserError as error:
+            raise UserError(f"{chosen}: {error}") from error
+        self.saved_step = manifest.step
+        return ResumedFrom(step=manifest.step, path=chosen, consumed=manifest.consumed)
 
     def _load(self, chosen: Path) -> None:
         train_state = load_train_state(chosen)

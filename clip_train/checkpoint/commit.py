@@ -72,9 +72,13 @@ class Commits:
     def start_from(self, start: StartingPoint) -> None:
         """Keep the checkpoint that the run continues from, and remember where it came from."""
         self._origin = start.origin
-        self._verified.add(start.path)
-        self._resumed = {start.path}
-        self._former = start.path
+        self.go_back_to(start.path)
+
+    def go_back_to(self, path: Path) -> None:
+        """Keep the checkpoint that training goes on from, in the line that it is in."""
+        self._verified.add(path)
+        self._resumed = {path}
+        self._former = path
 
     def commit(self, snapshot: Snapshot, *, healthy: bool) -> None:
         """Publish a snapshot and note how it went; `healthy` if no update since the save before was refused."""

@@ -58,16 +58,22 @@ class Owner:
 
 
 class RunLock:
-    """The lock of one run directory, held from here to `release`."""
+    """The lock of one run directory, or of a sweep's, held from here to `release`."""
 
-    def __init__(self, run_dir: Path, *, say: Callable[[str], None] = print) -> None:
+    def __init__(self, run_dir: Path, *, key: str = "run_dir", say: Callable[[str], None] = print) -> None:
         """Take the lock; an owner that died on this host is replaced, and `say` gets a line about it.
 
+        Args:
+            run_dir: what is locked.
+            key: the config key with which a user names another directory.
+            say: gets the line.
+
         Raises:
-            UserError: another process trains in this directory, or its lock is not one of ours.
+            UserError: another process works in this directory, or its lock is not one of ours.
             OSError: the directory cannot be written.
         """
         self.path = run_dir / LOCK_NAME
+        self._key = key
         self.owner = Owner.this_process()
         with _one_at_a_time(run_dir):
             holder = self._read()
@@ -88,7 +94,7 @@ class RunLock:
         hint = "" if holder.host == self.owner.host else f"; delete {self.path} if that process is gone"
         raise UserError(
             f"{self.path.parent} is in use by process {holder.pid} on {holder.host}: "
-            f"choose another run_dir or stop that process{hint}"
+            f"choose another {self._key} or stop that process{hint}"
         )
 
     def _read(self) -> Owner | None:

@@ -28,6 +28,10 @@ class GradientType(StrEnum):
     bf16 = "bf16"
 
 
+MOST_SECONDS = 10_000_000
+"""The longest wait that can be set, four months: with ten times as long the system's clocks overflow."""
+
+
 class Backend(StrEnum):
     auto = "auto"
     nccl = "nccl"
@@ -64,8 +68,8 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         for key in ("arrival_seconds", "timeout_seconds"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"distributed.{key}={getattr(self, key)} must be positive")
+            if not 0 < getattr(self, key) <= MOST_SECONDS:
+                raise UserError(f"distributed.{key}={getattr(self, key)} must be positive, and at most {MOST_SECONDS}")
         if self.shard_ranks is not None and (self.shard_ranks < 1 or self.strategy is not Strategy.fsdp):
             raise UserError(f"distributed.shard_ranks={self.shard_ranks} must be positive and go with strategy=fsdp")
         if self.cpu_offload and self.strategy is not Strategy.fsdp:

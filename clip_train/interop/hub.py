@@ -69,6 +69,21 @@ def locate(name: str, *, cache_dir: str | None) -> Path:
     raise UserError(_unknown(name))
 
 
+def named_file(name: str) -> tuple[str, Path] | None:
+    """Return the parts of `ARCHITECTURE:FILE`, None for any other name or path.
+
+    Raises:
+        UserError: a folder stands for the file, and a folder tells its architecture.
+    """
+    architecture, _, rest = name.partition(":")
+    if architecture not in available_models() or name in pretrained_weights() or Path(name).exists():
+        return None
+    path = Path(rest).expanduser()
+    if rest and path.is_dir():
+        raise UserError(f"{name}: a folder tells its architecture itself; load {rest}")
+    return (architecture, path) if path.is_file() else None
+
+
 def recorded_activation(name: str) -> bool | None:
     """Say whether the name promises QuickGELU (True) or GELU (False); None for paths and `hf-hub:` names."""
     if name in pretrained_weights():
@@ -180,14 +195,20 @@ class _Repository:
 
 def _unknown(name: str) -> str:
     published = pretrained_weights()
-    architecture = OPENAI_NAMES.get(name.partition(":")[0], name.partition(":")[0])
+    given, _, rest = name.partition(":")
+    architecture = OPENAI_NAMES.get(given, given)
     twins = {architecture.removesuffix(QUICK_GELU_SUFFIX) + suffix for suffix in ("", QUICK_GELU_SUFFIX)}
     tagged = [other for other in published if other.partition(":")[0] in twins]
     if name in available_models():
         listed = f"; published weights: {', '.join(tagged[:10])}" if tagged else ""
-        return f"{name} names an architecture, not weights: load a run or a file, or call create_model{listed}"
-    if ":" in name and tagged:
-        return f"{name}: no such weights; published are {', '.join(difflib.get_close_matches(name, tagged, 10, 0.0))}"
+        return f"{name} names an architecture, not weights: load a run, {name}:FILE, or call create_model{listed}"
+    if given in available_models():
+        near = _near_paths(rest) or difflib.get_close_matches(name, tagged, 10, 0.0)
+        hint = f"near it are {', '.join(near)}" if near else "there is no such file"
+        return f"{name}: neither a file nor published weights; {hint}"
+    if rest and Path(rest).expanduser().is_file():
+        near = difflib.get_close_matches(given, available_models(), n=3, cutoff=0.0)
+        return f"{name}: no architecture is named {given!r}; the nearest names are {', '.join(near)}"
     near = _near_paths(name) or difflib.get_close_matches(name, [*OPENAI_NAMES, *published], n=3)
     hint = f"the nearest names are {', '.join(near)}" if near else "available_models() lists the names"
     return f"{name}: neither a path nor a model with published weights; {hint}"

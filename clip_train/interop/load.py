@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clip_train.errors import UserError
-from clip_train.interop import openai
+from clip_train.errors import UserError, first_of
+from clip_train.interop import open_clip, openai
 from clip_train.interop.folders import CONFIG_FILES, WEIGHT_CHOICES, Source, read_folder, read_folder_calibration
-from clip_train.interop.hub import locate, recorded_activation
+from clip_train.interop.hub import locate, named_file, recorded_activation
 from clip_train.interop.loaded_model import LoadedModel, Preprocess, empty_model
-from clip_train.interop.weights import assign_weights, first_keys, read_weights, weights_sha256
+from clip_train.interop.weights import assign_weights, read_weights, weights_sha256
 from clip_train.model.positions import resize_positions
 from clip_train.model.zoo import model_config
 
@@ -32,23 +32,21 @@ def load(
     *,
     weights: str = "auto",
     dtype: torch.dtype | str | None = None,
-    model: str | None = None,
     image_size: int | None = None,
     compile: bool = False,
 ) -> tuple[LoadedModel, Preprocess]:
     """Load a trained model and the preprocessing of its images; the order of arguments is OpenAI CLIP's.
 
     Args:
-        name_or_path: a run directory, a checkpoint, an export; a folder of open_clip or transformers; a weight file
-            (OpenAI's archives, `.pt`, `.safetensors`); `hf-hub:ORG/NAME[@revision]`; one of OpenAI's names
-            (`ViT-B/32`); an architecture with the tag of its weights (`ViT-B-32:laion2b_s34b_b79k`).
+        name_or_path: a run directory, a checkpoint, an export; a folder of open_clip or transformers; OpenAI's archive;
+            an architecture with a weight file (`ViT-B-32:weights.pt`, `.safetensors`) or with the tag of its published
+            weights (`ViT-B-32:laion2b_s34b_b79k`); one of OpenAI's names (`ViT-B/32`); `hf-hub:ORG/NAME[@revision]`.
         device: CUDA if there is one, else the CPU, if None.
         jit: exists for compatibility and must be False.
         download_root: cache folder of the hub; its default if None.
         weights: of a run: `ema` (moving average), `raw`, `auto` (the average if the run kept one), or `best` (of the
             checkpoint that `checkpoint.best` kept, the weights that its metric was measured on).
         dtype: of the parameters, as a type or `fp32`, `bf16`, `fp16`; float32 if None.
-        model: the architecture's name, for a weight file that does not tell (see `available_models`).
         image_size: side of the pictures in pixels; the position table is interpolated to it. The model's own if None.
         compile: compile each transformer block with torch.compile, which takes minutes at the first calls.
 
@@ -67,7 +65,7 @@ def load(
         dtype = DTYPES[dtype]
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size={image_size} must be at least 1")
-    source = read_source(name_or_path, weights=weights, model=model, cache_dir=download_root)
+    source = read_source(name_or_path, weights=weights, cache_dir=download_root)
     if image_size is not None and image_size != source.config.vision.image_size:
         source = _resize(source, image_size=image_size)
     loaded = assemble(source)
@@ -86,24 +84,31 @@ def load(
 
 
 def read_source(
-    name_or_path: str | Path, *, weights: str = "auto", model: str | None = None, cache_dir: str | None = None
+    name_or_path: str | Path, *, weights: str = "auto", cache_dir: str | None = None, architecture: str | None = None
 ) -> Source:
-    """Find and read what `load` would load, without building the model. The arguments are those of `load`."""
+    """Find and read what `load` would load, without building the model.
+
+    Args:
+        name_or_path: see `load`.
+        weights: see `load`.
+        cache_dir: of the hub; its default if None.
+        architecture: of a weight file that does not tell it and comes without a name.
+    """
     if weights not in WEIGHT_CHOICES:
         raise UserError(f"weights={weights!r} must be one of {', '.join(WEIGHT_CHOICES)}")
     if not isinstance(name_or_path, str | Path):
         raise UserError(f"a {type(name_or_path).__name__} is no model to load: give a path or a name")
-    path = locate(str(name_or_path), cache_dir=cache_dir)
+    name = str(name_or_path)
+    if (named := named_file(name)) is not None:
+        return _read_named_file(name, *named)
+    path = locate(name, cache_dir=cache_dir)
     if path.is_dir():
         source = read_folder(path, weights=weights)._replace(calibration=read_folder_calibration(path))
     else:
-        source = _read_file(path, model=model)
-    promised = None if path == Path(name_or_path).expanduser() else recorded_activation(str(name_or_path))
-    if promised is not None and promised != source.config.quick_gelu:
-        raise UserError(
-            f"{name_or_path} means quick_gelu={str(promised).lower()}, but {source.origin} records the opposite: load "
-            "it by its path, or take the architecture's twin (with or without -quickgelu)"
-        )
+        source = _read_file(path, architecture=architecture)
+    promised = None if path == Path(name).expanduser() else recorded_activation(name)
+    if promised is not None:
+        _check_activation(name, promised, recorded=source.config.quick_gelu, origin=source.origin)
     return source
 
 
@@ -135,18 +140,34 @@ def calibration_of(model: LoadedModel, *, source: Source) -> Calibration | None:
     return None
 
 
-def _read_file(path: Path, *, model: str | None) -> Source:
+def _read_named_file(name: str, architecture: str, path: Path) -> Source:
+    beside = path.parent / open_clip.CONFIG_FILE
+    if path.name in open_clip.WEIGHT_FILES and beside.is_file():  # knows activation and normalisation, too
+        raise UserError(f"{name}: {beside} tells the architecture; load {path.parent}")
+    config, tensors = model_config(architecture), read_weights(path)
+    if openai.take_integers(tensors):
+        _check_activation(name, config.quick_gelu, recorded=True, origin=path)
+    return Source(config, tensors, path)
+
+
+def _read_file(path: Path, *, architecture: str | None) -> Source:
     tensors = read_weights(path)
     if openai.take_integers(tensors):
-        return Source(openai.infer_config(tensors, name=model or path.stem, origin=str(path)), tensors, path)
-    if model is None:
-        way = "pass model=NAME (see available_models()), or make a folder of it: clip-train export FILE --model NAME"
+        return Source(openai.infer_config(tensors, name=architecture or path.stem, origin=str(path)), tensors, path)
+    if architecture is None:
+        way = f"write its name before the path, as in ViT-B-32:{path} (see available_models())"
         if any((path.parent / name).is_file() for name in CONFIG_FILES):
             way = f"its folder does: load {path.parent}"
+        raise UserError(f"{path}: the file does not tell its architecture; {way}. Its first keys: {first_of(tensors)}")
+    return Source(model_config(architecture), tensors, path)
+
+
+def _check_activation(name: str, promised: bool, *, recorded: bool, origin: Path) -> None:
+    if promised != recorded:
         raise UserError(
-            f"{path}: the file does not tell its architecture; {way}. Its first keys: {first_keys(tensors)}"
+            f"{name} means quick_gelu={str(promised).lower()}, but {origin} records the opposite: load "
+            "it by its path, or take the architecture's twin (with or without -quickgelu)"
         )
-    return Source(model_config(model), tensors, path)
 
 
 def _resize(source: Source, *, image_size: int) -> Source:
@@ -168,7 +189,7 @@ def _empty_model(source: Source) -> LoadedModel:
     if vision.timm is None and blocks > len(source.tensors):
         raise UserError(
             f"{source.origin}: its config asks for {blocks:,} blocks, its weights are {len(source.tensors)} tensors; "
-            f"first keys of the file: {first_keys(source.tensors)}"
+            f"first keys of the file: {first_of(source.tensors)}"
         )
     try:
         return empty_model(source.config, tokenizer=source.tokenizer)
@@ -176,5 +197,5 @@ def _empty_model(source: Source) -> LoadedModel:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{source.origin}: no model of the sizes in its config can be made ({reason}); "
-            f"first keys of the file: {first_keys(source.tensors)}"
+            f"first keys of the file: {first_of(source.tensors)}"
         ) from error

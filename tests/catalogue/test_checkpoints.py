@@ -89,7 +89,7 @@ def test_prefixes_of_wrappers_are_taken_off_wherever_weights_are_read(finished, 
     weights = load_file(newest(finished) / "model.safetensors")
     torch.save({"state_dict": {prefix + name: tensor for name, tensor in weights.items()}}, tmp_path / "w.pt")
     train(f"model.init={tmp_path}/w.pt").worked("starting from", f"loaded            {len(weights)} tensors")
-    clip_train("export", tmp_path / "w.pt", "--model", "tiny", "--to", "folder", "--out", tmp_path / "out").worked()
+    clip_train("export", f"tiny:{tmp_path}/w.pt", "--to", "folder", "--out", tmp_path / "out").worked()
 
 
 @catalogue(50)

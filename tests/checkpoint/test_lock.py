@@ -68,8 +68,10 @@ def write_owner(run_dir: Path, **changes) -> None:
 
 def test_an_owner_on_another_host_is_never_taken_for_dead(tmp_path):
     write_owner(tmp_path, host="elsewhere", boot_id="other", pid=2**22 + 1)
-    with pytest.raises(UserError, match=r"in use by process 4194305 on elsewhere.*delete .*lock if"):
+    with pytest.raises(UserError, match=r"in use by process 4194305 on elsewhere.*another run_dir.*delete .*lock if"):
         RunLock(tmp_path)
+    with pytest.raises(UserError, match=r"choose another sweep\.dir or stop that process"):
+        RunLock(tmp_path, key="sweep.dir")
 
 
 @pytest.mark.parametrize("changes", [{"boot_id": "before the restart"}, {"started": "1"}, {"pid": 2**22 + 1}])

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 
@@ -78,6 +79,33 @@ def test_a_requeued_command_with_a_path_goes_on_from_its_own_newest(tmp_path):
             checkpointer.save(step=step, consumed=step, config_yaml="")
     assert resume(tmp_path / "new", "auto") == (22, 22, 22.0)
     assert resume(tmp_path / "new", mode) == (22, 22, 22.0)
+
+
+@pytest.mark.parametrize("run", ["another", "own"])
+def test_going_back_before_the_first_save_leads_to_where_a_path_began_and_stays_in_its_line(tmp_path, run):
+    save_steps(tmp_path / run, 1, 2)
+    start = tmp_path / run / "checkpoints" / "step-00000001"
+    checkpointer, part = open_fixed(tmp_path / "own")
+    with checkpointer:
+        checkpointer.resume(str(start))
+        part.fill(7)
+        assert checkpointer.go_back().path == start and part.value == 1
+        checkpointer.save(step=2, consumed=16, config_yaml="")
+        part.fill(7)
+        assert checkpointer.go_back().step == 2 and part.value == 1
+    checkpointer, _ = open_fixed(tmp_path / "own")
+    with checkpointer:
+        assert checkpointer.resume(str(start)).step == 2, "the requeued command goes on"
+
+
+def test_a_start_that_was_deleted_meanwhile_is_named_when_the_run_would_go_back_there(tmp_path):
+    save_steps(tmp_path / "another", 1)
+    checkpointer, _ = open_fixed(tmp_path / "own")
+    with checkpointer:
+        checkpointer.resume(str(tmp_path / "another"))
+        shutil.rmtree(tmp_path / "another")
+        with pytest.raises(UserError, match="another/checkpoints/step-00000001: no such checkpoint"):
+            checkpointer.go_back()
 
 
 def test_a_checkpoint_without_a_part_that_is_asked_for_is_a_user_error(tmp_path):

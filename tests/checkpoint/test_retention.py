@@ -138,16 +138,6 @@ def test_a_later_attempt_must_beat_the_best_of_the_former(tmp_path):
     assert step_of(best_checkpoint(tmp_path)) == 1, "only a checkpoint that stands is best"
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_metric_that_no_evaluation_reports_is_named_when_all_is_saved(tmp_path, asynchronous):
-    checkpointer, _ = open_fixed(tmp_path, best="val/acc", asynchronous=asynchronous)
-    with checkpointer:
-        assert checkpointer.is_best({"val/acc1": 0.5}, step=1)
-        with pytest.raises(UserError, match=r"checkpoint\.best=val/acc is not one of val/acc1; step-00000001 is saved"):
-            checkpointer.save(step=1, consumed=1, config_yaml="")
-        assert steps_on_disk(tmp_path) == [1]
-
-
 def test_a_run_without_a_best_says_how_to_get_one(tmp_path):
     save_steps(tmp_path, 1)
     with pytest.raises(UserError, match=r"no best checkpoint.*checkpoint.best=EVALUATION/METRIC"):

@@ -175,7 +175,7 @@ def test_an_index_of_another_version_is_refused(tmp_path):
 
 def test_missing_shards_are_named_and_the_first_five_only(tmp_path):
     numbered_shards(tmp_path, [1, 1])
-    with pytest.raises(UserError, match=r"data\.train=.*s-002\.tar.*s-006\.tar and 3 more"):
+    with pytest.raises(UserError, match=r"data\.train=.*s-002\.tar.*s-006\.tar, and 3 more"):
         expand_shards(str(tmp_path / "s-{000..009}.tar"), field="data.train")
     with pytest.raises(UserError, match=r"nothing-\*\.tar"):
         expand_shards(str(tmp_path / "nothing-*.tar"))

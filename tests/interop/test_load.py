@@ -44,10 +44,12 @@ def weight_file(tmp_path):
     return path
 
 
-def write_run(path, model, *, ema=None):
-    text = OmegaConf.to_yaml(OmegaConf.create({"steps": 5, "model": OmegaConf.structured(model.config)}))
+def write_run(path, model, *, ema=None, state=None, **settings):
+    text = OmegaConf.to_yaml(OmegaConf.create({"steps": 5, "model": OmegaConf.structured(model.config), **settings}))
     tensors = {"model": ModelState(model)} | ({} if ema is None else {"ema": ModelState(ema)})
-    with Checkpointer(path, world=World(), config=CheckpointConfig(), tensors=tensors, state={}) as checkpointer:
+    with Checkpointer(
+        path, world=World(), config=CheckpointConfig(), tensors=tensors, state=state or {}
+    ) as checkpointer:
         return checkpointer.save(step=5, consumed=40, config_yaml=text)
 
 
@@ -125,10 +127,20 @@ def test_training_checkpoints_of_other_libraries_load_by_architecture_name(tmp_p
         torch.save({"epoch": 1, "name": "x", "state_dict": tensors, "optimizer": {"state": {}}}, path)
     else:
         save_file(tensors, path)
-    loaded, _ = clip_train.load(path, device="cpu", model="tiny")
+    loaded, _ = clip_train.load(f"tiny:{path}", device="cpu")
     assert same_weights(loaded, model)
-    with pytest.raises(UserError, match="pass model=NAME"):
+    with pytest.raises(UserError, match=f"as in ViT-B-32:{path}"):
         clip_train.load(path)
+
+
+def test_an_architecture_and_a_file_contradict_openais_archive_and_a_folder_that_tell_it(tmp_path, weight_file):
+    with pytest.raises(UserError, match=rf"tiny:{weight_file} means quick_gelu=false, but .* records the opposite"):
+        clip_train.load(f"tiny:{weight_file}")
+    folder = files.write_open_clip_folder(files.small_model(), tmp_path / "small")
+    with pytest.raises(UserError, match=rf"open_clip_config.json tells the architecture; load {folder}$"):
+        clip_train.load(f"tiny:{folder}/open_clip_model.safetensors")
+    with pytest.raises(UserError, match=rf"a folder tells its architecture itself; load {folder}$"):
+        clip_train.load(f"tiny:{folder}")
 
 
 def test_the_second_key_layout_loads_too(tmp_path):
@@ -136,7 +148,7 @@ def test_the_second_key_layout_loads_too(tmp_path):
     text_keys = ("positional_embedding", "text_projection", "token_embedding", "ln_final", "transformer")
     tensors = {f"text.{k}" if k.startswith(text_keys) else k: v for k, v in model.state_dict().items()}
     save_file(tensors, tmp_path / "custom.safetensors")
-    assert same_weights(clip_train.load(tmp_path / "custom.safetensors", device="cpu", model="tiny")[0], model)
+    assert same_weights(clip_train.load(f"tiny:{tmp_path}/custom.safetensors", device="cpu")[0], model)
 
 
 @pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
@@ -187,7 +199,7 @@ def test_weights_of_another_shape_are_listed(tmp_path):
         r"1 of another shape \(visual.proj \[128, 32\], not \[128, 64\]\)"
     )
     with pytest.raises(UserError, match=message):
-        clip_train.load(tmp_path / "x.safetensors", model="tiny")
+        clip_train.load(f"tiny:{tmp_path}/x.safetensors")
 
 
 def test_a_run_and_its_checkpoint_load_their_average_unless_raw_is_asked_for(tmp_path):
@@ -279,7 +291,7 @@ def test_unreadable_files_are_one_line_errors(tmp_path):
     (tmp_path / "c.pt").write_bytes(pickle.dumps(print))
     for name in ("a.pt", "a.safetensors", "b.pt", "c.pt"):
         with pytest.raises(UserError, match=name):
-            clip_train.load(tmp_path / name, model="tiny")
+            clip_train.load(f"tiny:{tmp_path}/{name}")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
     with pytest.raises(UserError, match="open_clip"):
@@ -313,6 +325,9 @@ def test_names_are_looked_up_in_the_weights_folder_first(monkeypatch, tmp_path):
     [
         ("ViT-B-16", "an architecture, not weights"),
         ("ViT-B/33", "nearest names are ViT-B/32"),
+        ("ViT-B-32:laion", "neither a file nor published weights; near it are ViT-B-32:laion"),
+        ("tiny:weights.pt", "neither a file nor published weights; there is no such file"),
+        (f"tny:{__file__}", "no architecture is named 'tny'; the nearest names are tiny"),
         ("runs/x", r"neither a path .*; available_models\(\) lists"),
         ("x" * 5000, "File name too long"),
         (None, "a NoneType is no model to load"),
@@ -331,7 +346,7 @@ def test_a_weight_file_beside_its_config_names_the_folder(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"load the run, .*run, or one of its checkpoints"):
         clip_train.load(tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match=r"or make a folder of it: clip-train export FILE --model NAME"):
+    with pytest.raises(UserError, match=r"as in ViT-B-32:.*open_clip_model.safetensors"):
         clip_train.load(shutil.copy(folder / "open_clip_model.safetensors", tmp_path))
 
 

@@ -30,7 +30,7 @@ from clip_train.data.index.files import (
 )
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.tar import BLOCK, TarSample, read_samples
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, reading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -284,10 +284,8 @@ def _keep_crcs(path: Path, records: np.ndarray, *, earlier: ShardEntry | None) -
     kept = np.zeros(len(records), dtype=bool)
     if earlier is None or earlier.bytes != path.stat().st_size or not earlier.idx_path.exists():
         return kept
-    try:
+    with reading(earlier.idx_path):
         content = earlier.idx_path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{earlier.idx_path} cannot be read: {error.strerror or error}") from error
     if hashlib.sha256(content).hexdigest() != earlier.idx_sha256:
         return kept
     old = np.frombuffer(content, dtype=records.dtype)

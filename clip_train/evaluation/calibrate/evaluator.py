@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from clip_train.evaluation.retrieve.captioned_images import CaptionedImages
 
+METRICS = ("ece_before", "ece_after")
+
 
 class Fitted(NamedTuple):
     """What was fitted on one half of a set, and the answers of the other half without and with it."""
@@ -72,6 +74,10 @@ class Calibrate(Evaluator):
             raise UserError(f"calibrate needs at least four pictures, {data} has {len(images.source)}")
         self.images = images
         self._data = data
+
+    def metric_names(self) -> list[str]:
+        """Return the two errors."""
+        return list(METRICS)
 
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return the calibration error before and after; the temperature and everything else is among the details."""
@@ -149,7 +155,7 @@ def _report(temperature: Temperature, *, before: Answers, after: Answers) -> Eva
     result = EvaluationResult(
         task="calibration",
         num_items=temperature.num_tested,
-        metrics={"ece_before": raw.ece, "ece_after": calibrated.ece},
+        metrics=dict(zip(METRICS, (raw.ece, calibrated.ece), strict=True)),
         chance={},
         intervals={},
         details={"temperature": asdict(temperature)},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clip_train.evaluation.choose.choices import Choice, ChoiceSet, Kind
-from clip_train.evaluation.choose.score import score
+from clip_train.evaluation.choose.score import METRICS, score
 from clip_train.evaluation.collapse import collapsed_tower
 from clip_train.evaluation.evaluator import Evaluator, Setting
 from clip_train.evaluation.features import (
@@ -42,6 +42,10 @@ class Choose(Evaluator):
     def __init__(self, choices: ChoiceSet, *, setting: Setting) -> None:
         super().__init__(setting)
         self.choices = choices
+
+    def metric_names(self) -> list[str]:
+        """Return those of the kind of its items."""
+        return list(METRICS[self.choices.items[0].kind])
 
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return metrics, chance, intervals and every cosine that was compared."""

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from clip_train.distributed.world import World
-from clip_train.evaluation.classify.multilabel import score_multilabel
+from clip_train.evaluation.classify.multilabel import MULTILABEL_METRIC, score_multilabel
 from clip_train.evaluation.classify.permutation import probable_permutation
-from clip_train.evaluation.classify.scores import NUM_TOP, score
+from clip_train.evaluation.classify.scores import NUM_TOP, metric_names, score
 from clip_train.evaluation.collapse import TowerStatistics
 from clip_train.evaluation.evaluator import Evaluator, Setting
 from clip_train.evaluation.features import (
@@ -27,7 +27,7 @@ from clip_train.evaluation.prompts.classifier import (
     build_ensembles,
     tokenize_prompts,
 )
-from clip_train.evaluation.prompts.files import load_templates
+from clip_train.evaluation.prompts.files import load_templates, prompts_sha256
 from clip_train.evaluation.result import EvaluationResult, evenly_spaced, item_keys
 from clip_train.evaluation.samples import NUM_PICTURES, PictureAnswers, ReportSamples, read_pictures
 
@@ -52,6 +52,10 @@ class Classify(Evaluator):
         super().__init__(setting)
         self.images = images
 
+    def metric_names(self) -> list[str]:
+        """Return those of one class per image, or of several."""
+        return [MULTILABEL_METRIC] if self.images.multilabel else metric_names(len(self.images.classnames))
+
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return metrics, chance, intervals and the likeliest classes of every image."""
         images = self.images
@@ -71,7 +75,11 @@ class Classify(Evaluator):
         result.predictions = {**found, "label": images.labels, "key": item_keys(images.source)}
         result.collapsed = collapsed
         result.warnings += images.warnings
-        result.details |= {"templates": max(self._prompts.counts), "classes": len(names)}
+        result.details |= {
+            "templates": max(self._prompts.counts),
+            "classes": len(names),
+            "prompts_sha256": prompts_sha256(names, templates=images.templates),
+        }
         return result
 
     def samples(self, result: EvaluationResult, *, size: int) -> ReportSamples:

@@ -9,6 +9,8 @@ import numpy as np
 from clip_train.evaluation.confidence import bootstrap
 from clip_train.evaluation.result import EvaluationResult
 
+MULTILABEL_METRIC = "mean_average_precision"
+
 
 def score_multilabel(labels: np.ndarray, cosines: np.ndarray, *, classnames: list[str]) -> EvaluationResult:
     """Score by mean average precision: for each class, how well its images rank above the others.
@@ -38,10 +40,10 @@ def score_multilabel(labels: np.ndarray, cosines: np.ndarray, *, classnames: lis
     return EvaluationResult(
         task="zeroshot_classification",
         num_items=len(labels),
-        metrics={"mean_average_precision": float(np.mean(per_class))},
+        metrics={MULTILABEL_METRIC: float(np.mean(per_class))},
         # Of a random order: about the share of the class.
-        chance={"mean_average_precision": float(labels.mean())},
-        intervals={"mean_average_precision": bootstrap(mean_average_precision, counts=once)},
+        chance={MULTILABEL_METRIC: float(labels.mean())},
+        intervals={MULTILABEL_METRIC: bootstrap(mean_average_precision, counts=once)},
         warnings=warnings,
         details={"per_class_average_precision": per_class},
         per_class=table,

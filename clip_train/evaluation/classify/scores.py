@@ -15,6 +15,11 @@ NUM_TOP = 5
 NUM_CONFUSIONS = 20
 
 
+def metric_names(num_classes: int) -> list[str]:
+    """Return the names of the metrics of `score`."""
+    return ["acc1", *(["acc5"] if num_classes >= NUM_TOP else []), "mean_per_class_recall", "f1_macro"]
+
+
 def score(
     labels: np.ndarray, top: np.ndarray, *, num_classes: int, classnames: Sequence[str] | None = None
 ) -> EvaluationResult:

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from clip_train.distributed.collectives import gather_objects
-from clip_train.errors import UserError
-from clip_train.evaluation.classify.scores import NUM_TOP, score
+from clip_train.errors import UserError, first_of
+from clip_train.evaluation.classify.scores import NUM_TOP, metric_names, score
 from clip_train.evaluation.collapse import collapsed_tower
 from clip_train.evaluation.confidence import wilson_interval
 from clip_train.evaluation.evaluator import Evaluator, Setting
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from clip_train.evaluation.group_audit.columns import GroupColumn
 
 MIN_RANKED = 30
+GROUPED = ("acc1", "acc5")  # metrics of which groups are compared
 CAVEAT = "An audit finds differences between the groups it is given; it does not prove fairness."
 
 
@@ -71,6 +72,17 @@ class GroupAudit(Evaluator):
             raise UserError("group_audit needs one class per image; this set has several")
         self.images, self.columns = images, columns
         self._queries, self._skew_k = queries, skew_k
+
+    def metric_names(self) -> list[str]:
+        """Return those of classification, and for each column those of its worst group and the gap."""
+        names = metric_names(len(self.images.classnames))
+        for column in self.columns:
+            total = np.bincount(column.of_image[column.of_image >= 0], minlength=len(column.groups))
+            endings = [ending for ending, _ in _rankings(total)]
+            for metric in (one for one in GROUPED if one in names):
+                names += [_worst(metric, column, ending) for ending in endings]
+                names += [_gap(metric, column)] if "" in endings else []
+        return names
 
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return the scores of all images, of every group in `parts`, and of the worst group of every column."""
@@ -159,20 +171,19 @@ def _compare(result: EvaluationResult, *, column: GroupColumn, hits: np.ndarray)
         hits: [N, K] whether the k-th likeliest class is right.
     """
     num_groups = len(column.groups)
-    of_metric = {"acc1": hits[:, 0]} | ({"acc5": np.asarray(hits.any(axis=1))} if "acc5" in result.metrics else {})
-    for metric, right in of_metric.items():
+    for metric, right in zip(GROUPED, (hits[:, 0], np.asarray(hits.any(axis=1))), strict=True):
+        if metric not in result.metrics:
+            continue
         correct, total = count_by_group(column.of_image, right, num_groups=num_groups)
-        for ranked, ending in ((total >= MIN_RANKED, ""), (total > 0, "_any_size")):
-            if ranked.sum() < 2 or (ending and (total[total > 0] >= MIN_RANKED).all()):
-                continue
+        for ending, ranked in _rankings(total):
             accuracy = correct[ranked] / total[ranked]
             worst = np.flatnonzero(ranked)[accuracy.argmin()]
-            name = f"{metric}_worst_{column.name}{ending}"
+            name = _worst(metric, column, ending)
             result.metrics[name] = float(accuracy.min())
             result.intervals[name] = wilson_interval(int(correct[worst]), total=int(total[worst]))
             result.chance[name] = result.chance[metric]
             if not ending:
-                name = f"{metric}_gap_{column.name}"
+                name = _gap(metric, column)
                 result.metrics[name] = float(accuracy.max() - accuracy.min())
                 result.intervals[name] = bootstrap_gap(correct[ranked], total[ranked])
                 result.chance[name] = 0.0
@@ -186,6 +197,21 @@ def _compare(result: EvaluationResult, *, column: GroupColumn, hits: np.ndarray)
     _tell(result, column=column)
 
 
+def _rankings(total: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Return the ending of a ranking's metrics and which groups [G] bool it ranks, of groups of `total` [G] images."""
+    large, any_size = total >= MIN_RANKED, total > 0
+    rankings = [("", large)] if (large == any_size).all() else [("", large), ("_any_size", any_size)]
+    return [(ending, ranked) for ending, ranked in rankings if ranked.sum() >= 2]
+
+
+def _worst(metric: str, column: GroupColumn, ending: str) -> str:
+    return f"{metric}_worst_{column.name}{ending}"
+
+
+def _gap(metric: str, column: GroupColumn) -> str:
+    return f"{metric}_gap_{column.name}"
+
+
 def _tell(result: EvaluationResult, *, column: GroupColumn) -> None:
     total = np.bincount(column.of_image[column.of_image >= 0], minlength=len(column.groups))
     ranked = [column.groups[g] for g in np.flatnonzero(total >= MIN_RANKED)]
@@ -196,7 +222,7 @@ def _tell(result: EvaluationResult, *, column: GroupColumn) -> None:
         result.details.setdefault("worst_group", {})[column.name] = worst
         result.notes.append(f"{column.name}: the worst of {len(ranked)} groups is {worst}")
     if small:
-        listed = ", ".join(small[:10]) + (" …" if len(small) > 10 else "")
+        listed = first_of(small)
         result.warnings.append(f"{column.name}: not ranked, with fewer than {MIN_RANKED} images: {listed}")
     if without:
         result.warnings.append(f"{column.name}: {without:,} images belong to no group")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 SEVERAL = "mean_average_precision_11"  # the metric where an image may have several classes
+ONE = ["acc1", "mean_per_class_recall"]  # the metrics where it has one
 SHARE_TO_CHOOSE = 0.2  # of the training images, for C
 SEARCH_ITERATIONS = 100  # a fit of the search need not be finished: it starts from the last one
 MOST_SHOTS_TO_CHOOSE = 4  # held-out images per class that choose C of a few-shot probe, as in CoOp (Zhou et al. 2022)
@@ -69,6 +70,13 @@ class Probe(Evaluator):
         self._num_classes = len(train.classnames)
         if train.multilabel != test.multilabel:
             raise UserError("a probe needs one class per image in both parts, or several in both")
+
+    def metric_names(self) -> list[str]:
+        """Return those of all labels, and one for each number of shots."""
+        several = self.test.multilabel
+        of_all = [SEVERAL] if several else ONE
+        few = SEVERAL if several else ONE[0]
+        return [*(f"linear_{name}" for name in of_all), *(f"{shots}_shot_{few}" for shots in self._shots)]
 
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return metrics, chance, intervals and the likeliest classes of every test image."""
@@ -151,13 +159,12 @@ class Probe(Evaluator):
     def _score_one(self, logits: Tensor) -> EvaluationResult:
         top = to_numpy(logits.sort(dim=1, descending=True, stable=True)[1][:, :NUM_TOP])
         of_all = score(self.test.labels, top, num_classes=self._num_classes, classnames=self.test.classnames)
-        kept = [name for name in ("acc1", "mean_per_class_recall") if name in of_all.metrics]
         return EvaluationResult(
             task="linear_probe",
             num_items=of_all.num_items,
-            metrics={f"linear_{name}": of_all.metrics[name] for name in kept},
-            chance={f"linear_{name}": of_all.chance[name] for name in kept},
-            intervals={f"linear_{name}": of_all.intervals[name] for name in kept},
+            metrics={f"linear_{name}": of_all.metrics[name] for name in ONE},
+            chance={f"linear_{name}": of_all.chance[name] for name in ONE},
+            intervals={f"linear_{name}": of_all.intervals[name] for name in ONE},
             warnings=of_all.warnings,
             details=of_all.details,
             per_class=of_all.per_class,
@@ -198,7 +205,7 @@ class Probe(Evaluator):
             solution = fitted(few, c=c)
             logits.append(to_numpy(self._test_logits(solution, test)))
             chosen.append(c)
-        labels, metric = self.test.labels, SEVERAL if self.test.multilabel else "acc1"
+        labels, metric = self.test.labels, SEVERAL if self.test.multilabel else ONE[0]
         name, once = f"{shots}_shot_{metric}", np.ones(len(labels), dtype=np.int64)
         if self.test.multilabel:
             ranked = [rank(labels, of_draw) for of_draw in logits]

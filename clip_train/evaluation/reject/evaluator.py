@@ -23,6 +23,7 @@ from clip_train.evaluation.prompts.classifier import (
 )
 from clip_train.evaluation.prompts.files import SINGLE_TEMPLATE
 from clip_train.evaluation.reject.judge import KNOWN, MAIN_SCORE, KnownSet, Scored, judge
+from clip_train.evaluation.reject.metrics import METRICS
 from clip_train.evaluation.reject.scores import negative_words, reject_scores
 from clip_train.evaluation.result import EvaluationResult, evenly_spaced, item_keys
 from clip_train.evaluation.samples import NUM_PICTURES, PictureAnswers, ReportSamples, read_pictures
@@ -70,6 +71,10 @@ class Reject(Evaluator):
         self._data = data
         taken = {name.casefold() for name in known.classnames}
         self._lexicon = [word for word in lexicon if word.casefold() not in taken]
+
+    def metric_names(self) -> list[str]:
+        """Return those of the main score."""
+        return list(METRICS)
 
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return AUROC, AUPR and FPR at 95 % TPR of the main score; among the details, all scores and thresholds."""

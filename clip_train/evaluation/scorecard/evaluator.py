@@ -24,7 +24,7 @@ from clip_train.evaluation.result import EvaluationResult, evenly_spaced
 from clip_train.evaluation.samples import PictureAnswers, ReportSamples, read_pictures
 from clip_train.evaluation.scorecard.cards import COMBINATIONS, compose_cards
 from clip_train.evaluation.scorecard.pictures import SketchImages
-from clip_train.evaluation.scorecard.score import CardScore, score_cards
+from clip_train.evaluation.scorecard.score import CARDS, CardScore, score_cards
 from clip_train.evaluation.scorecard.verdict import judge, judge_control
 
 PICTURES_PER_CARD = 4
@@ -43,6 +43,10 @@ class Scorecard(Evaluator):
         super().__init__(setting)
         self.cards = compose_cards(num_items)
         self.source = SketchImages(self.cards.sketches, image_size=setting.image_size)
+
+    def metric_names(self) -> list[str]:
+        """Return the names of the cards."""
+        return list(CARDS)
 
     def measure(self, model: DualEncoder) -> EvaluationResult:
         """Return the score of each card, its verdict, and the scores of its parts."""

@@ -16,6 +16,8 @@ from clip_train.evaluation.result import Part
 from clip_train.evaluation.scorecard.cards import COMBINATIONS, NUMBERS, SHAPES, Cards
 from clip_train.evaluation.scorecard.verdict import Measured
 
+CARDS = ("control", "counting", "binding", "relations", "rendered_words", "negation", "out_of_distribution")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardScore:
@@ -34,7 +36,7 @@ class CardScore:
 
 
 def score_cards(cards: Cards, *, class_cosines: np.ndarray, caption_cosines: Sequence[np.ndarray]) -> list[CardScore]:
-    """Score every card, the control first.
+    """Score all `CARDS`, the control first.
 
     Args:
         cards: what was asked.
@@ -45,15 +47,10 @@ def score_cards(cards: Cards, *, class_cosines: np.ndarray, caption_cosines: Seq
     for name, items in cards.choices.items():
         found[name] = score_choices(name, items, caption_cosines[first : first + len(items)])
         first += len(items)
-    return [
-        score_control(cards, class_cosines),
-        found["counting"],
-        found["binding"],
-        found["relations"],
-        score_words(cards, class_cosines),
-        found["negation"],
-        score_foreign(cards, class_cosines),
-    ]
+    found |= {
+        card.name: card for card in (one(cards, class_cosines) for one in (score_control, score_words, score_foreign))
+    }
+    return [found[name] for name in CARDS]
 
 
 def score_control(cards: Cards, class_cosines: np.ndarray) -> CardScore:

@@ -1,4 +1,8 @@
-"""An export appears whole or not at all, and takes the place of nothing but an export."""
+"""An export appears whole or not at all, and takes the place of nothing but an export.
+
+`clip-train evaluate` writes into the folder of the model that it measures, exports included. Its results stay with the
+weights: an export that has the same ones keeps them.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clip_train.errors import UserError
+from clip_train.calibration import CALIBRATION_FILE
+from clip_train.errors import UserError, writing
+from clip_train.interop.open_clip import WEIGHT_FILES
 
 RECORD_FILE = "clip_train.json"
 REPORT_FILE = "export_report.json"
 CARD_FILE = "README.md"
+RESULTS_FOLDER = "evaluation"
+RESULT_SUFFIXES = (".json", ".npz", ".csv")
 
 
 def check_replaceable(out: Path) -> None:
@@ -33,8 +41,13 @@ def check_replaceable(out: Path) -> None:
         known = set(json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--out {out} holds files and is no export (no readable {RECORD_FILE}): name another") from None
-    if foreign := sorted(present - known - {RECORD_FILE, REPORT_FILE, CARD_FILE}):
+    known |= {RECORD_FILE, REPORT_FILE, CARD_FILE, CALIBRATION_FILE}
+    if foreign := sorted(name for name in present - known if not _is_result(Path(name))):
         raise UserError(f"--out {out} is an export with a file that is not part of it: {foreign[0]}; name another")
+
+
+def _is_result(name: Path) -> bool:
+    return name.parts[0] == RESULTS_FOLDER and name.suffix in RESULT_SUFFIXES
 
 
 @contextmanager
@@ -45,17 +58,16 @@ def staged(out: Path) -> Iterator[Path]:
         UserError: the place cannot be written to.
     """
     part = out.parent / f".part-{out.name}-{os.getpid()}"
-    try:
+    with writing(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     try:
         yield part
         if out.exists():
             stale = out.parent / f".stale-{out.name}-{os.getpid()}"
             out.rename(stale)
             part.rename(out)
+            _keep_results(stale, out)
             shutil.rmtree(stale)
         else:
             part.rename(out)
@@ -65,3 +77,19 @@ def staged(out: Path) -> Iterator[Path]:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _keep_results(former: Path, new: Path) -> None:
+    """Move what `clip-train evaluate` wrote into the former export to the new one, if it measured the same weights."""
+    if not (former / RESULTS_FOLDER).is_dir():
+        return
+    if _weights_hash(former) == _weights_hash(new) is not None:
+        (former / RESULTS_FOLDER).rename(new / RESULTS_FOLDER)
+    else:
+        print(f"{new / RESULTS_FOLDER}: results of the weights that were here before, deleted with them")
+
+
+def _weights_hash(folder: Path) -> str | None:
+    """Return the hash of the weights that `clip_train.load` reads, None where an export has none."""
+    files = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["files"]
+    return str(files[WEIGHT_FILES[0]]["sha256"]) if WEIGHT_FILES[0] in files else None

@@ -77,7 +77,7 @@ def check_reference(config: EvaluateConfig) -> int:
     python = Path(config.reference.python)
     if Target.clip_benchmark not in find_libraries([python]):
         raise UserError(f"reference.python={python} has no clip-benchmark: pip install clip-benchmark==1.6.2 requests")
-    found = read_source(config.checkpoint, weights="auto", model=None)
+    found = read_source(config.checkpoint)
     model = assemble(found)
     reasons = refusals(found.config, found.tensors, tokenizer=found.tokenizer, drop_logit_bias=False)
     if Target.open_clip in reasons:

@@ -30,7 +30,7 @@ def sweep_command(overrides: list[str]) -> int:
     settings = read_settings(overrides)
     slots = slots_of(settings.options, device=settings.base.device)
     settings.folder.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(settings.folder, say=say)
+    lock = RunLock(settings.folder, key="sweep.dir", say=say)
     try:
         settings.require_same()
         study = Study(

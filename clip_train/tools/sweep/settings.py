@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.config import changes, load
-from clip_train.errors import UserError
+from clip_train.errors import UserError, first_of
 from clip_train.redact import redact
+from clip_train.schema import LENGTHS
 from clip_train.sweep_config import Pruner, SweepOptions
 from clip_train.tools.sweep.objective import Objective, objective_of, require_intermediate
 from clip_train.tools.sweep.space import SPACE_PREFIX, Range, parse_space
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 BATCH_SIZE = "global_batch_size"
 SETTINGS_NAME = "sweep.yaml"
 _SECTION = "sweep"
-_LENGTHS = ("steps", "samples", "epochs")
 _MAY_CHANGE = (
     *(f"sweep.{name}" for name in ("trials", "parallel", "processes_per_trial", "max_failures", "dir")),
     *(f"train.{name}" for name in ("device", "max_hours", "watchdog_seconds", "profile", "data.workers", "data.cache")),
@@ -82,7 +82,7 @@ class Settings:
         """
         path = self.folder / SETTINGS_NAME
         if path.exists() and (differences := changes(path.read_text("utf-8"), self.to_yaml(), may_differ=_MAY_CHANGE)):
-            shown = "\n  ".join(differences[:10]) + ("\n  …" if len(differences) > 10 else "")
+            shown = first_of(differences, between="\n  ")
             raise UserError(f"{self.folder} is of another sweep; give a new name= or sweep.dir=:\n  {shown}")
         path.write_text(self.to_yaml(), encoding="utf-8")
 
@@ -100,7 +100,7 @@ def read_settings(overrides: list[str]) -> Settings:
     space = parse_space(options.space, given=ranges)
     _require_free(space, runs=runs, seeds=options.seeds)
     probes = _probes(space)
-    length = [value for value in probes[0] if _key(value) in _LENGTHS]  # without one there is no run
+    length = [value for value in probes[0] if _key(value) in LENGTHS]  # without one there is no run
     base = load("train", [*runs, *length])
     if base.launch.name != "none":
         raise UserError(

@@ -60,7 +60,7 @@ def test_sugarcrepe_accuracy_is_that_of_clip_benchmark(seed, tmp_path):
     given = os.environ.get("CLIP_TRAIN_VERIFY_RUN")  # a trained model; without one, random weights
     source = given or files.write_open_clip_folder(files.small_model(seed=seed), tmp_path / "mine")
     assert not export_command(
-        str(source), to="folder", out=tmp_path / "export", weights="auto", model_name=None, drop_logit_bias=False,
+        str(source), to="folder", out=tmp_path / "export", weights="auto", drop_logit_bias=False,
         int8=False, prove=False, pythons=[], repository=None,
     )  # fmt: skip
     data = write_sugarcrepe(tmp_path / "data", num_items=97)
