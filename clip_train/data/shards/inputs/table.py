@@ -17,8 +17,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 # Names that tables in use have, most telling first.
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "file", "path", "img",
                  "imageRelPath")  # fmt: skip
-_MAX_FIELD_CHARACTERS = 1 << 27  # Python's 131,072 would refuse a table for one text that is too long
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "txt")
+_MAX_FIELD_CHARACTERS = 1 << 27  # Python's 131,072 would refuse a table for one text that is too long
 
 
 def read_table(path: Path, *, options: InputOptions) -> Input:
