@@ -192,7 +192,7 @@ def test_a_set_that_is_not_there_is_told_with_the_name_of_its_evaluation(tmp_pat
     files.write_open_clip_folder(files.small_model(), tmp_path / "model")
     given = [f"checkpoint={tmp_path}/model", "device=cpu", f"output={tmp_path}"]
     with pytest.raises(UserError, match=r"^evaluation\.classify: root=/absent is not a folder"):
-        evaluate(load("evaluate", [*given, "evaluation=[scorecard,classify]", "evaluation.classify.root=/absent"]))
+        evaluate(load("evaluate", [*given, "evaluation=[classify]", "evaluation.classify.root=/absent"]))
     with pytest.raises(UserError, match=rf"name evaluations, as in .*; {tmp_path}/model has none$"):
         evaluate(load("evaluate", given))
 
