@@ -160,7 +160,7 @@ class LoadedModel(CLIP):
             embedded = self._embed_captions(texts, batch_size=batch_size, normalize=normalize, truncate=truncate)
         with closing(embedded), progress_bar(total, what=what, shown=progress) as advance:
             for features in embedded:
-                rows.append(features.cpu().numpy())
+                rows.append(features.float().cpu().numpy())
                 advance(len(features))
         return np.concatenate(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -119,7 +120,9 @@ def classify(
         raise UserError("labels is empty: give at least one text")
     if top < 1:
         raise UserError(f"top={top} must be at least 1")
-    patterns = ["{}"] if templates == NONE else load_templates(templates)
+    if not isinstance(templates, str | os.PathLike):
+        raise UserError(f"templates={templates!r} must be one text: several templates go into a file, one a line")
+    patterns = ["{}"] if templates == NONE else load_templates(os.fspath(templates))
     threshold = choose_threshold(model, labels=names, templates=patterns, min_similarity=min_similarity)
     texts = [[fill(pattern, classname=name) for pattern in patterns] for name in names]
     return _classify(images, model=model, names=names, texts=texts, threshold=threshold, top=top)
@@ -140,7 +143,7 @@ def choose_threshold(
     if min_similarity == OFF:
         return None
     if min_similarity != AUTO:
-        if isinstance(min_similarity, str) or not -1 <= min_similarity <= 1:
+        if not isinstance(min_similarity, Real) or not -1 <= min_similarity <= 1:
             raise UserError(f"min_similarity={min_similarity} must be {AUTO}, {OFF} or a cosine in [-1, 1]")
         return Threshold(RejectScore.max_cosine, float(min_similarity), "as asked for")
     if model.calibration is None:

@@ -1,3 +1,4 @@
+import copy
 import os
 import sys
 import threading
@@ -44,6 +45,7 @@ def test_encode_gives_the_features_of_one_call_each_in_their_order(model, tmp_pa
         assert features.dtype == np.float32 and np.abs(features - one_by_one).max() < 1e-6
     preprocessed = torch.stack([model.preprocess(image) for image in images])
     assert np.abs(model.encode(images=preprocessed, batch_size=2) - one_by_one).max() < 1e-6
+    assert copy.deepcopy(model).double().encode(images=images).dtype == np.float32
     texts = ["a cat", "a dog in a house", "", "three"]
     one_by_one = torch.cat([model.encode_text([text], normalize=False) for text in texts]).detach().numpy()
     assert np.abs(model.encode(texts=texts, batch_size=3, normalize=False) - one_by_one).max() < 1e-5
