@@ -24,7 +24,7 @@ from clip_train.distributed.batch_norm import share_statistics
 from clip_train.distributed.config import Strategy
 from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World, stop_world
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, writing
 from clip_train.evaluation.collapse import NOT_FINITE
 from clip_train.evaluation.features import PrefixEncoder
 from clip_train.evaluation.interruptible import Interrupted, InterruptibleEncoder
@@ -215,10 +215,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             encoder = PrefixEncoder(model, embed_dim=config.embed_dim, full=model.config.embed_dim)
             weights += f", first {config.embed_dim} of {model.config.embed_dim} dimensions"
             out = out if config.output else out / f"embed_dim-{config.embed_dim}"
-        try:
+        with writing(out):
             out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before hours of work
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
         origin = _origin(run)
         scores = run_evaluations(
             evaluators, encoder, world=world, out=out, name=config.checkpoint, weights=weights, samples=bool(origin),

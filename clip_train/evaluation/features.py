@@ -74,7 +74,7 @@ class DualEncoder(Protocol):
         """Return features [B, D] of tokens [B, L]."""
 
     def pool_image(self, images: Tensor) -> Tensor:
-        """Return features [B, W] of raw pixels before the projection to D dimensions."""
+        """Return features [B, width] of raw pixels before the projection to D dimensions."""
 
 
 class WrappedEncoder:
@@ -116,7 +116,7 @@ class WrappedEncoder:
         return self.model.encode_text(tokens, normalize=normalize)
 
     def pool_image(self, images: Tensor) -> Tensor:
-        """Return features [B, W] of raw pixels before the projection to D dimensions."""
+        """Return features [B, width] of raw pixels before the projection to D dimensions."""
         return self.model.pool_image(images)
 
 

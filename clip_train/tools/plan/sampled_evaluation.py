@@ -157,7 +157,7 @@ class SampledEncoder(WrappedEncoder):
         )  # fmt: skip
 
     def pool_image(self, images: Tensor) -> Tensor:
-        """Return features [B, W] before the projection."""
+        """Return features [B, width] before the projection."""
         return self._ask(
             "pooled", self._clock.images, lambda: self.model.pool_image(images),
             rows=len(images), amount=len(images), normalize=False,

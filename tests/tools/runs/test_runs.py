@@ -167,5 +167,5 @@ def test_a_damaged_config_is_one_line_of_every_command(tmp_path, damage):
         summarise(run)
     if damage == b"\xff\xfe":
         for read in (write_report, lambda run: Run(run).config, lambda run: open_sides([str(run), "."])):
-            with pytest.raises(UserError, match="cannot read"):
+            with pytest.raises(UserError, match="is not UTF-8 text"):
                 read(run)
