@@ -27,7 +27,7 @@ def test_one_process_equals_autograd_on_the_full_matrix(tile, ring, masks):
 
 
 def test_no_model_with_equal_logits_has_a_lower_loss_than_that_of_guessing():
-    biases = torch.linspace(-6, 0, 601, dtype=torch.float64)  # no cosine counts at this scale
+    biases = torch.linspace(-4, -2, 101, dtype=torch.float64)  # no cosine counts at this scale
     losses = [siglip_loss(draw(24, scale=1e-12, bias=float(bias))).item() for bias in biases]
     assert SigLipLossConfig().loss_of_guessing(24) == pytest.approx(min(losses), abs=1e-4)
     assert SigLipLossConfig().loss_of_guessing(1) == 0
