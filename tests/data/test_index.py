@@ -3,8 +3,12 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from functools import partial
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -68,9 +72,11 @@ def test_incomplete_samples_are_counted_and_get_no_place(tmp_path):
 
 
 def test_shards_without_any_pair_are_an_error_that_shows_what_they_hold(tmp_path):
-    write_shard(tmp_path / "a.tar", [{"__key__": str(i), "jpg": b"x", "cls": b"1"} for i in range(3)])
-    with pytest.raises(IntegrityError, match=r"3 of cls\+jpg"):
-        index_source(str(tmp_path))
+    for name, hint in (("", "$"), ("IMG.", "; a key ends at the first dot of the name")):
+        samples = [{"__key__": str(i), f"{name}jpg": b"x", f"{name}cls": b"1"} for i in range(3)]
+        write_shard(tmp_path / "a.tar", samples)
+        with pytest.raises(IntegrityError, match=rf"3 of {name}cls\+{name}jpg{hint}".lower()):
+            index_source(str(tmp_path))
 
 
 def test_indexing_in_several_processes_gives_the_same_files(tmp_path):
@@ -87,6 +93,26 @@ def test_ctrl_c_waits_for_the_processes_of_a_job_and_never_reaches_them():
     there = list(run_jobs(partial(signal.pthread_sigmask, signal.SIG_BLOCK), [[], []], jobs=2))
     assert [signal.SIGINT in blocked for blocked in there] == [True, True]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == here
+
+
+def test_a_job_that_is_given_up_does_not_wait_for_what_is_under_way():
+    results = run_jobs(time.sleep, [0, 600, 600], jobs=2)
+    next(results)
+    start = time.monotonic()
+    results.close()
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_job_end_with_a_parent_that_is_killed():
+    code = (
+        "import time; from clip_train.data.index.jobs import run_jobs\n"
+        "for _ in run_jobs(time.sleep, [0, 0, 600, 600], jobs=2): print('up', flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"up\n"
+        process.kill()
+        process.communicate(timeout=60)  # until the last process has closed its standard output
 
 
 def test_the_fingerprint_follows_content_and_not_the_place(tmp_path):
@@ -226,10 +252,12 @@ def test_a_shard_listed_twice_is_used_once(tmp_path, caplog):
 
 
 def test_shards_are_numbered_by_the_bytes_of_their_names(tmp_path):
-    for name in ("b/1.tar", "a/2.tar", "Z/3.tar", "é/4.tar"):
+    for name in ("b/1.tar", "a/2.tar", "Z/3.tar", "é/4.tar", "\udce9/5.tar"):  # the last is Latin-1
         write_shard(tmp_path / name, [{"__key__": "0", "png": b"x", "txt": b"y"}])
     found = expand_shards(str(tmp_path / "*" / "*.tar"))
-    assert [p.parent.name for p in found] == ["Z", "a", "b", "é"]
+    assert [p.parent.name for p in found] == ["Z", "a", "b", "é", "\udce9"]
+    lines = b"".join(b"%s\t1\t%d\n" % (os.fsencode(p.relative_to(tmp_path)), p.stat().st_size) for p in found)
+    assert _open(tmp_path / "*" / "*.tar").fingerprint == sha256(lines).hexdigest()
 
 
 def _open_on_a_rank(world, folder):

@@ -206,9 +206,10 @@ def publish_index(indexed: Sequence[IndexedShard], *, options: IndexOptions) -> 
             reasons = ", ".join(f"{count:,} by {reason}" for reason, count in left_out.most_common(5))
             raise UserError(f"{names}: the filter leaves no sample of {left_out.total():,}: {reasons}")
         seen = ", ".join(f"{count:,} of {parts}" for parts, count in skipped.most_common(5)) or "none at all"
+        hint = "; a key ends at the first dot of the name" if any("." in parts for parts in skipped) else ""
         raise IntegrityError(
             f"{names}: no sample has both a picture ({', '.join(IMAGE_EXTENSIONS)}) and a caption "
-            f"({' and '.join(options.captions)}); samples by extensions: {seen}"
+            f"({' and '.join(options.captions)}); samples by extensions: {seen}{hint}"
         )
     by_folder: dict[Path, list[ShardEntry]] = {}
     for entry in entries:

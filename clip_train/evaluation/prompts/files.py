@@ -125,6 +125,12 @@ def prompts_of(classname: str, *, templates: Templates) -> list[str]:
     return [fill(template, classname=classname) for template in templates]
 
 
+def prompts_sha256(classnames: Sequence[str], *, templates: Templates) -> str:
+    """Return a hash of all finished prompts, class after class: the lines joined by newlines."""
+    lines = (prompt for name in classnames for prompt in prompts_of(name, templates=templates))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 @functools.cache
 def _shipped(name: str) -> tuple[str, ...]:
     """Read a list that came with this package.

@@ -116,6 +116,11 @@ class SampledEvaluator(Evaluator):
         result.seconds += self._clock.saved_seconds - before
         return result
 
+    @property
+    def has_loss(self) -> bool:
+        """That of the other evaluator."""
+        return self._inner.has_loss
+
     def metric_names(self) -> list[str]:
         """Return those of the other evaluator."""
         return self._inner.metric_names()
