@@ -9,16 +9,18 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+from clip_train.data.workers import obey_parent_only
+from clip_train.distributed.stop import STOP_SIGNALS
 from clip_train.errors import ClipTrainError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def run_jobs(function: Callable[[T], R], items: Sequence[T], *, jobs: int, chunk: int = 1) -> Iterator[R]:
+def run_jobs(function: Callable[[T], R], items: Sequence[T], *, jobs: int, chunk: int = 1) -> Generator[R, None, None]:
     """Yield the results of a function in the order of its arguments. Interrupted, it ends with what is under way.
 
     Args:
@@ -34,7 +36,9 @@ def run_jobs(function: Callable[[T], R], items: Sequence[T], *, jobs: int, chunk
         yield from map(function, items)
         return
     # Spawned, not forked: the parent may hold threads of torch.
-    pool = ProcessPoolExecutor(min(jobs, len(items)), mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        min(jobs, len(items)), mp_context=multiprocessing.get_context("spawn"), initializer=obey_parent_only
+    )
     try:
         with _uninterrupted():
             results = pool.map(function, items, chunksize=chunk)
@@ -50,11 +54,12 @@ def run_jobs(function: Callable[[T], R], items: Sequence[T], *, jobs: int, chunk
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Keep Ctrl-C waiting, and from the processes that are started within for good.
+    """Keep Ctrl-C and its like waiting, and from the processes that are started within for good.
 
-    It reaches all processes of a terminal: one that died while it sent a result would keep its parent waiting for ever.
+    A terminal or a launcher asks all processes of a group: one that died while it sent a result would keep its parent
+    waiting for ever.
     """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
