@@ -1,10 +1,15 @@
 """Indexing and reading shards, against webdataset reading the same files."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +22,9 @@ from clip_train.data.index.walk import IndexOptions, index_shard, index_shards, 
 from clip_train.data.reader import ShardReader
 from clip_train.data.shards.index import index_source
 from clip_train.data.source import expand_shards, open_source
+from clip_train.distributed.stop import STOP_SIGNALS
 from clip_train.distributed.world import World
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, Stopped, UserError
 from tests.data.made import encoded, numbered_shards, picture, write_shard
 from tests.gloo import run_on_ranks
 
@@ -85,8 +91,54 @@ def test_indexing_in_several_processes_gives_the_same_files(tmp_path):
 def test_ctrl_c_waits_for_the_processes_of_a_job_and_never_reaches_them():
     here = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     there = list(run_jobs(partial(signal.pthread_sigmask, signal.SIG_BLOCK), [[], []], jobs=2))
-    assert [signal.SIGINT in blocked for blocked in there] == [True, True]
+    assert [STOP_SIGNALS <= blocked for blocked in there] == [True, True]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == here
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_job_end_with_a_parent_that_is_killed(tmp_path):
+    code = (
+        "import os, time\nfrom functools import partial\nfrom clip_train.data.index.jobs import run_jobs\n"
+        "if __name__ == '__main__':\n"
+        "    jobs = run_jobs(os.getpgid, [0] * 4, jobs=2)\n    next(jobs), next(jobs)\n    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "jobs.py").write_text(code)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "jobs.py"], cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    with parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while _group_lives(parent.pid):
+        assert time.monotonic() < deadline, "a process waits for ever for its next task"
+        time.sleep(0.05)
+
+
+def _group_lives(group: int) -> bool:
+    """Return whether a process of a group runs; one that nobody has waited for yet does not."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, of = status.read_text().rpartition(")")[2].split()[:3]
+            if int(of) == group and state != "Z":
+                return True
+    return False
+
+
+def test_a_pass_that_is_asked_to_leave_leaves_after_a_shard_and_nothing_behind(tmp_path):
+    numbered_shards(tmp_path, [2, 3, 4])
+    before = sorted(tmp_path.iterdir())
+    seen = iter([None, Stopped("enough")])
+
+    def leave_if_asked():
+        if error := next(seen):
+            raise error
+
+    with pytest.raises(Stopped):
+        index_shards(expand_shards(str(tmp_path)), jobs=1, leave_if_asked=leave_if_asked)
+    assert sorted(tmp_path.iterdir()) == before and next(seen, None) is None
 
 
 def test_the_fingerprint_follows_content_and_not_the_place(tmp_path):
