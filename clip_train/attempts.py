@@ -16,7 +16,7 @@ from clip_train.data.audit import AUDIT_NAME, read_audit
 from clip_train.distributed.ranks import own_rank
 from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World, set_timeout
-from clip_train.errors import ClipTrainError, IntegrityError, Preempted, UserError
+from clip_train.errors import ClipTrainError, IntegrityError, Preempted, UserError, writing
 from clip_train.exit_record import EXIT_NAME, ExitRecord, launch_id, now, restart_count
 from clip_train.files import replace_file
 from clip_train.metrics.panel import say
@@ -71,10 +71,8 @@ class Attempt:
 
     def __enter__(self) -> Attempt:
         if self._is_main and not restart_count():
-            try:  # what an earlier launch left: from here on the run is alive
+            with writing(f"run_dir={self._run_dir}"):  # what an earlier launch left: from here on the run is alive
                 (self._run_dir / EXIT_NAME).unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"run_dir={self._run_dir} cannot be written: {error.strerror or error}") from error
         return self
 
     def __exit__(
@@ -113,10 +111,8 @@ class Attempt:
                 start=self._start, host=socket.gethostname(), world=self._world.size, device=self._world.device.type,
                 first_step=step, launch_id=launch_id(),
             )  # fmt: skip
-            try:
+            with writing(f"run_dir={self._run_dir}"):
                 _write_attempts(self._run_dir, [*_completed(self._run_dir), self._record])
-            except OSError as error:
-                raise UserError(f"run_dir={self._run_dir} cannot be written: {error}") from error
 
     def stepped(self, step: int) -> None:
         """Note that so many steps are done."""

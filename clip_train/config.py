@@ -13,7 +13,7 @@ from typing import Any
 
 from clip_train.config_dir import config_dir
 from clip_train.config_keys import explain_refusal, groups_of, options_of
-from clip_train.errors import UserError
+from clip_train.errors import UserError, reading
 from clip_train.overrides import readable, refuse_code_and_secrets
 from clip_train.redact import redact
 from clip_train.schema import CHOICES, MAY_CHANGE_ON_RESUME, NAMED, ROOTS, TrainConfig
@@ -101,16 +101,14 @@ def from_yaml(path: Path, *, root: type = TrainConfig) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    values = read_yaml(path)
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
         schema = OmegaConf.structured(root)
         for group in (g for g in NAMED if g in values):
             schema[group] = OmegaConf.structured(_choice(group, values[group].get("name"), path))
         for name, evaluation in values.get("evaluation", {}).items():
             schema.evaluation[name] = OmegaConf.structured(_choice("evaluation", evaluation.get("name"), path))
         return OmegaConf.to_object(OmegaConf.merge(schema, values))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
 
@@ -140,17 +138,23 @@ def read_yaml(path: Path) -> Any:
     Raises:
         UserError: the file cannot be read, or is something else.
     """
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
+    return parse_yaml(text, origin=str(path))
 
 
 def flat_values(node: Any) -> dict[str, Any]:
     """Return the values of a config by dotted key, unresolved."""
     from omegaconf import OmegaConf
 
-    return dict(_flatten(OmegaConf.to_container(node, resolve=False)))
+    return flatten(OmegaConf.to_container(node, resolve=False))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted key; an empty mapping below is a value."""
+    if not isinstance(tree, dict) or (prefix and not tree):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, below in tree.items() for key, value in flatten(below, f"{prefix}{name}.").items()}
 
 
 def changes(old: str, new: str, *, may_differ: tuple[str, ...] = MAY_CHANGE_ON_RESUME) -> list[str]:
@@ -172,12 +176,6 @@ def _choice(group: str, name: str | None, path: Path) -> type:
     if name not in CHOICES[group]:
         raise UserError(f"{path}: {group}.name={name} is not one of {', '.join(CHOICES[group])}")
     return CHOICES[group][name]
-
-
-def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(tree, dict) or not tree:
-        return [(prefix.rstrip("."), tree)]
-    return [pair for key, value in tree.items() for pair in _flatten(value, f"{prefix}{key}.")]
 
 
 def _refuse_no_choice(key: str, value: str, *, groups: list[str]) -> None:
@@ -202,9 +200,7 @@ def _refuse_unasked_pipes(config: Any, overrides: list[str]) -> None:
 
 def _refuse_what_is_not_to_be_saved(composed: Any) -> None:
     """A run saves its config: what stands in the environment, a password perhaps, must not land there."""
-    from omegaconf import OmegaConf
-
-    for key, value in _flatten(OmegaConf.to_container(composed, resolve=False)):
+    for key, value in flat_values(composed).items():
         refuse_code_and_secrets(key, str(value))
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value}: numbers must be finite")

@@ -1,4 +1,9 @@
-"""The errors a user sees, each with the exit code of `clip-train`."""
+"""The errors a user sees, each with the exit code of `clip-train`, and what their messages have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ClipTrainError(Exception):
@@ -39,3 +44,38 @@ class Preempted(ClipTrainError):
     """The run was asked to stop and saved everything: start it again. Exit code 85."""
 
     exit_code = 85
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Turn what can go wrong with a file that is read within into a user's error about `what`.
+
+    Raises:
+        UserError: the file cannot be read or is not UTF-8.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text (byte {error.start}): convert it first") from error
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Turn what can go wrong with files that are written within into a user's error about `what`.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror or error}") from error
+
+
+def first_of(items: Iterable[object], *, most: int = 10, between: str = ", ") -> str:
+    """Return the first items for a message, and how many more there are."""
+    listed = list(items)
+    rest = [f"and {len(listed) - most:,} more"] if len(listed) > most else []
+    return between.join([*map(str, listed[:most]), *rest])

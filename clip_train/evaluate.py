@@ -21,9 +21,10 @@ from clip_train.checkpoint.config import EMA_SUFFIX
 from clip_train.checkpoint.retention import is_checkpoint_name, list_checkpoints, step_of
 from clip_train.config import from_yaml
 from clip_train.distributed.batch_norm import share_statistics
+from clip_train.distributed.config import Strategy
 from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World, stop_world
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, writing
 from clip_train.evaluation.collapse import NOT_FINITE
 from clip_train.evaluation.features import PrefixEncoder
 from clip_train.evaluation.interruptible import Interrupted, InterruptibleEncoder
@@ -61,7 +62,7 @@ def run_evaluations(
     strict: bool = False,
     origin: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Run every evaluator on all ranks and return its metrics as `NAME/metric`. Rank 0 writes and prints the results.
+    """Run every evaluator on all ranks; return metrics and losses as `NAME/metric`. Rank 0 writes and prints results.
 
     With averaged weights every evaluator runs on these too; their metrics are `NAME_ema/metric`, with files of their
     own: a result belongs to one set of weights.
@@ -108,7 +109,10 @@ def run_evaluations(
     for key, result in results.items():
         if strict and result.collapsed and NOT_FINITE in result.collapsed:
             raise IntegrityError(f"{key}: {result.collapsed}: the weights of {name} are damaged or overflow")
-    return {f"{key}/{metric}": value for key, result in results.items() for metric, value in result.metrics.items()}
+    losses = {f"{key}/loss": result.loss for key, result in results.items() if result.loss is not None}
+    return losses | {
+        f"{key}/{metric}": value for key, result in results.items() for metric, value in result.metrics.items()
+    }
 
 
 class Evaluations:
@@ -149,11 +153,13 @@ class Evaluations:
         states = [self._model.state_dict(), *([self._ema.state_dict()] if self._ema else [])]
         share_statistics(self._model, states=states, world=self._world)
         model = InterruptibleEncoder(self._model, wanted=self._wanted, world=self._world)
+        sharded = self._config.distributed.strategy is Strategy.fsdp  # its towers know the run's precision only
         try:
             scores = run_evaluations(
                 {name: self._evaluators[name] for name in names}, model, ema=self._ema, world=self._world,
                 out=Path(self._config.run_dir) / "evaluation" / f"step-{step:08d}", name=self._config.model.name,
                 weights=f"{self._config.name}, step {step}", samples=samples,
+                origin={"precision": self._config.precision.value} if sharded else {},
             )  # fmt: skip
         except Interrupted as interrupted:
             return {}, interrupted.reason
@@ -163,7 +169,8 @@ class Evaluations:
         if best is None:
             return
         name, _, metric = best.removeprefix("-").partition("/")
-        known = self._evaluators[name if name in self._evaluators else name.removesuffix(EMA_SUFFIX)].metric_names()
+        evaluator = self._evaluators[name if name in self._evaluators else name.removesuffix(EMA_SUFFIX)]
+        known = [*evaluator.metric_names(), *(["loss"] if evaluator.has_loss else [])]
         if metric not in known:
             raise UserError(f"checkpoint.best={best} is not one of {', '.join(f'{name}/{one}' for one in known)}")
 
@@ -208,14 +215,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             encoder = PrefixEncoder(model, embed_dim=config.embed_dim, full=model.config.embed_dim)
             weights += f", first {config.embed_dim} of {model.config.embed_dim} dimensions"
             out = out if config.output else out / f"embed_dim-{config.embed_dim}"
-        try:
+        with writing(out):
             out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before hours of work
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
         origin = _origin(run)
         scores = run_evaluations(
             evaluators, encoder, world=world, out=out, name=config.checkpoint, weights=weights, samples=bool(origin),
-            strict=True, origin=origin,
+            strict=True, origin=origin | {"weights_sha256": weights_sha256(model)},
         )  # fmt: skip
         if world.is_main and config.embed_dim is None and run.is_dir() and not is_checkpoint_name(run.name):
             step = f", step {step_of(checkpoints[0]):,}" if (checkpoints := list_checkpoints(run)) else ""

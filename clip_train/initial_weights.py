@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clip_train.checkpoint.retention import list_checkpoints
+from clip_train.config import flatten
 from clip_train.distributed.agree import on_main
 from clip_train.distributed.parallel import SCALARS
-from clip_train.errors import UserError
+from clip_train.errors import UserError, first_of, writing
 from clip_train.interop.folders import Source
 from clip_train.interop.load import read_source
 from clip_train.metrics.panel import say
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from clip_train.schema import TrainConfig
     from clip_train.tokenizer.base import Tokenizer
 
-NUM_KEYS_SHOWN = 10
 RECORD_NAME = "initial_weights.txt"
 # What may differ between the weights' model and the run's: how it trains and is computed, what shapes tell anyhow, and
 # the tokenizer's facts. Anything else would change what the weights compute without a word.
@@ -64,11 +64,9 @@ def build_model(config: TrainConfig, *, world: World, tokenizer: Tokenizer) -> C
 
 def _record(lines: list[str], *, run_dir: Path) -> None:
     """Keep what became of the initial weights: of a hub's name, the path tells the commit."""
-    try:
+    with writing(f"run_dir={run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / RECORD_NAME).write_text("\n".join([*lines, ""]), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror or error}") from error
 
 
 def initialise(model: CLIP, *, init: str, tokenizer: Tokenizer) -> list[str]:
@@ -107,7 +105,7 @@ def initialise(model: CLIP, *, init: str, tokenizer: Tokenizer) -> list[str]:
         ],
     }
     if config.init_strict and any(misfits.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {_shown(names)}" for kind, names in misfits.items() if names)
+        listed = "; ".join(f"{len(names)} {kind}: {first_of(names)}" for kind, names in misfits.items() if names)
         raise UserError(
             f"model.init={init} does not fit {config.name}: {listed}. model.init_strict=false loads what fits and "
             "leaves the rest as drawn"
@@ -119,7 +117,7 @@ def initialise(model: CLIP, *, init: str, tokenizer: Tokenizer) -> list[str]:
 
 def differences(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
     """Return `model.KEY=VALUE, not VALUE` for what two models compute differently and no shape shows."""
-    before, after = _flat(asdict(theirs)), _flat(asdict(ours))
+    before, after = flatten(asdict(theirs)), flatten(asdict(ours))
     return [
         f"model.{key}={_plain(before[key])} there, {_plain(value)} here"
         for key, value in after.items()
@@ -138,7 +136,7 @@ def _table(
     ]
     lines += [f"  {'interpolated':<18}{line}" for line in resized]
     fates = {"missing": "as drawn", "unexpected": "not used", "of another shape": "as drawn"}
-    lines += [f"  {kind:<18}{len(names)}, {fates[kind]}: {_shown(names)}" for kind, names in misfits.items() if names]
+    lines += [f"  {kind:<18}{len(names)}, {fates[kind]}: {first_of(names)}" for kind, names in misfits.items() if names]
     return lines + [f"  {'differs':<18}{line}" for line in different]
 
 
@@ -146,18 +144,6 @@ def _will_resume(config: TrainConfig) -> bool:
     if config.resume in ("auto", "never"):
         return config.resume == "auto" and bool(list_checkpoints(Path(config.run_dir)))
     return True
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - NUM_KEYS_SHOWN} more" if len(names) > NUM_KEYS_SHOWN else ""
-    return ", ".join(names[:NUM_KEYS_SHOWN]) + more
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _plain(value: object) -> str:

@@ -92,10 +92,8 @@ def skip_samples(progress: Progress, *, config: TrainConfig, resumed_from: Path 
         progress.skip(config.data.skip_samples)
 
 
-def rewind(checkpointer: Checkpointer, *, progress: Progress) -> int:
-    """Load the newest checkpoint, perhaps the one resumed from, but keep the place in the data; return its step.
-
-    Every rank calls it.
+def rewind(checkpointer: Checkpointer, *, progress: Progress) -> None:
+    """Load the newest checkpoint, perhaps the one resumed from, but keep the place in the data. Every rank calls it.
 
     Raises:
         TrainingFailed: there is none yet.
@@ -104,4 +102,3 @@ def rewind(checkpointer: Checkpointer, *, progress: Progress) -> int:
     if checkpointer.go_back() is None:
         raise TrainingFailed("not finite before the first checkpoint: nothing to rewind to; lower checkpoint.every")
     progress.keep_place(before)
-    return progress.step

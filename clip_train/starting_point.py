@@ -1,4 +1,4 @@
-"""What a run starts from: one config on all ranks, and parts of it that suit the tokenizer and the device."""
+"""What a run starts from: one config, on all ranks and in all attempts, that suits the tokenizer and the device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from clip_train.data.loader import check_divisible
 from clip_train.distributed.collectives import broadcast_object, gather_objects
 from clip_train.distributed.hosts import own_host
 from clip_train.distributed.world import World
-from clip_train.errors import UserError
+from clip_train.errors import UserError, first_of
 from clip_train.model.config import TextConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from clip_train.schema import TrainConfig
@@ -100,3 +102,20 @@ def suited_to(tokenizer: Tokenizer, *, config: TrainConfig) -> TrainConfig:
         context_length=tokenizer.context_length,
     )  # fmt: skip
     return replace(config, model=replace(config.model, text=text))
+
+
+def require_same_run(config: TrainConfig, *, folder: Path, world: World) -> None:
+    """Refuse a config that would turn the run or checkpoint in `folder` into another one. Rank 0 reads for all.
+
+    Raises:
+        UserError: naming every key that differs and may not.
+    """
+    path = folder / "config.yaml"
+    former = path.read_text(encoding="utf-8") if world.is_main and path.exists() and config.resume != "never" else ""
+    differences = changes(former, to_yaml(config)) if (former := broadcast_object(former, world=world)) else []
+    if differences:
+        shown = first_of(differences, between="\n  ")
+        raise UserError(
+            f"{folder} is of a run with another config; give a new name=, or resume=never, or model.init= to start "
+            f"from its weights alone:\n  {shown}"
+        )

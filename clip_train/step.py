@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clip_train.data.order import mix64_int
 from clip_train.distributed.batch_norm import batch_norms, uncounted
 from clip_train.distributed.parallel import average_scalars, gradient_sync
 from clip_train.distributed.shards import is_sharded, own_part, whole
@@ -44,6 +45,15 @@ class StepResult(NamedTuple):
     grad_norms: Tensor  # [P] of each parameter's gradient, as `trained_names` orders them; of its own part if sharded
     image_features: Tensor  # [B, D] of this rank's rows, unit length
     text_features: Tensor  # [B, D]
+
+    def measures(self) -> dict[str, Tensor]:
+        """Return what is logged of the step, still on the device."""
+        return {
+            "loss": self.loss,
+            "in_batch_recall@1": self.in_batch_recall,
+            "grad_norm": self.grad_norm,
+            "logit_scale": self.logit_scale.exp(),
+        }
 
 
 class TrainStep:
@@ -91,7 +101,7 @@ class TrainStep:
         self._world.stalls.begin_step(device=self._world.device)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        loss = self.backward(batch, step=step)
+        loss, features = self.backward(batch, step=step)
         grad_norm, grad_norms, skipped, finite = self._update(loss)
         self._model.clamp_logit_scale_()
         if self._ema is not None:
@@ -105,12 +115,15 @@ class TrainStep:
             skipped=skipped,
             finite=finite,
             grad_norms=grad_norms,
-            image_features=self._features[0],
-            text_features=self._features[1],
+            image_features=features.image,
+            text_features=features.text,
         )
 
-    def backward(self, batch: Batch, *, step: int) -> Tensor:
-        """Leave the averaged gradient of the global batch in the parameters, and return the loss as a share."""
+    def backward(self, batch: Batch, *, step: int) -> tuple[Tensor, Features]:
+        """Leave the averaged gradient of the global batch in the parameters.
+
+        Returns the loss [], as this rank's share, and the features [B, D], both detached.
+        """
         parts = self._cut(batch)
         last = len(parts) - 1
         # Each micro-batch counts once in the running statistics of batch norms: when its graph is made.
@@ -129,7 +142,6 @@ class TrainStep:
             attached = self._forward(parts[last], step=step, j=last, on_text=start_gather)
             images = [*(_leaf(features.image, like=attached.image) for features in cached), attached.image]
             joined = attached._replace(image=torch.cat(images) if last else attached.image, text=ported[0])
-            self._features = joined.image.detach(), joined.text.detach()
             loss = self._loss(joined, batch)
             (loss * self.loss_scale.value).backward()
         for j in range(last):
@@ -138,7 +150,7 @@ class TrainStep:
                 towers = [(features.image, images[j].grad), (features.text, texts[j].grad)]
                 trained = [(output, gradient) for output, gradient in towers if output.requires_grad]
                 torch.autograd.backward([output for output, _ in trained], [gradient for _, gradient in trained])
-        return loss.detach()
+        return loss.detach(), joined._replace(image=joined.image.detach(), text=joined.text.detach())
 
     def _forward(
         self, part: Batch, *, step: int, j: int, on_text: Callable[[Tensor], Tensor] | None = None
@@ -156,7 +168,10 @@ class TrainStep:
         return torch.stack(list(losses.values())).sum()
 
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Clip and apply the gradient, unless something is not finite; decided on the device, alike on all ranks."""
+        """Clip and apply the gradient, unless something is not finite; decided on the device, alike on all ranks.
+
+        Returns grad_norm, grad_norms, skipped and finite of `StepResult`.
+        """
         (bad_loss,) = average_scalars(self._model, world=self._world, with_them=[~loss.isfinite()])
         scale = self.loss_scale.value
         norms, total = _gradient_norms(self._model)
@@ -245,11 +260,8 @@ def _gradient_norms(model: CLIP) -> tuple[Tensor, Tensor]:
 
 
 def _random_seed(*parts: int) -> int:
-    """Return 63 bits that depend on every part (splitmix64, Steele et al. 2014)."""
-    state, mask = 0, 2**64 - 1
+    """Return 63 bits that depend on every part."""
+    state = 0
     for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
+        state = mix64_int(state + part)
     return state >> 1

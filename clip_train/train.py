@@ -1,6 +1,9 @@
 """Train a CLIP model. Read this first: the whole run is the one function `train`, from top to bottom.
 
 shard -> Batch -> model(images, tokens) -> Features -> loss -> optimizer -> Progress -> log / evaluate / save
+
+What it computes stands in three files: the two towers in model/clip.py, the contrastive loss over all ranks in
+loss/clip.py, and forward, backward and update of one global batch in step.py.
 """
 
 from __future__ import annotations
@@ -9,18 +12,17 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clip_train.attempts import Attempt
 from clip_train.checkpoint.state import ModelState, OptimizerState, Stateful
-from clip_train.config import changes, to_yaml
+from clip_train.config import to_yaml
 from clip_train.data.bad import LEDGER_FOLDER
 from clip_train.data.delivery import StepExchange
 from clip_train.data.prefetch import batches_on
-from clip_train.distributed.collectives import broadcast_object
 from clip_train.distributed.stop import StopReason, StopRequest
-from clip_train.distributed.world import World, stop_world
-from clip_train.errors import Preempted, UserError
+from clip_train.distributed.world import stop_world
+from clip_train.errors import Preempted
 from clip_train.evaluate import Evaluations
 from clip_train.files import replace_file
 from clip_train.health.monitor import RunHealth
@@ -35,11 +37,17 @@ from clip_train.model.finetune import layers_above
 from clip_train.model.flops import training_flops
 from clip_train.progress import Progress, rewind, skip_samples
 from clip_train.schema import TrainConfig
-from clip_train.starting_point import check_ranks, suited_to
-from clip_train.step import StepResult, TrainStep
+from clip_train.starting_point import check_ranks, require_same_run, suited_to
+from clip_train.step import TrainStep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from clip_train.checkpoint.checkpointer import ResumedFrom
+    from clip_train.data.stream import BatchStream
+    from clip_train.distributed.world import World
+    from clip_train.model.clip import CLIP
+    from clip_train.model.config import Ragged
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -106,6 +114,8 @@ def train(config: TrainConfig) -> dict[str, float]:
         skip_samples(progress, config=config, resumed_from=resumed.path if resumed else None)
         attempt.begin(progress.step)
         cache_features(config, model=model, stream=stream, run_dir=run_dir, world=world, wanted=stop.wanted)
+
+        # Watch. Rank 0 writes down what the run is and its metrics; every rank looks after its own batches and health.
         metrics = Metrics(
             run_dir, world=world, config=config.logging, name=config.name, total_steps=total_steps,
             global_batch_size=config.global_batch_size, start_step=progress.step,
@@ -117,19 +127,15 @@ def train(config: TrainConfig) -> dict[str, float]:
         stack.callback(profiler.close)
         if world.is_main:
             begin_run(config, run_dir=run_dir, files=tokenizer.files())
-            start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {run_dir}"
-            say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
-            where = f"{world.size} x {world.device.type}, {precision}, captions: ragged={captions.value}"
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            whole = sum(p.numel() for p in model.parameters())
-            count = f"{whole:,} parameters" + (f", {trained:,} of them trained," if trained < whole else "")
-            say(f"{config.model.name}, {count} on {where}")
+            say_start(
+                config, resumed=resumed, total_steps=total_steps, stream=stream, model=model, world=world,
+                captions=captions,
+            )  # fmt: skip
         exchange = StepExchange(
             stream, batches=batches_on(world.device, stream.batches(progress.samples_seen)), run_dir=run_dir,
             world=world, step=progress.step, consumed=progress.samples_seen,
         )  # fmt: skip
         stack.callback(exchange.close)
-
         health = stack.enter_context(
             RunHealth(
                 config, run_dir=run_dir, world=world, model=model, loss_fn=loss_fn, stream=stream, exchange=exchange,
@@ -138,21 +144,17 @@ def train(config: TrainConfig) -> dict[str, float]:
         )  # fmt: skip
 
         def save() -> None:
-            healthy = health.before_save(progress.step)
             checkpointer.save(
                 step=progress.step, consumed=progress.samples_seen, config_yaml=to_yaml(config),
-                files=tokenizer.files(), healthy=healthy,
+                files=tokenizer.files(), healthy=health.before_save(progress.step),
             )  # fmt: skip
 
-        saved = progress.step
         newest: dict[str, float] = {}
 
         def evaluate_and_save() -> StopReason:
             """Do what is due after a step. All ranks; asked to stop amid an evaluation, they leave it together."""
-            nonlocal saved
             chosen = [n for n, e in config.evaluation.items() if due(progress.step, every=e.every, total=total_steps)]
-            scores: dict[str, float] = {}
-            progress.owes_evaluation = False
+            best = progress.owes_evaluation = False
             if chosen:
                 health.entered("an evaluation")
                 with metrics.paused():
@@ -162,10 +164,9 @@ def train(config: TrainConfig) -> dict[str, float]:
                     return reason
                 metrics.write(scores, step=progress.step, samples_seen=progress.samples_seen)
                 newest.update(scores)
-            best = bool(chosen) and checkpointer.is_best(scores, step=progress.step)
+                best = checkpointer.is_best(scores, step=progress.step)
             if best or due(progress.step, every=config.checkpoint.every, total=total_steps):
                 save()
-                saved = progress.step
             return StopReason.none
 
         # A run that was stopped amid an evaluation begins with it.
@@ -180,28 +181,27 @@ def train(config: TrainConfig) -> dict[str, float]:
                 break
 
             # One global batch: each rank its own rows, negatives from all ranks.
-            rate = config.optim.learning_rate(progress.step, total_steps=total_steps)
-            result = train_step(batch, learning_rate=rate, step=progress.step)
+            learning_rate = config.optim.learning_rate(progress.step, total_steps=total_steps)
+            result = train_step(batch, learning_rate=learning_rate, step=progress.step)
             progress.advance(config.global_batch_size)
             attempt.stepped(progress.step)
             flops = training_flops(config.model, lengths=batch.lengths.tolist())
-            metrics.add(measures(result), seconds_waiting=seconds_waiting, flops=flops)
+            metrics.add(result.measures(), seconds_waiting=seconds_waiting, flops=flops)
             profiler.after(progress.step)
             if health.after_step(result, batch, step=progress.step):
                 # Every rank saw the same flag: weights go back, the data goes on after the bad batch.
-                saved = rewind(checkpointer, progress=progress)
-                health.rewound_to(saved)
-                metrics.rewind(saved)
+                rewind(checkpointer, progress=progress)
+                health.rewound_to(progress.step)
+                metrics.rewind(progress.step)
                 continue
 
             if due(progress.step, every=config.logging.every, total=total_steps):
-                bad = {f"data/bad_{reason}": count for reason, count in stream.counters().items()}
-                values = {"train/learning_rate": rate, **health.measures(result, batch), **bad}
-                newest |= health.examine(
-                    metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
-                )
+                bad = {f"data/bad_{kind}": count for kind, count in stream.counters().items()}
+                values = {"train/learning_rate": learning_rate, **health.measures(result, batch), **bad}
+                row = metrics.log(step=progress.step, samples_seen=progress.samples_seen, extra=values)
+                newest |= health.examine(row)
             reason = evaluate_and_save()
-        if progress.step > saved:
+        if progress.step > checkpointer.saved_step:
             save()
         health.finish()
         checkpointer.wait()
@@ -224,6 +224,20 @@ def begin_run(config: TrainConfig, *, run_dir: Path, files: Mapping[str, bytes])
         replace_file(run_dir / name, content)
 
 
+def say_start(
+    config: TrainConfig, *, resumed: ResumedFrom | None, total_steps: int, stream: BatchStream, model: CLIP,
+    world: World, captions: Ragged,
+) -> None:  # fmt: skip
+    """Say what is about to be trained, on what and from where."""
+    start = f"continuing {resumed.path} at step {resumed.step:,}" if resumed else f"starting {config.run_dir}"
+    say(f"{start}: {total_steps:,} steps of {config.global_batch_size:,} pairs from {stream.num_samples:,}")
+    whole = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count = f"{whole:,} parameters" + (f", {trained:,} of them trained," if trained < whole else "")
+    where = f"{world.size} x {world.device.type}, {config.precision.value}, captions: ragged={captions.value}"
+    say(f"{config.model.name}, {count} on {where}")
+
+
 def say_end(progress: Progress, *, reason: StopReason, run_dir: Path) -> None:
     """Say what became of the data, and why a run stopped before its end."""
     if counts := progress.stream.counters():
@@ -232,30 +246,3 @@ def say_end(progress: Progress, *, reason: StopReason, run_dir: Path) -> None:
     if reason in (StopReason.time_limit, StopReason.interrupted):
         why = reason.name.replace("_", " ")
         say(f"stopped ({why}): {progress.kept()}")
-
-
-def measures(result: StepResult) -> dict[str, Any]:
-    """Return the logged values of one step, still on the device."""
-    return {
-        "loss": result.loss,
-        "in_batch_recall@1": result.in_batch_recall,
-        "grad_norm": result.grad_norm,
-        "logit_scale": result.logit_scale.exp(),
-    }
-
-
-def require_same_run(config: TrainConfig, *, folder: Path, world: World) -> None:
-    """Refuse a config that would turn the run or checkpoint in `folder` into another one. Rank 0 reads for all.
-
-    Raises:
-        UserError: naming every key that differs and may not.
-    """
-    path = folder / "config.yaml"
-    former = path.read_text(encoding="utf-8") if world.is_main and path.exists() and config.resume != "never" else ""
-    differences = changes(former, to_yaml(config)) if (former := broadcast_object(former, world=world)) else []
-    if differences:
-        shown = "\n  ".join(differences[:10]) + ("\n  …" if len(differences) > 10 else "")
-        raise UserError(
-            f"{folder} is of a run with another config; give a new name=, or resume=never, or model.init= to start "
-            f"from its weights alone:\n  {shown}"
-        )

@@ -259,16 +259,14 @@ def test_a_best_metric_that_its_evaluation_does_not_give_is_refused_before_the_f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["", "_ema"])
-def test_the_best_checkpoint_is_saved_when_an_evaluation_beats_the_former(scenes, tmp_path, weights):
+@pytest.mark.parametrize("name", ["val/image_retrieval_recall@10", "val_ema/image_retrieval_recall@10", "-val/loss"])
+def test_the_best_checkpoint_is_saved_when_an_evaluation_beats_the_former(scenes, tmp_path, name):
     best = ["evaluation=[val]", f"evaluation.val.shards={scenes}/val", "evaluation.val.every=15", "data.val=null"]
     best.append("optim.ema_decay=0.8")
-    metric = f"checkpoint.best=val{weights}/image_retrieval_recall@10"
-    train(
-        load("train", overrides(scenes, tmp_path, "steps=120", "global_batch_size=64", "optim.lr=2e-3", metric, *best))
-    )
-    name = metric.partition("=")[2]
-    scores = {row["step"]: row[name] for row in read_metrics(tmp_path) if name in row}
+    best.append(f"checkpoint.best={name}")
+    train(load("train", overrides(scenes, tmp_path, "steps=120", "global_batch_size=64", "optim.lr=2e-3", *best)))
+    metric, sign = name.removeprefix("-"), -1 if name.startswith("-") else 1
+    scores = {row["step"]: sign * row[metric] for row in read_metrics(tmp_path) if metric in row}
     assert len(scores) >= 3  # until then the model counts as collapsed
     winner = max(scores, key=lambda step: (scores[step], -step))
     assert best_checkpoint(tmp_path).name == f"step-{winner:08d}"

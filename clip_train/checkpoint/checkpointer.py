@@ -81,6 +81,7 @@ class Checkpointer:
         self.run_dir = Path(run_dir)
         self.world = world
         self.config = config
+        self.saved_step = 0  # steps done at the newest save, or where training continues
         self._tensors = tensors
         self._state = state
         self._say = (say or (lambda line: print(line, flush=True))) if world.is_main else (lambda line: None)
@@ -158,6 +159,7 @@ class Checkpointer:
             self._saving.start()
         if not self.config.asynchronous:
             self._settle()
+        self.saved_step = step
         return checkpoint_path(self.run_dir, step=step)
 
     def wait(self) -> None:
@@ -250,6 +252,7 @@ class Checkpointer:
             self._load(chosen)
         except UserError as error:
             raise UserError(f"{chosen}: {error}") from error
+        self.saved_step = manifest.step
         return ResumedFrom(step=manifest.step, path=chosen, consumed=manifest.consumed)
 
     def _load(self, chosen: Path) -> None:

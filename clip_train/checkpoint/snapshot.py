@@ -10,7 +10,7 @@ import torch
 
 from clip_train.checkpoint.load import TRAIN_STATE_NAME
 from clip_train.checkpoint.tensors import TensorFile, is_shared, own_files, part_of
-from clip_train.errors import ClipTrainError
+from clip_train.errors import ClipTrainError, first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -49,8 +49,7 @@ class Snapshot:
             if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor)
         ]
         if names:
-            more = f"; and {len(names) - 10} more" if len(names) > 10 else ""
-            raise ClipTrainError(f"step {self.step} was not saved, NaN or Inf in {'; '.join(names[:10])}{more}")
+            raise ClipTrainError(f"step {self.step} was not saved, NaN or Inf in {first_of(names, between='; ')}")
 
 
 def take_snapshot(

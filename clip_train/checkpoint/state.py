@@ -8,7 +8,7 @@ import torch
 
 from clip_train.checkpoint.tensors import SavedTensor
 from clip_train.distributed.shards import fill, laid_out
-from clip_train.errors import UserError
+from clip_train.errors import UserError, first_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -142,8 +142,7 @@ def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], *, owner:
         elif saved[name] != current[name]:
             differences.append(f"{name} {saved[name]} in the checkpoint, {current[name]} in the {owner}")
     if differences:
-        more = f"; and {len(differences) - 10} more" if len(differences) > 10 else ""
-        raise UserError(f"checkpoint does not fit this {owner}: {'; '.join(differences[:10])}{more}")
+        raise UserError(f"checkpoint does not fit this {owner}: {first_of(differences, between='; ')}")
 
 
 def _native_names(model: nn.Module) -> dict[Tensor, str]:

@@ -65,7 +65,7 @@ class CaptionChooser:
             if field.extension == "txt":
                 found.append(decode_caption(members[number]))
             else:
-                found += all_captions(members[number], field=field)
+                found += map(_text, _drawn_from(_json_value(members[number], path=field.path)))
         return found
 
 
@@ -97,8 +97,18 @@ def all_captions(content: bytes, *, field: CaptionField) -> list[str]:
 
 
 def _json_caption(content: bytes, *, path: Sequence[str], uniform: float) -> str:
-    value = _json_value(content, path=path)
-    return _text(value[min(int(uniform * len(value)), len(value) - 1)] if isinstance(value, list) else value)
+    captions = _drawn_from(_json_value(content, path=path))
+    return _text(captions[min(int(uniform * len(captions)), len(captions) - 1)])
+
+
+def _drawn_from(value: Any) -> list[Any]:
+    """Return what a draw chooses among: of a list the items that are not null or blank, if there are any."""
+    captions = value if isinstance(value, list) else [value]
+    return [item for item in captions if item is not None and not _is_blank(item)] or captions[:1]
+
+
+def _is_blank(item: object) -> bool:
+    return isinstance(item, str) and not item.replace("\0", " ").strip()
 
 
 def _json_value(content: bytes, *, path: Sequence[str]) -> Any:

@@ -45,19 +45,20 @@ def mix64(values: UInt64s) -> UInt64s:
     return x ^ (x >> np.uint64(31))
 
 
-def key(*words: int) -> int:
-    """Hash a tuple of integers in [0, 2^64) to one."""
-    k = 0
-    for word in words:
-        k = _mix64_int(k ^ word)
-    return k
-
-
-def _mix64_int(x: int) -> int:
+def mix64_int(x: int) -> int:
+    """Return `mix64` of one integer, modulo 2^64."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
+
+
+def key(*words: int) -> int:
+    """Hash a tuple of integers in [0, 2^64) to one."""
+    k = 0
+    for word in words:
+        k = mix64_int(k ^ word)
+    return k
 
 
 def permutation(n: int, k: int) -> NDArray[np.intp]:

@@ -17,7 +17,7 @@ from clip_train.data.index.tar import Member, read_samples
 from clip_train.data.index.walk import picture_of
 from clip_train.data.shard_file import ShardFile
 from clip_train.data.workers import WORKER_START_METHOD, as_is, start_worker, start_worker_server
-from clip_train.errors import ClipTrainError, IntegrityError, UserError
+from clip_train.errors import ClipTrainError, IntegrityError, UserError, reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -138,10 +138,8 @@ class FileImages:
         Raises:
             UserError: the file cannot be read.
         """
-        try:
+        with reading(self._paths[index]):
             return self._paths[index].read_bytes()
-        except OSError as error:
-            raise UserError(f"{self._paths[index]} cannot be read: {error.strerror or error}") from error
 
     def key(self, index: int) -> str:
         """Return the path of the picture, below the folder where it lies there."""

@@ -13,7 +13,7 @@ from clip_train.data.index.files import DEFAULT_CAPTIONS, ShardEntry, fingerprin
 from clip_train.data.index.walk import index_shards
 from clip_train.data.remote.index import load_remote_index
 from clip_train.distributed.agree import on_main
-from clip_train.errors import UserError
+from clip_train.errors import UserError, first_of
 from clip_train.redact import has_login, unsigned
 from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards, with_lower_scheme
 
@@ -102,8 +102,7 @@ def find_shards(patterns: str | Sequence[str], *, field: str, public_only: bool 
             missing.append(f"{name}/*.tar" if is_folder else name or "''")
         found += matches
     if missing:
-        rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise UserError(f"{field}={patterns}: not found: {', '.join(missing[:5])}{rest}")
+        raise UserError(f"{field}={patterns}: not found: {first_of(missing, most=5)}")
     if not found:
         raise UserError(f"{field}={patterns} names no shards")
     if len({is_remote(name) for name in found}) > 1:

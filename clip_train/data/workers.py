@@ -52,33 +52,25 @@ def start_worker_server() -> None:
 
 def start_worker(_: int) -> None:
     """Prepare a loader process: it ends with its trainer or by its order, and its memory is tuned for pictures."""
-    obey_parent_only()
+    threading.Thread(target=_exit_with_trainer, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none, and there only kill ends a worker early
+        threading.Thread(target=_exit_by_order, daemon=True).start()
     _keep_freed_memory()
 
 
-def obey_parent_only() -> None:
-    """Have this process, started with `STOP_SIGNALS` blocked, end with its parent or by its order, and by no other's.
-
-    Neither DataLoader nor a process pool sees to that: the first has its workers watch the server that forks them, and
-    the workers of the second wait for ever for the next task of a parent that was killed.
-    """
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none, and there only kill ends a worker early
-        threading.Thread(target=_exit_by_order, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _exit_with_trainer() -> None:
+    """DataLoader's workers watch their parent, which here is the server, and the server lives as long as they do."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
     os._exit(1)
 
 
 def _exit_by_order() -> None:
-    """Obey the parent's SIGTERM, which is blocked, and nobody else's."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+    """Obey the trainer's SIGTERM, which is blocked, and nobody else's."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
         pass
     os._exit(1)
 

@@ -49,15 +49,22 @@ class Evaluator(ABC):
             IntegrityError: not every image of the set was seen exactly once.
         """
         started = time.monotonic()
-        with evaluating(model, world=self.world, precision=self.setting.precision):
+        with evaluating(model, world=self.world, precision=self.setting.precision) as precision:
             result = self.measure(model)
         if result.collapsed:
             # A plausible number that ties have made must not stand anywhere.
             result.metrics, result.intervals, result.parts, result.details, result.per_class = {}, {}, {}, {}, []
-            result.notes = []
+            result.notes, result.loss = [], None
         assert result.collapsed or result.metrics.keys() == set(self.metric_names()), sorted(result.metrics)
+        assert self.has_loss or result.loss is None
+        result.details["precision"] = precision
         result.seconds = time.monotonic() - started
         return result
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether results have a loss, logged as `NAME/loss`."""
+        return False
 
     @abstractmethod
     def metric_names(self) -> list[str]:

@@ -74,7 +74,7 @@ class DualEncoder(Protocol):
         """Return features [B, D] of tokens [B, L]."""
 
     def pool_image(self, images: Tensor) -> Tensor:
-        """Return features [B, W] of raw pixels before the projection to D dimensions."""
+        """Return features [B, width] of raw pixels before the projection to D dimensions."""
 
 
 class WrappedEncoder:
@@ -116,7 +116,7 @@ class WrappedEncoder:
         return self.model.encode_text(tokens, normalize=normalize)
 
     def pool_image(self, images: Tensor) -> Tensor:
-        """Return features [B, W] of raw pixels before the projection to D dimensions."""
+        """Return features [B, width] of raw pixels before the projection to D dimensions."""
         return self.model.pool_image(images)
 
 
@@ -163,14 +163,17 @@ class EncodedTexts(NamedTuple):
 
 
 @contextmanager
-def evaluating(model: DualEncoder, *, world: World, precision: str) -> Iterator[None]:
-    """Put the model in evaluation mode without gradients, its towers under `precision`, and restore its mode after."""
+def evaluating(model: DualEncoder, *, world: World, precision: str) -> Iterator[str]:
+    """Put the model in evaluation mode without gradients, its towers under `precision`, and restore its mode after.
+
+    Yields `fp32` or `bf16`, which `auto` stands for.
+    """
     use_bf16 = precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
     was_training = model.training
     model.train(False)
     try:
         with torch.no_grad(), torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=use_bf16):
-            yield
+            yield "bf16" if use_bf16 else "fp32"
     finally:
         model.train(was_training)
 

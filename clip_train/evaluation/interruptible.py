@@ -67,7 +67,7 @@ class InterruptibleEncoder(WrappedEncoder):
         return super().encode_text(tokens, normalize=normalize)
 
     def pool_image(self, images: Tensor) -> Tensor:
-        """Return features [B, W] of raw pixels before the projection to D dimensions."""
+        """Return features [B, width] of raw pixels before the projection to D dimensions."""
         self.ask()
         return super().pool_image(images)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -47,6 +48,8 @@ class EvaluationResult:
     """What guessing would score on average, for each metric that has such a level."""
     intervals: dict[str, tuple[float, float]]
     """95 % intervals: Wilson for accuracies, bootstrap over images for the rest."""
+    loss: float | None = None
+    """Of held-out pairs, all of the set as one batch; no score in [0, 1], and logged as `NAME/loss`."""
     verdicts: dict[str, str] = field(default_factory=dict)
     """What a score means, by metric; empty where an evaluation leaves that to the reader."""
     parts: dict[str, Part] = field(default_factory=dict)
@@ -100,6 +103,8 @@ def write_result(result: EvaluationResult, path: Path, *, dataset: str, model: s
                 if name in result.metrics and name not in LOWER_IS_BETTER
             },
             "seconds": round(result.seconds, 3),
+            **({"items_sha256": items_sha256(result.predictions)} if "key" in result.predictions else {}),
+            **({} if result.loss is None else {"loss": result.loss}),
             **({"verdicts": result.verdicts} if result.verdicts else {}),
             **({"notes": result.notes} if result.notes else {}),
             **({"parts": {tag: _part(part) for tag, part in result.parts.items()}} if result.parts else {}),
@@ -136,6 +141,15 @@ def read_result(path: Path) -> dict[str, Any]:
 def item_keys(source: ImageSource) -> np.ndarray:
     """Return the name of every picture, [N] text, by which the results of several models are paired."""
     return np.array([source.key(i) for i in range(len(source))])
+
+
+def items_sha256(predictions: Mapping[str, np.ndarray]) -> str:
+    """Return a hash of the items' names, in order, with the truth about each: equal where the same set was asked."""
+    digest = hashlib.sha256()
+    for name in ("key", "label", "owner"):
+        if (column := predictions.get(name)) is not None:
+            digest.update(json.dumps({name: column.tolist()}).encode())
+    return digest.hexdigest()
 
 
 def evenly_spaced(num_items: int, *, count: int) -> np.ndarray:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clip_train.errors import UserError
+from clip_train.errors import UserError, first_of
 from clip_train.interop import open_clip, openai
 from clip_train.interop.folders import CONFIG_FILES, WEIGHT_CHOICES, Source, read_folder, read_folder_calibration
 from clip_train.interop.hub import locate, named_file, recorded_activation
 from clip_train.interop.loaded_model import LoadedModel, Preprocess, empty_model
-from clip_train.interop.weights import assign_weights, first_keys, read_weights, weights_sha256
+from clip_train.interop.weights import assign_weights, read_weights, weights_sha256
 from clip_train.model.positions import resize_positions
 from clip_train.model.zoo import model_config
 
@@ -158,9 +158,7 @@ def _read_file(path: Path, *, architecture: str | None) -> Source:
         way = f"write its name before the path, as in ViT-B-32:{path} (see available_models())"
         if any((path.parent / name).is_file() for name in CONFIG_FILES):
             way = f"its folder does: load {path.parent}"
-        raise UserError(
-            f"{path}: the file does not tell its architecture; {way}. Its first keys: {first_keys(tensors)}"
-        )
+        raise UserError(f"{path}: the file does not tell its architecture; {way}. Its first keys: {first_of(tensors)}")
     return Source(model_config(architecture), tensors, path)
 
 
@@ -191,7 +189,7 @@ def _empty_model(source: Source) -> LoadedModel:
     if vision.timm is None and blocks > len(source.tensors):
         raise UserError(
             f"{source.origin}: its config asks for {blocks:,} blocks, its weights are {len(source.tensors)} tensors; "
-            f"first keys of the file: {first_keys(source.tensors)}"
+            f"first keys of the file: {first_of(source.tensors)}"
         )
     try:
         return empty_model(source.config, tokenizer=source.tokenizer)
@@ -199,5 +197,5 @@ def _empty_model(source: Source) -> LoadedModel:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{source.origin}: no model of the sizes in its config can be made ({reason}); "
-            f"first keys of the file: {first_keys(source.tensors)}"
+            f"first keys of the file: {first_of(source.tensors)}"
         ) from error

@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, first_of
 from clip_train.interop.torchscript import is_archive, read_archive
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
     from clip_train.model.clip import CLIP
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 PREFIXES = ("module.", "_orig_mod.", "text.")
 # An archive's numbers are stored as they are; only TorchScript's code is compressed, and that is small.
 MAX_INFLATED_BYTES = 64 << 20
-NUM_KEYS_SHOWN = 10
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -59,7 +57,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         values = values["state_dict"]
     tensors = {str(k): v for k, v in values.items() if isinstance(v, Tensor)} if isinstance(values, dict) else {}
     if not tensors:
-        found = f"its first keys: {first_keys(values)}" if isinstance(values, dict) and values else "it holds nothing"
+        found = f"its first keys: {first_of(values)}" if isinstance(values, dict) and values else "it holds nothing"
         raise UserError(f"{path}: no tensors by name, neither at the top nor under 'state_dict'; {found}")
     for name, tensor in tensors.items():
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -88,11 +86,11 @@ def assign_weights(model: CLIP, tensors: dict[str, Tensor], *, origin: str) -> N
         "unexpected": sorted(tensors.keys() - expected.keys()),
         "of another shape": [f"{n} {list(tensors[n].shape)}, not {list(expected[n])}" for n in sorted(reshaped)],
     }
-    found = [f"{len(names)} {kind} ({first_keys(names)})" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {kind} ({first_of(names)})" for kind, names in problems.items() if names]
     if found:
         raise UserError(
             f"{origin}: the tensors are not those of {model.config.name}: {'; '.join(found)}; "
-            f"first keys of the file: {first_keys(tensors)}"
+            f"first keys of the file: {first_of(tensors)}"
         )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -107,12 +105,6 @@ def weights_sha256(model: CLIP) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def first_keys(names: Iterable[object]) -> str:
-    """Return the first ten names for a message."""
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:NUM_KEYS_SHOWN]) + (", …" if len(listed) > NUM_KEYS_SHOWN else "")
 
 
 def _refuse_bomb(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ SMALL_EXCHANGE_BYTES = 4 * 2**20
 class ClipLoss(ContrastiveLoss):
     """Symmetric InfoNCE with a learned temperature (CLIP, Radford et al. 2021, §2.3), exact for any number of ranks.
 
+    On one rank it is, for image and text features x, y [B, D] of unit length:
+        logits = exp(logit_scale) * x @ y.T  # [B, B]
+        labels = arange(B)
+        loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+
     Every rank holds its own image features [B, D] and gathers the text features of all [G, D]; it computes its rows of
     the logits tile by tile, once forward and once more backward. The image gradient needs no communication, the text
     gradient one reduce-scatter, the temperature's is a dot product. Memory grows with G·D; results repeat bit for bit.
@@ -42,26 +47,22 @@ class ClipLoss(ContrastiveLoss):
         self._tile = tile
 
     def _evaluate(self, features: Features, exchange: TextExchange, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        problem = _Problem(exchange, pairs, world=self._world, group=self._group, tile=self._tile)
+        problem = _Problem(exchange, pairs, self._world, self._group, self._tile)
         loss, recall = _OneSidedInfoNCE.apply(features.image, features.text, features.logit_scale, problem)
         return loss, recall
 
 
-class _Problem:
+class _Problem(NamedTuple):
     """What one evaluation works on besides the differentiable inputs."""
 
-    def __init__(
-        self,
-        exchange: TextExchange,
-        pairs: Pairs,
-        *,
-        world: World,
-        group: dist.ProcessGroup | None,
-        tile: tuple[int, int] | None,
-    ) -> None:
-        self.exchange, self.pairs, self.world, self.group, self.tile = exchange, pairs, world, group, tile
+    exchange: TextExchange
+    pairs: Pairs
+    world: World
+    group: dist.ProcessGroup | None
+    tile: tuple[int, int] | None
 
     def tiles(self, image: Tensor, text: Tensor, scale: Tensor) -> LogitTiles:
+        """Return the tiles of this rank's rows of the logits."""
         first = self.world.rank * len(image)
         return logit_tiles(image, text, scale=scale, pairs=self.pairs, first=first, tile=self.tile)
 

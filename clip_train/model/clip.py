@@ -77,7 +77,7 @@ class CLIP(TextTransformer):
         return images if images.ndim == 2 else _finish(self.visual(images), normalize)
 
     def pool_image(self, images: Tensor) -> Tensor:
-        """Return the image tower's features before the projection to the shared embedding, [B, W] in float32.
+        """Return the image tower's features before the projection to the shared embedding, [B, width] in float32.
 
         Args:
             images: uint8 [B, H, W, 3] or float [B, 3, H, W], see `encode_image`.

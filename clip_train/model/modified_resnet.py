@@ -109,7 +109,7 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(self._grid(images))
 
     def pool(self, images: Tensor) -> Tensor:
-        """Return the features [B, W] before the projection; `images` as for `forward`."""
+        """Return the features [B, width] before the projection; `images` as for `forward`."""
         return self.attnpool.attend(self._grid(images))
 
     def _grid(self, images: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class TimmEncoder(nn.Module):
         return features
 
     def pool(self, images: Tensor) -> Tensor:
-        """Return the features [B, W] before the projection; `images` as for `forward`."""
+        """Return the features [B, width] before the projection; `images` as for `forward`."""
         features = self._encode(images)
         for name, layer in self.head.named_children():
             if name == "pool":

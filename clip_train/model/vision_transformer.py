@@ -52,7 +52,7 @@ class VisionTransformer(nn.Module):
         return self.pool(images) @ self.proj
 
     def pool(self, images: Tensor) -> Tensor:
-        """Return the features [B, W] before the projection; `images` as for `forward`."""
+        """Return the features [B, width] before the projection; `images` as for `forward`."""
         raw = images.dtype == torch.uint8
         if not raw:
             images = images.permute(0, 2, 3, 1)

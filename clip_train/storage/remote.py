@@ -99,12 +99,11 @@ def list_shards(pattern: str, *, public_only: bool = False) -> list[str]:
     """
     pattern = pattern if "*" in pattern else f"{pattern.rstrip('/')}/*.tar"
 
-    def attempt() -> list[str]:
-        fs, path = filesystem(pattern, public_only=public_only)
+    def act(fs: Any, path: str) -> list[str]:
         return [fs.unstrip_protocol(found) for found in fs.glob(path)]
 
     try:
-        return _retried(attempt, url=pattern)
+        return _retried(act, url=pattern, public_only=public_only)
     except NotImplementedError as error:
         raise UserError(f"{pattern}: this place cannot list its files; name the shards with braces") from error
 
@@ -116,12 +115,7 @@ def size_of(url: str, *, public_only: bool = False) -> int | None:
         UserError: the file is absent or forbidden.
         IntegrityError: it cannot be reached.
     """
-
-    def attempt() -> int | None:
-        fs, path = filesystem(url, public_only=public_only)
-        return fs.info(path).get("size")
-
-    return _retried(attempt, url=url)
+    return _retried(lambda fs, path: fs.info(path).get("size"), url=url, public_only=public_only)
 
 
 def read_file(url: str, *, public_only: bool = False) -> bytes | None:
@@ -134,8 +128,7 @@ def read_file(url: str, *, public_only: bool = False) -> bytes | None:
         IntegrityError: it cannot be reached.
     """
 
-    def attempt() -> bytes | None:
-        fs, path = filesystem(url, public_only=public_only)
+    def act(fs: Any, path: str) -> bytes | None:
         try:
             return fs.cat_file(path)
         except (FileNotFoundError, PermissionError) as error:
@@ -147,7 +140,7 @@ def read_file(url: str, *, public_only: bool = False) -> bytes | None:
                 return None
             raise
 
-    return _retried(attempt, url=url)
+    return _retried(act, url=url, public_only=public_only)
 
 
 def has_ranges(url: str, *, public_only: bool = False) -> bool:
@@ -158,8 +151,7 @@ def has_ranges(url: str, *, public_only: bool = False) -> bool:
         IntegrityError: it cannot be reached.
     """
 
-    def attempt() -> bool:
-        fs, path = filesystem(url, public_only=public_only)
+    def act(fs: Any, path: str) -> bool:
         try:
             with fs.open(path, "rb", cache_type="none") as file:
                 file.seek(1)
@@ -167,7 +159,7 @@ def has_ranges(url: str, *, public_only: bool = False) -> bool:
         except ValueError:  # what fsspec raises where a server ignores the range
             return False
 
-    return _retried(attempt, url=url)
+    return _retried(act, url=url, public_only=public_only)
 
 
 def read_range(url: str, *, start: int, length: int, public_only: bool = False) -> bytes:
@@ -178,14 +170,13 @@ def read_range(url: str, *, start: int, length: int, public_only: bool = False) 
         IntegrityError: the piece did not arrive whole in 6 attempts.
     """
 
-    def attempt() -> bytes:
-        fs, path = filesystem(url, public_only=public_only)
+    def act(fs: Any, path: str) -> bytes:
         content = fs.cat_file(path, start=start, end=start + length) if length else b""
         if len(content) != length:
             raise TransportError(f"{url} at byte {start}: {len(content)} of {length} bytes arrived")
         return content
 
-    return _retried(attempt, url=url)
+    return _retried(act, url=url, public_only=public_only)
 
 
 def open_remote(url: str) -> IO[bytes]:
@@ -195,12 +186,7 @@ def open_remote(url: str) -> IO[bytes]:
         UserError: the file is absent or forbidden.
         IntegrityError: it cannot be reached.
     """
-
-    def attempt() -> IO[bytes]:
-        fs, path = filesystem(url)
-        return fs.open(path, "rb")
-
-    return _retried(attempt, url=url)
+    return _retried(lambda fs, path: fs.open(path, "rb"), url=url)
 
 
 def download(url: str, path: Path, *, size: int | None, sha256: str | None, public_only: bool = False) -> None:
@@ -218,8 +204,7 @@ def download(url: str, path: Path, *, size: int | None, sha256: str | None, publ
         IntegrityError: it did not arrive whole in 6 attempts; the message names URL and byte.
     """
 
-    def attempt() -> None:
-        fs, inner = filesystem(url, public_only=public_only)
+    def act(fs: Any, inner: str) -> None:
         fs.get_file(inner, str(path))
         arrived = path.stat().st_size
         if size is not None and arrived != size:
@@ -229,7 +214,7 @@ def download(url: str, path: Path, *, size: int | None, sha256: str | None, publ
                 raise TransportError(f"{url}: its {arrived} bytes do not match their sha256")
             os.fsync(file.fileno())
 
-    _retried(attempt, url=url, path=path)
+    _retried(act, url=url, public_only=public_only, path=path)
 
 
 def upload(path: Path, url: str) -> None:
@@ -241,15 +226,14 @@ def upload(path: Path, url: str) -> None:
     """
     size = path.stat().st_size
 
-    def attempt() -> None:
-        fs, inner = filesystem(url)
+    def act(fs: Any, inner: str) -> None:
         fs.makedirs(inner.rpartition("/")[0], exist_ok=True)  # object stores have no folders and do nothing
         fs.put_file(str(path), inner)
         arrived = fs.info(inner).get("size")
         if arrived is not None and arrived != size:
             raise TransportError(f"{url}: {arrived} bytes arrived, not {size}")
 
-    _retried(attempt, url=url)
+    _retried(act, url=url)
 
 
 def list_names(folder: str) -> list[str]:
@@ -260,14 +244,13 @@ def list_names(folder: str) -> list[str]:
         IntegrityError: it cannot be reached.
     """
 
-    def attempt() -> list[str]:
-        fs, inner = filesystem(folder)
+    def act(fs: Any, inner: str) -> list[str]:
         try:
             return sorted(name.rstrip("/").rpartition("/")[2] for name in fs.ls(inner, detail=False))
         except FileNotFoundError:
             return []
 
-    return _retried(attempt, url=folder)
+    return _retried(act, url=folder)
 
 
 def delete(url: str) -> None:
@@ -278,18 +261,24 @@ def delete(url: str) -> None:
         IntegrityError: it cannot be reached.
     """
 
-    def attempt() -> None:
-        fs, inner = filesystem(url)
+    def act(fs: Any, inner: str) -> None:
         if fs.exists(inner):
             fs.rm(inner, recursive=True)
 
-    _retried(attempt, url=url)
+    _retried(act, url=url)
 
 
-def _retried(attempt: Callable[[], Any], *, url: str, path: Path | None = None) -> Any:
-    def classified() -> Any:
+def _retried(
+    act: Callable[[Any, str], Any], *, url: str, public_only: bool = False, path: Path | None = None
+) -> Any:  # fmt: skip
+    """Call `act` with the file system of `url` and the name in it, again and again while the transport fails.
+
+    path: the local file that is being written.
+    """
+
+    def attempt() -> Any:
         try:
-            return attempt()
+            return act(*filesystem(url, public_only=public_only))
         except public.PrivateAddress as refusal:
             raise UserError(f"{url}: {refusal}") from refusal
         except (TransportError, UserError, NotImplementedError):
@@ -297,7 +286,7 @@ def _retried(attempt: Callable[[], Any], *, url: str, path: Path | None = None) 
         except Exception as error:  # each file system raises its library's own
             raise _classified(error, url=url, path=path) from error
 
-    return retry(classified, first_wait=FIRST_WAIT_SECONDS)
+    return retry(attempt, first_wait=FIRST_WAIT_SECONDS)
 
 
 def _classified(error: Exception, *, url: str, path: Path | None) -> Exception:

@@ -10,9 +10,9 @@ import numpy as np
 
 from clip_train.data.index.tar import read_samples
 from clip_train.data.shards.benchmark import Kind, LabelledPicture, has_layout, kind_of, multi_hot, write_layout
-from clip_train.data.shards.inputs.table import read_csv, readable
+from clip_train.data.shards.inputs.table import read_csv
 from clip_train.data.source import expand_shards
-from clip_train.errors import UserError
+from clip_train.errors import UserError, reading
 from clip_train.evaluation.classify.labelled_images import LabelledImages, open_labelled_images
 from clip_train.evaluation.classify.table import LABEL_COLUMNS
 from clip_train.evaluation.classify.table import TABLE_SUFFIXES as LABEL_TABLES
@@ -76,7 +76,7 @@ def holds_captions(source: Path, *, split: str) -> bool:
     if source.is_file():
         if source.suffix.lower() not in LABEL_TABLES:
             return True
-        with readable(source):
+        with reading(source):
             columns, _ = read_csv(source, sep="\t" if source.suffix.lower() == ".tsv" else ",")
         return not set(columns) & set(LABEL_COLUMNS)
     if has_layout(source, split=split):

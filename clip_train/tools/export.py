@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from omegaconf import OmegaConf
 
 from clip_train.calibration import CALIBRATION_FILE, latest, read_calibration
-from clip_train.checkpoint.config import EMA_SUFFIX
-from clip_train.checkpoint.load import load_train_state
 from clip_train.errors import UserError
 from clip_train.evaluation.classify.config import ClassifyConfig
 from clip_train.evaluation.classify.evaluator import Classify
 from clip_train.evaluation.classify.scores import score
 from clip_train.evaluation.config import Precision
 from clip_train.interop.export.adapter import ADAPTER_FOLDER, write_adapter
-from clip_train.interop.export.card import DIAGRAM_FILE, CardScore, Provenance, model_card
+from clip_train.interop.export.card import DIAGRAM_FILE, model_card
 from clip_train.interop.export.inputs import write_labelled
 from clip_train.interop.export.onnx_graphs import missing_packages
 from clip_train.interop.export.publish import CARD_FILE, check_replaceable, staged
@@ -29,12 +25,11 @@ from clip_train.interop.export.refuse import refusals
 from clip_train.interop.export.targets import MAIN_TARGET, TARGETS_OF, Part, Target
 from clip_train.interop.export.verify import INSTALL, Benchmark, Check, Status, table, verify
 from clip_train.interop.export.write import write_parts
-from clip_train.interop.folders import EXPORT_FILE, RUN_CONFIG_FILE, is_average, read_json
 from clip_train.interop.load import assemble, read_source
 from clip_train.interop.loaded_model import LoadedModel
 from clip_train.interop.weights import weights_sha256
+from clip_train.tools.origin import describe_origin
 from clip_train.tools.reliability import reliability_diagram
-from clip_train.tools.report_evaluations import LATER, read_evaluations
 
 ALL = "all"
 
@@ -144,60 +139,6 @@ def _plan(
     if not parts:
         raise UserError(f"nothing can be written: {'; '.join(f'{row.target}: {row.note}' for row in absent)}")
     return parts, absent
-
-
-def describe_origin(origin: Path, *, weights: str, name: str) -> Provenance:
-    """Return what is known of weights that come from the file or checkpoint `origin`.
-
-    The scores are those of the evaluations at the step of the checkpoint, of these weights first, then of the others
-    that the run keeps, if any. What an export knew of its weights goes on to the next.
-    """
-    if (origin.parent / EXPORT_FILE).is_file():
-        record = read_json(origin.parent / EXPORT_FILE)
-        return Provenance(
-            name=str(record.get("name", name)),
-            origin=str(record.get("origin", origin.parent.name)),
-            weights=str(record.get("weights", weights)),
-            run_config=record.get("run"),
-            scores=[CardScore(**score) for score in record.get("scores", [])],
-        )
-    if not (origin.is_dir() and (origin / RUN_CONFIG_FILE).is_file()):
-        return Provenance(name=name, origin=origin.name, weights=weights)
-    config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(origin / RUN_CONFIG_FILE), resolve=False))
-    run_dir, step = origin.parent.parent, int(load_train_state(origin)["step"])
-    averaged = is_average(origin, weights=weights)
-    run_name = str(config.get("name") or run_dir.resolve().name)
-    return Provenance(
-        name=run_name,
-        origin=f"{run_name}, step {step:,}",
-        weights="ema" if averaged else "raw",
-        run_config=config,
-        scores=_scores(run_dir / "evaluation", step=step, averaged=averaged),
-    )
-
-
-def _scores(folder: Path, *, step: int, averaged: bool) -> list[CardScore]:
-    def percent(value: float) -> str:
-        return f"{100 * value:.2f} %"
-
-    evaluations = [evaluation for evaluation in read_evaluations(folder) if evaluation.step == step]
-    other = ", raw weights" if averaged else ", moving average"
-    own = [evaluation for evaluation in evaluations if evaluation.name.endswith(EMA_SUFFIX) == averaged]
-    return [
-        CardScore(
-            evaluation=evaluation.name.removesuffix(EMA_SUFFIX)
-            + ("" if evaluation in own else other)
-            + (LATER if evaluation.later else ""),
-            metric=f"{row.part}: {row.metric}" if row.part else row.metric,
-            value=percent(row.value),
-            interval=" – ".join(percent(end) for end in row.interval) if row.interval else "not measured",
-            chance="not measured" if row.chance is None else percent(row.chance),
-            num_items="not measured" if row.num_items is None else f"{row.num_items:,}",
-            verdict=row.verdict,
-        )
-        for evaluation in sorted(evaluations, key=lambda evaluation: evaluation not in own)
-        for row in evaluation.scores
-    ]
 
 
 def _default_out(source: str, *, name: str) -> Path:

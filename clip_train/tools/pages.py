@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from clip_train.errors import UserError
+from clip_train.errors import writing
 from clip_train.files import replace_file
 
 
@@ -24,8 +24,6 @@ def write_page(path: Path, page: str) -> Path:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
+    with writing(path):
         replace_file(path, page)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return path

@@ -12,7 +12,7 @@ import numpy as np
 
 from clip_train.data.sequential import evaluation_batches
 from clip_train.distributed.world import World
-from clip_train.errors import UserError
+from clip_train.errors import UserError, writing
 from clip_train.evaluation.classify.labelled_images import open_labelled_images
 from clip_train.evaluation.collapse import collapsed_tower
 from clip_train.evaluation.draw import held_out
@@ -111,20 +111,16 @@ def prompts_command(
     _make_place(path)
     loaded, _ = clip_train.load(model)
     report = explore(loaded, labelled, candidates=candidates, most=most)
-    try:
+    with writing(path):
         path.write_text("\n".join(report.chosen.templates) + "\n", encoding="utf-8")
         path.with_suffix(".json").write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return [*report.lines(), f"{path}: use it as evaluation.NAME.templates={path} or with classify --templates"]
 
 
 def _make_place(path: Path) -> None:
     """Make the folder of a file that is written after a long computation."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file in it")
 

@@ -185,21 +185,28 @@ def training_charts(rows: list[dict[str, Any]]) -> list[Chart]:
 
 
 def evaluation_charts(rows: list[dict[str, Any]], evaluations: list[Evaluation]) -> list[Chart]:
-    """Return each evaluation's headline score over training, with its chance level."""
+    """Return each evaluation's headline score over training, with its chance level, and the loss of its pairs."""
     charts = []
     for evaluation in evaluations:
-        if (score := evaluation.headline) and not evaluation.later:
-            key = f"{evaluation.name}/{score.metric}"
+        if evaluation.later:
+            continue
+        name = evaluation.name
+        if score := evaluation.headline:
             charts.append(
                 line_chart(
-                    [(row["samples_seen"], row[key]) for row in rows if key in row],
-                    title=f"{evaluation.name} · {METRIC_NAMES.get(score.metric, score.metric)}",
+                    _points(rows, f"{name}/{score.metric}"),
+                    title=f"{name} · {METRIC_NAMES.get(score.metric, score.metric)}",
                     unit="%",
                     reference=("chance", score.chance) if score.chance is not None else None,
                     from_zero=True,
                 )
             )
+        charts.append(line_chart(_points(rows, f"{name}/loss"), title=f"{name} · loss, all pairs as one batch"))
     return [chart for chart in charts if chart]
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float | None]]:
+    return [(row["samples_seen"], row[key]) for row in rows if key in row]
 
 
 def describe_environment() -> list[tuple[str, str]]:

@@ -40,7 +40,7 @@ REFUSED = [
     pytest.param("data.train=/no/x-*.tar", ["data.train", "/no/x-*.tar"], marks=catalogue(10)),
     pytest.param(
         "data.train=/no/{0..9}.tar",
-        ["/no/0.tar, /no/1.tar, /no/2.tar, /no/3.tar, /no/4.tar and 5 more"],
+        ["/no/0.tar, /no/1.tar, /no/2.tar, /no/3.tar, /no/4.tar, and 5 more"],
         marks=catalogue(11),
     ),
     pytest.param("seed=${nope}", ["seed", "nope"], marks=catalogue(15)),

@@ -61,6 +61,14 @@ def test_a_json_field_may_be_nested_and_a_list_is_drawn_from_evenly():
     assert _choose({"json": document}, uniform=largest, caption="json:meta.alt") == "three"
 
 
+def test_nulls_and_blanks_in_a_list_are_no_captions_that_could_be_drawn():
+    documents = {"json": {"caption": [None, "one", " \0", "two", ""]}}
+    drawn = [_choose(documents, uniform=u, caption="json:caption") for u in (0.0, 0.49, 0.5, 0.99)]
+    assert drawn == ["one", "one", "two", "two"]
+    fields = parse_caption_fields("json:caption", None)
+    assert CaptionChooser(fields).all([json.dumps(documents["json"]).encode()]) == ["one", "two"]
+
+
 def test_fields_are_drawn_by_weight_and_the_list_within_a_field_evenly():
     members = {"txt": b"txt", "json": {"short": "short", "many": ["m0", "m1"]}}
     options = {"caption": ["txt", "json:short", "json:many"], "caption_weights": [1, 1, 2]}
@@ -84,6 +92,8 @@ def test_unusable_captions_are_refused_each_with_its_reason():
         ("caption_missing", {"json": {"other": "x"}}, "json:caption"),
         ("caption_missing", {"json": {"caption": None}}, "json:caption"),
         ("caption_missing", {"json": {"caption": []}}, "json:caption"),
+        ("caption_missing", {"json": {"caption": [None]}}, "json:caption"),
+        ("caption_empty", {"json": {"caption": ["", None]}}, "json:caption"),
         ("caption_missing", {"json": ["x"]}, "json:caption"),
         ("caption_missing", {"json": {"caption": "x"}}, "json:caption.deeper"),
         ("caption_not_text", {"json": {"caption": 3}}, "json:caption"),

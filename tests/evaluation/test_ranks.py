@@ -23,6 +23,7 @@ def _evaluate(world, sizes):
             test_classify.make,
             test_classify.make_several,
             test_retrieve.make,
+            partial(test_retrieve.make, most_captions=1),
             test_group_audit.make,
             test_reject.make,
             test_calibrate.make,
@@ -34,7 +35,8 @@ def _evaluate(world, sizes):
         asked.append((test_calibrate.make(num_images, world=world)[0], ToyModel(logit_bias=-4.0)))
         for evaluator, model in asked:
             result = evaluator.evaluate(model)
-            results.append((result.metrics, result.intervals, result.collapsed, result.warnings, result.predictions))
+            measured = result.metrics | ({} if result.loss is None else {"loss": result.loss})
+            results.append((measured, result.intervals, result.collapsed, result.warnings, result.predictions))
     return results
 
 

@@ -36,6 +36,19 @@ def test_a_result_has_clip_benchmarks_keys_and_ours_under_one_name(tmp_path):
     assert read_result(path)["metrics"]["acc5"] is None
 
 
+def test_the_hash_of_the_items_tells_their_names_order_and_truth(tmp_path):
+    def written(**columns):
+        result = score(np.array([0, 1]), np.array([[0, 1], [0, 1]]), num_classes=2)
+        result.predictions = {"top": np.zeros(2)} | {name: np.array(column) for name, column in columns.items()}
+        write_result(result, tmp_path / "x.json", dataset="x", model="m")
+        return json.loads((tmp_path / "x.json").read_text())["clip_train"].get("items_sha256")
+
+    first = written(key=["a", "b"], label=[0, 1])
+    assert first == written(key=["a", "b"], label=[0, 1])
+    others = [written(key=["b", "a"], label=[0, 1]), written(key=["a", "b"], label=[1, 0]), written(label=[0, 1])]
+    assert others[-1] is None and len({first, *others}) == 4
+
+
 def test_the_bare_nan_of_clip_benchmark_is_read_as_no_value(tmp_path):
     path = tmp_path / "theirs.json"
     path.write_text('{"dataset": "x", "metrics": {"acc1": 0.25, "acc5": NaN}, "language": "en"}')

@@ -44,10 +44,12 @@ def weight_file(tmp_path):
     return path
 
 
-def write_run(path, model, *, ema=None):
-    text = OmegaConf.to_yaml(OmegaConf.create({"steps": 5, "model": OmegaConf.structured(model.config)}))
+def write_run(path, model, *, ema=None, state=None, **settings):
+    text = OmegaConf.to_yaml(OmegaConf.create({"steps": 5, "model": OmegaConf.structured(model.config), **settings}))
     tensors = {"model": ModelState(model)} | ({} if ema is None else {"ema": ModelState(ema)})
-    with Checkpointer(path, world=World(), config=CheckpointConfig(), tensors=tensors, state={}) as checkpointer:
+    with Checkpointer(
+        path, world=World(), config=CheckpointConfig(), tensors=tensors, state=state or {}
+    ) as checkpointer:
         return checkpointer.save(step=5, consumed=40, config_yaml=text)
 
 

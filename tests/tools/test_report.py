@@ -136,7 +136,7 @@ def test_every_curve_of_training_and_of_evaluation_is_drawn(tmp_path):
     tags, _ = parse(write_report(write_run(tmp_path)))
     titles = [a["aria-label"].partition(",")[0] for name, a in tags.tags if name == "svg"]
     assert titles == [
-        "shapes · zero-shot accuracy", "val · mean recall@1", "Loss", "Recall@1 in the batch",
+        "shapes · zero-shot accuracy", "val · mean recall@1", "val · loss", "Loss", "Recall@1 in the batch",
         "Temperature (logit scale)", "Learning rate", "Samples per second", "Share of time waiting for data",
     ]  # fmt: skip
 

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from clip_train.data.index.files import IMAGE_EXTENSIONS
-from clip_train.errors import UserError
+from clip_train.errors import reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,11 +38,9 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _find(folder: Path, *, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    try:
+    with reading(folder):
         status = folder.stat()
         entries = [(entry.name, entry.is_dir()) for entry in os.scandir(folder) if not is_hidden(entry.name)]
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
     identity = status.st_dev, status.st_ino
     if identity in above:  # a link to a folder that this one lies in
         return

@@ -161,7 +161,8 @@ def fingerprint(named_shards: Iterable[tuple[str, ShardEntry]], *, captions: tup
         lines += f"{name}\t{shard.n}\t{shard.bytes}{filtered}\n"
     if captions != DEFAULT_CAPTIONS:
         lines += f"captions\t{'+'.join(captions)}\n"
-    return hashlib.sha256(lines.encode()).hexdigest()
+    # The names of files may hold bytes that are no UTF-8.
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
 
 
 def write_listing(

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from clip_train.data.workers import obey_parent_only
 from clip_train.distributed.stop import STOP_SIGNALS
 from clip_train.errors import ClipTrainError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
+    from multiprocessing.connection import Connection
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+_PATIENCE_SECONDS = 5.0  # for a process that is between two items when it should end
+_between_items = threading.Lock()  # held by a process of a job whenever it may be sending a result
+
 
 def run_jobs(function: Callable[[T], R], items: Sequence[T], *, jobs: int, chunk: int = 1) -> Generator[R, None, None]:
-    """Yield the results of a function in the order of its arguments. Interrupted, it ends with what is under way.
+    """Yield the results of a function in the order of its arguments.
+
+    After an interruption or an error the processes end at once, whatever they are at, as when this one is killed.
 
     Args:
         function: can be pickled; its errors are raised here.
@@ -36,12 +44,12 @@ def run_jobs(function: Callable[[T], R], items: Sequence[T], *, jobs: int, chunk
         yield from map(function, items)
         return
     # Spawned, not forked: the parent may hold threads of torch.
-    pool = ProcessPoolExecutor(
-        min(jobs, len(items)), mp_context=multiprocessing.get_context("spawn"), initializer=obey_parent_only
-    )
+    context = multiprocessing.get_context("spawn")
+    ended, end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(min(jobs, len(items)), mp_context=context, initializer=_begin, initargs=(ended,))
     try:
         with _uninterrupted():
-            results = pool.map(function, items, chunksize=chunk)
+            results = pool.map(partial(_act, function), items, chunksize=chunk)
         yield from results
     except BrokenProcessPool as error:
         raise ClipTrainError(
@@ -49,7 +57,30 @@ def run_jobs(function: Callable[[T], R], items: Sequence[T], *, jobs: int, chunk
         ) from error
     finally:
         with _uninterrupted():
+            end.close()
             pool.shutdown(cancel_futures=True)
+            ended.close()
+
+
+def _begin(ended: Connection) -> None:
+    """Prepare a process of a job."""
+    _between_items.acquire()
+    threading.Thread(target=_end_with, args=(ended,), daemon=True).start()
+
+
+def _end_with(ended: Connection) -> None:
+    """Wait until the parent closes its end of a pipe, or is gone, and leave; never amid a result, which it reads."""
+    ended.poll(None)
+    _between_items.acquire(timeout=_PATIENCE_SECONDS)
+    os._exit(1)
+
+
+def _act(function: Callable[[T], R], item: T) -> R:
+    _between_items.release()
+    try:
+        return function(item)
+    finally:
+        _between_items.acquire()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from clip_train.data.index.files import (
 )
 from clip_train.data.index.jobs import run_jobs
 from clip_train.data.index.tar import BLOCK, TarSample, read_samples
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -211,9 +211,10 @@ def publish_index(indexed: Sequence[IndexedShard], *, options: IndexOptions) -> 
             reasons = ", ".join(f"{count:,} by {reason}" for reason, count in left_out.most_common(5))
             raise UserError(f"{names}: the filter leaves no sample of {left_out.total():,}: {reasons}")
         seen = ", ".join(f"{count:,} of {parts}" for parts, count in skipped.most_common(5)) or "none at all"
+        hint = "; a key ends at the first dot of the name" if any("." in parts for parts in skipped) else ""
         raise IntegrityError(
             f"{names}: no sample has both a picture ({', '.join(IMAGE_EXTENSIONS)}) and a caption "
-            f"({' and '.join(options.captions)}); samples by extensions: {seen}"
+            f"({' and '.join(options.captions)}); samples by extensions: {seen}{hint}"
         )
     by_folder: dict[Path, list[ShardEntry]] = {}
     for entry in entries:
@@ -288,10 +289,8 @@ def _keep_crcs(path: Path, records: np.ndarray, *, earlier: ShardEntry | None) -
     kept = np.zeros(len(records), dtype=bool)
     if earlier is None or earlier.bytes != path.stat().st_size or not earlier.idx_path.exists():
         return kept
-    try:
+    with reading(earlier.idx_path):
         content = earlier.idx_path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{earlier.idx_path} cannot be read: {error.strerror or error}") from error
     if hashlib.sha256(content).hexdigest() != earlier.idx_sha256:
         return kept
     old = np.frombuffer(content, dtype=records.dtype)

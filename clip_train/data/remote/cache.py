@@ -25,7 +25,7 @@ from clip_train.data.files import part_of, publish, write_atomically
 from clip_train.data.index.files import ShardEntry, idx_path
 from clip_train.data.index.walk import IndexOptions, index_shard
 from clip_train.data.remote.plan import UNPLANNED, Plan, published_needs, stem_of
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, writing
 from clip_train.storage.remote import download, is_remote, read_file, size_of
 
 if TYPE_CHECKING:
@@ -287,11 +287,9 @@ class ShardCache:
         return min(self.max_bytes, available)
 
     def _make_folders(self) -> None:
-        try:
+        with writing(f"data.cache.dir={self.folder}"):
             for name in ("locks", "plans", "listings"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache.dir={self.folder} cannot be written: {error.strerror or error}") from error
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:

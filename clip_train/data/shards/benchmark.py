@@ -17,7 +17,7 @@ from clip_train.data.files import write_atomically
 from clip_train.data.images.decode import BadSampleError, open_image, to_rgb
 from clip_train.data.images.folder import is_hidden
 from clip_train.data.shards.writer import ShardWriter
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -118,7 +118,7 @@ def write_layout(
     folder = root / split
     if has_layout(root, split=split):
         raise UserError(f"{folder} already holds a set: remove it or choose another folder")
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if classnames:
             _write_lines(root / CLASSNAMES, classnames)
@@ -141,8 +141,6 @@ def write_layout(
         if writer is not None:
             writer.publish()
         _write_lines(folder / _COUNT, [str(num_shards)])
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     return num_samples
 
 

@@ -31,7 +31,7 @@ from clip_train.data.shards.inputs.pair import InputOptions, Pair
 from clip_train.data.shards.sample import examine, members
 from clip_train.data.shards.unpack import unpacked
 from clip_train.data.shards.writer import SAMPLES_PER_SHARD, ShardWriter, refuse_shards, shard_path
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -173,13 +173,11 @@ def _place_of_work(out: Path, *, pairs: Sequence[Pair], options: MakeOptions) ->
     for pair in pairs:
         listed.update(f"{pair.name}\0{pair.image}\0{pair.captions}\n".encode(errors="surrogatepass"))
     settings = {**asdict(options), "pairs": len(pairs), "pairs_sha256": listed.hexdigest()}
-    try:
+    with writing(out):
         for side in _SIDES if not place.exists() else ():
             refuse_shards(out / side)
         place.mkdir(parents=True, exist_ok=True)
         lock = (place / "lock").open("wb")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

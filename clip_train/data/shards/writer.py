@@ -9,7 +9,7 @@ import webdataset
 
 from clip_train.data.index.files import INDEX_NAME
 from clip_train.data.index.walk import IndexSummary, index_shards
-from clip_train.errors import UserError
+from clip_train.errors import UserError, writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,11 +88,9 @@ class ShardSetWriter:
         self.shards: list[Path] = []
         self._samples_per_shard = samples_per_shard
         self._writer: ShardWriter | None = None
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             refuse_shards(folder)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
 
     def __enter__(self) -> Self:
         return self

@@ -123,7 +123,7 @@ class StreamingTrainStream(BatchStream):
         self._bad.restore(state["bad"])
 
     def _identity(self) -> dict[str, Any]:
-        shards = hashlib.sha256("\n".join(self._urls).encode()).hexdigest()
+        shards = hashlib.sha256("\n".join(self._urls).encode(errors="surrogateescape")).hexdigest()
         return {"reader": READER, "seed": self._seed, "shards": shards}
 
     def _generate(self, consumed: int) -> Generator[Batch, None, None]:

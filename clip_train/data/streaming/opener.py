@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, reading
 from clip_train.storage.remote import PIPE, is_remote, open_remote
 
 if TYPE_CHECKING:
@@ -37,10 +37,8 @@ def open_stream(url: str) -> Iterator[IO[bytes]]:
 
 
 def _local(path: str) -> IO[bytes]:
-    try:
+    with reading(path):
         return Path(path).open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, reading
 from clip_train.evaluation.choose.choices import Choice, ChoiceSet, kind_and_pairs
 from clip_train.evaluation.choose.order import clean, reorder, take_apart
 from clip_train.evaluation.choose.rows import Picture, Row, against_others, captions_and_answer, read_row
@@ -59,10 +59,8 @@ class PictureFiles:
         """
         picture = self._pictures[index]
         file = self._files[picture.name]
-        try:
+        with reading(file):
             content = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
         if picture.box is None:
             return content
         from clip_train.data.images.decode import open_image

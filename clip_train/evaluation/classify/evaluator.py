@@ -27,7 +27,7 @@ from clip_train.evaluation.prompts.classifier import (
     build_ensembles,
     tokenize_prompts,
 )
-from clip_train.evaluation.prompts.files import load_templates
+from clip_train.evaluation.prompts.files import load_templates, prompts_sha256
 from clip_train.evaluation.result import EvaluationResult, evenly_spaced, item_keys
 from clip_train.evaluation.samples import NUM_PICTURES, PictureAnswers, ReportSamples, read_pictures
 
@@ -75,7 +75,11 @@ class Classify(Evaluator):
         result.predictions = {**found, "label": images.labels, "key": item_keys(images.source)}
         result.collapsed = collapsed
         result.warnings += images.warnings
-        result.details |= {"templates": max(self._prompts.counts), "classes": len(names)}
+        result.details |= {
+            "templates": max(self._prompts.counts),
+            "classes": len(names),
+            "prompts_sha256": prompts_sha256(names, templates=images.templates),
+        }
         return result
 
     def samples(self, result: EvaluationResult, *, size: int) -> ReportSamples:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from clip_train.data.sequential import FileImages
-from clip_train.data.shards.inputs.table import IMAGE_COLUMNS, read_csv, readable
-from clip_train.errors import UserError
+from clip_train.data.shards.inputs.table import IMAGE_COLUMNS, read_csv
+from clip_train.errors import UserError, reading
 from clip_train.evaluation.classify.class_names import names_from, parse_class, prompts_from
 from clip_train.evaluation.classify.labelled_images import LabelledImages
 
@@ -27,7 +27,7 @@ def open_table(path: Path, *, classnames: str, templates: str, label_column: str
     Raises:
         UserError: a column is missing, or the labels and the class names do not fit together.
     """
-    with readable(path):
+    with reading(path):
         columns, rows = read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
     image = _column(columns, usual=IMAGE_COLUMNS, what="picture paths", path=path)
     usual = LABEL_COLUMNS if label_column is None else (label_column,)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clip_train.data.sequential import ShardImages
-from clip_train.data.shards.inputs.table import IMAGE_COLUMNS, read_csv, readable
-from clip_train.errors import IntegrityError, UserError
+from clip_train.data.shards.inputs.table import IMAGE_COLUMNS, read_csv
+from clip_train.errors import IntegrityError, UserError, reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -107,7 +107,7 @@ def _column(name: str, texts: Sequence[str], *, origin: str) -> GroupColumn:
 
 def _from_table(path: Path, *, source: ImageSource, split: str) -> dict[str, list[str]]:
     """Return the cells of each column in the order of the images."""
-    with readable(path):
+    with reading(path):
         columns, rows = read_csv(path, sep=",")
     key_column = next((name for name in (KEY_COLUMN, *IMAGE_COLUMNS) if name in columns), None)
     if key_column is None or len(columns) < 2:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from clip_train.distributed.collectives import gather_objects
-from clip_train.errors import UserError
+from clip_train.errors import UserError, first_of
 from clip_train.evaluation.classify.scores import NUM_TOP, metric_names, score
 from clip_train.evaluation.collapse import collapsed_tower
 from clip_train.evaluation.confidence import wilson_interval
@@ -222,7 +222,7 @@ def _tell(result: EvaluationResult, *, column: GroupColumn) -> None:
         result.details.setdefault("worst_group", {})[column.name] = worst
         result.notes.append(f"{column.name}: the worst of {len(ranked)} groups is {worst}")
     if small:
-        listed = ", ".join(small[:10]) + (" …" if len(small) > 10 else "")
+        listed = first_of(small)
         result.warnings.append(f"{column.name}: not ranked, with fewer than {MIN_RANKED} images: {listed}")
     if without:
         result.warnings.append(f"{column.name}: {without:,} images belong to no group")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, reading
 
 _FOLDER = Path(__file__).parent / "data"
 _PLACEHOLDER = re.compile(r"\{c?\}")
@@ -43,12 +43,8 @@ def read_lines(path: str | Path, *, counted: bool = False) -> list[str]:
     Raises:
         UserError: the file cannot be read, holds no line, or an empty one where lines are counted.
     """
-    try:
+    with reading(path):
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     found = [line for line in lines if line]
     if not found:
         raise UserError(f"{path} is empty; one entry per line is needed")
@@ -127,6 +123,12 @@ def prompts_of(classname: str, *, templates: Templates) -> list[str]:
     if isinstance(templates, Mapping):
         return list(templates[classname])
     return [fill(template, classname=classname) for template in templates]
+
+
+def prompts_sha256(classnames: Sequence[str], *, templates: Templates) -> str:
+    """Return a hash of all finished prompts, class after class: the lines joined by newlines."""
+    lines = (prompt for name in classnames for prompt in prompts_of(name, templates=templates))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @functools.cache

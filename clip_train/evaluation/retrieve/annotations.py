@@ -11,8 +11,8 @@ from clip_train.data.sequential import FileImages
 from clip_train.data.shards.inputs.coco import read_coco
 from clip_train.data.shards.inputs.pair import Absent, InputOptions, Pair, Row, pairs_of_rows
 from clip_train.data.shards.inputs.parquet import Cell, read_parquet
-from clip_train.data.shards.inputs.table import TABLE_SUFFIXES, read_table, readable
-from clip_train.errors import UserError
+from clip_train.data.shards.inputs.table import TABLE_SUFFIXES, read_table
+from clip_train.errors import UserError, reading
 from clip_train.evaluation.retrieve.captioned_images import CaptionedImages, captioned_images
 
 # Captions of such lines hold commas and quotation marks that mean nothing.
@@ -64,7 +64,7 @@ def _pairs_of_files(path: Path, *, options: InputOptions) -> list[Pair]:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    with readable(path):
+    with reading(path):
         try:
             document = json.loads(path.read_bytes())
         except ValueError as error:
@@ -97,7 +97,7 @@ def _karpathy(document: dict[str, Any], *, split: str, path: Path) -> list[Row]:
 
 
 def _lines(path: Path) -> list[Row]:
-    with readable(path):
+    with reading(path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):

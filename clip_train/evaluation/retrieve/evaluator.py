@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from clip_train.evaluation.features import (
     tokenize_texts,
 )
 from clip_train.evaluation.result import EvaluationResult, evenly_spaced, item_keys
+from clip_train.evaluation.retrieve.pair_loss import loss_of_all_pairs
 from clip_train.evaluation.retrieve.ranking import Ranks, Side, chance_of_recall, pad_ids, rank_right_answers
 from clip_train.evaluation.samples import NUM_PICTURES, PictureAnswers, ReportSamples, read_pictures
 
@@ -41,6 +43,7 @@ class Retrieve(Evaluator):
 
     `image_retrieval_recall@k` searches images by caption, `text_retrieval_recall@k` captions by image (a hit if any of
     the image's captions is found), as in clip-benchmark. A tie with a wrong answer counts half a place.
+    Where each picture has one caption there is also the loss of all pairs.
 
     Args:
         images: the captioned set, the same on every rank.
@@ -62,6 +65,11 @@ class Retrieve(Evaluator):
         self._recall_k = sorted(set(recall_k))
         self._chunk_elements = chunk_elements
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether each picture has one caption, as every picture has at least one."""
+        return len(self.images.captions) == len(self.images.source)
+
     def metric_names(self) -> list[str]:
         """Return recalls in both directions, the lenient ones too if pictures share captions."""
         within = [k for k in self._recall_k if k <= len(self.images.source)]
@@ -82,6 +90,8 @@ class Retrieve(Evaluator):
                 *self._search(image_features, texts, lenient=True), owner=self.images.owner, recall_k=self._recall_k
             )
             _add_lenient(result, lenient)
+        if self.has_loss:
+            self._add_loss(result, model, image_features, texts.features[texts.rows])
         result.predictions |= self._nearest(image_features, texts)
         result.predictions |= {"key": item_keys(self.images.source), "owner": self.images.owner}
         result.collapsed = collapsed_tower(image=image_features, text=texts.features)
@@ -111,6 +121,17 @@ class Retrieve(Evaluator):
             pair_captions=[images.captions[t] for t in found["pair_caption"]],
             pair_cosines=found["pair_cosine"],
         )
+
+    def _add_loss(
+        self, result: EvaluationResult, model: DualEncoder, image_features: Tensor, text_features: Tensor
+    ) -> None:
+        bias = model.logit_bias
+        result.loss = loss_of_all_pairs(
+            image_features, text_features, logit_scale=float(model.logit_scale.exp()),
+            logit_bias=None if bias is None else float(bias), world=self.world, chunk_elements=self._chunk_elements,
+        )  # fmt: skip
+        guessing = f" (guessing {math.log(result.num_items):.3f})" if bias is None else ""
+        result.notes.append(f"loss {result.loss:.4f} over all {result.num_items:,} pairs as one batch{guessing}")
 
     @cached_property
     def _texts(self) -> TokenizedTexts:

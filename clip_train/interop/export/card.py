@@ -50,6 +50,10 @@ class Provenance:
     """`ema`, `raw`, `best` or `auto`."""
     run_config: Mapping[str, Any] | None = None
     """The training config, None for weights that came without."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """What the run knows of its training data, by name."""
+    cost: Mapping[str, str] = field(default_factory=dict)
+    """Hours of each kind of device that the run took."""
     scores: Sequence[CardScore] = field(default_factory=list)
     """Of exactly these weights."""
 
@@ -96,7 +100,10 @@ def model_card(
         origin=provenance.origin,
         weights=provenance.weights,
         architecture=_architecture(config),
-        data=_data(run),
+        data=provenance.data,
+        started_from=_select(run, "model.init"),
+        cost=provenance.cost,
+        audits=sorted({score.evaluation for score in provenance.scores if "_worst_" in score.metric}),
         recipe=[(key, value) for key in RECIPE_KEYS if (value := _select(run, key)) is not None],
         scores=[score for score in provenance.scores if not score.verdict],
         pitfalls=[score for score in provenance.scores if score.verdict],
@@ -135,11 +142,6 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
         ("vocabulary", f"{text.vocab_size:,} ids"),
         ("activation", "QuickGELU" if config.quick_gelu else "GELU"),
     ]
-
-
-def _data(run: Mapping[str, Any]) -> str | None:
-    train = _select(run, "data.train")
-    return None if train is None else f"`{train}` (`data.train` of the run; what it holds is not recorded here)."
 
 
 def _select(values: Mapping[str, Any], key: str) -> Any:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clip_train.calibration import CALIBRATION_FILE
-from clip_train.errors import UserError
+from clip_train.errors import UserError, writing
 from clip_train.interop.open_clip import WEIGHT_FILES
 
 RECORD_FILE = "clip_train.json"
@@ -58,11 +58,9 @@ def staged(out: Path) -> Iterator[Path]:
         UserError: the place cannot be written to.
     """
     part = out.parent / f".part-{out.name}-{os.getpid()}"
-    try:
+    with writing(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     try:
         yield part
         if out.exists():

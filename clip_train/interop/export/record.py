@@ -36,6 +36,8 @@ def write_record(folder: Path, *, model: LoadedModel, provenance: Provenance, se
         "origin": provenance.origin,
         "weights": provenance.weights,
         "run": provenance.run_config,
+        "data": provenance.data,
+        "cost": provenance.cost,
         "scores": [asdict(score) for score in provenance.scores],
         "calibration": model.calibration and calibration_to_json(model.calibration),
         "known_differences": {target: texts for target, texts in differences.items() if texts},

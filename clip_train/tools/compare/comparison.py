@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, first_of
 from clip_train.evaluation.result import LOWER_IS_BETTER, read_result
 from clip_train.tools.compare.items import Arrays, Scored, align, read_items, scores_of
 from clip_train.tools.compare.paired_bootstrap import (
@@ -185,8 +185,7 @@ def _recipe_difference(first: Source, second: Source) -> str:
     differences = config_differences(first, second)
     if not differences:
         return f"seed: {first.config.get('seed')} for both"
-    shown = [f"{key}: {a} -> {b}" for key, a, b in differences if key != "seed"]
-    return ", ".join(shown[:MOST_KEYS]) + (" …" if len(shown) > MOST_KEYS else "")
+    return first_of((f"{key}: {a} -> {b}" for key, a, b in differences if key != "seed"), most=MOST_KEYS)
 
 
 def class_changes(models: Sequence[Arrays], *, names: Mapping[int, str], num_first: int) -> list[ClassChange]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from clip_train.errors import first_of
 from clip_train.tools.compare.comparison import ClassChange, Comparison, Row
 
 MOST_CLASSES = 5  # that gain and that lose most
@@ -39,8 +40,8 @@ def class_lines(changes: Sequence[ClassChange]) -> list[str]:
     lines = [f"{len(won)} classes of {len(changes)} have more right answers, {len(lost)} fewer"]
     for sign, some in (("+", won), ("-", lost)):
         if some:
-            shown = (f"{c.name} {c.first:g} -> {c.second:g} of {c.num_items}" for c in some[:MOST_CLASSES])
-            lines.append(f"{sign} {', '.join(shown)}" + (" …" if len(some) > MOST_CLASSES else ""))
+            shown = (f"{c.name} {c.first:g} -> {c.second:g} of {c.num_items}" for c in some)
+            lines.append(f"{sign} {first_of(shown, most=MOST_CLASSES)}")
     return lines
 
 

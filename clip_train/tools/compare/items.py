@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_train.errors import IntegrityError
+from clip_train.errors import IntegrityError, first_of
 from clip_train.evaluation.group_audit.evaluator import MIN_RANKED
 from clip_train.evaluation.reject.judge import KNOWN, MAIN_SCORE
 from clip_train.evaluation.reject.metrics import METRICS
@@ -101,8 +101,7 @@ def _require_same_keys(first: np.ndarray, second: np.ndarray, *, names: tuple[st
     for own, other, name in ((first, second, names[0]), (second, first, names[1])):
         only = np.setdiff1d(own, other)
         if len(only):
-            shown = ", ".join(only[:MAX_SHOWN].tolist()) + (" …" if len(only) > MAX_SHOWN else "")
-            parts.append(f"{len(only):,} of {len(own):,} items only in {name} ({shown})")
+            parts.append(f"{len(only):,} of {len(own):,} items only in {name} ({first_of(only, most=MAX_SHOWN)})")
     if not parts and len(first) != len(second):
         parts.append(f"{len(first):,} items in {names[0]}, {len(second):,} in {names[1]}")
     if parts:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train import __version__
-from clip_train.errors import UserError
+from clip_train.errors import writing
 from clip_train.redact import SECRET_NAME, redact
 from clip_train.tools.verdict import as_text
 
@@ -34,10 +34,8 @@ def write_bundle(file: Path, lines: Sequence[Line], *, run_dir: Path | None) -> 
         UserError: it cannot be written.
     """
     text = bundle_text(lines, run_dir=run_dir, environment=os.environ)
-    try:
+    with writing(f"--bundle {file}"):
         file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--bundle {file} cannot be written: {error.strerror or error}") from error
 
 
 def bundle_text(lines: Sequence[Line], *, run_dir: Path | None, environment: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clip_train.errors import ClipTrainError, UserError
+from clip_train.errors import ClipTrainError, UserError, writing
 from clip_train.evaluation.result import read_result
 from clip_train.exit_record import read_exit
 from clip_train.metrics.sinks import read_metrics
@@ -193,10 +193,8 @@ def _steps_per_window(flops_per_step: float, *, device: str) -> int:
 def _folder_beside(run_dir: Path) -> Path:
     """Make a folder on the disk that the run's checkpoints will lie on."""
     place = next(parent for parent in run_dir.absolute().parents if parent.is_dir())
-    try:
+    with writing(f"run_dir={run_dir}"):
         return Path(tempfile.mkdtemp(prefix=".plan-", dir=place))
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror or error}") from error
 
 
 def _is_cuda(run_dir: Path) -> bool:

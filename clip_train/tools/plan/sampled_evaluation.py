@@ -116,6 +116,11 @@ class SampledEvaluator(Evaluator):
         result.seconds += self._clock.saved_seconds - before
         return result
 
+    @property
+    def has_loss(self) -> bool:
+        """That of the other evaluator."""
+        return self._inner.has_loss
+
     def metric_names(self) -> list[str]:
         """Return those of the other evaluator."""
         return self._inner.metric_names()
@@ -152,7 +157,7 @@ class SampledEncoder(WrappedEncoder):
         )  # fmt: skip
 
     def pool_image(self, images: Tensor) -> Tensor:
-        """Return features [B, W] before the projection."""
+        """Return features [B, width] before the projection."""
         return self._ask(
             "pooled", self._clock.images, lambda: self.model.pool_image(images),
             rows=len(images), amount=len(images), normalize=False,

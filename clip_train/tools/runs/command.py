@@ -85,7 +85,7 @@ def show_run(path: Path) -> None:
         for name, value in run.values.items()
         if "/" in name and name.partition("/")[0] not in ("train", "perf", "data", "health")
     ]
-    facts += [(name, f"{100 * value:.2f} %") for name, value in scores]
+    facts += [(name, _value(name, value)) for name, value in scores]
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(f"  {name.ljust(width)}  {value}")
@@ -152,7 +152,12 @@ def _progress(run: Summary) -> str:
 def _best(run: Summary) -> str:
     if run.best is None:
         return "–"
-    return f"{run.best.metric} {100 * run.best.value:.2f} % at {run.best.step:,}"
+    return f"{run.best.metric} {_value(run.best.metric, run.best.value)} at {run.best.step:,}"
+
+
+def _value(metric: str, value: float) -> str:
+    """Return a loss as it is, and everything else, a share, in percent."""
+    return f"{value:.4f}" if metric.endswith("/loss") else f"{100 * value:.2f} %"
 
 
 def _size(run: Summary) -> str:

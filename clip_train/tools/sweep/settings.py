@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.config import changes, load
-from clip_train.errors import UserError
+from clip_train.errors import UserError, first_of
 from clip_train.redact import redact
 from clip_train.schema import LENGTHS
 from clip_train.sweep_config import Pruner, SweepOptions
@@ -82,7 +82,7 @@ class Settings:
         """
         path = self.folder / SETTINGS_NAME
         if path.exists() and (differences := changes(path.read_text("utf-8"), self.to_yaml(), may_differ=_MAY_CHANGE)):
-            shown = "\n  ".join(differences[:10]) + ("\n  …" if len(differences) > 10 else "")
+            shown = first_of(differences, between="\n  ")
             raise UserError(f"{self.folder} is of another sweep; give a new name= or sweep.dir=:\n  {shown}")
         path.write_text(self.to_yaml(), encoding="utf-8")
 

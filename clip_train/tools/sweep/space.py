@@ -9,8 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_train.config import parse_yaml
-from clip_train.errors import UserError
+from clip_train.config import flat_values, flatten, parse_yaml
+from clip_train.errors import UserError, reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -97,20 +97,12 @@ def parse_space(space: Any, *, given: Mapping[str, str]) -> list[Range]:
 def _read(space: Any) -> dict[str, str]:
     if isinstance(space, str):
         path = Path(space).expanduser()
-        try:
-            space = parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"sweep.space={space}: cannot read that file: {error}") from error
-    if space is not None and not hasattr(space, "items"):
+        with reading(f"sweep.space={space}"):
+            text = path.read_text(encoding="utf-8")
+        space = flat_values(parse_yaml(text, origin=str(path)))
+    if space is not None and not isinstance(space, dict):
         raise UserError(f"sweep.space={space} is neither a file nor ranges by key")
-    return dict(_flat(space or {}, prefix=""))
-
-
-def _flat(tree: Mapping, *, prefix: str) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        found += _flat(value, prefix=f"{prefix}{key}.") if hasattr(value, "items") else [(f"{prefix}{key}", str(value))]
-    return found
+    return {key: str(value) for key, value in flatten(space or {}).items()}
 
 
 def parse_range(key: str, text: str) -> Range:

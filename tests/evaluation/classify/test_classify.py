@@ -1,5 +1,6 @@
 """Zero-shot classification against a float64 recomputation, image by image and prompt by prompt."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -70,6 +71,15 @@ def test_scores_equal_the_float64_oracle(num_images):
     evaluator, pixels, labels = make(num_images)
     model = ToyModel()
     assert evaluator.evaluate(model).metrics == pytest.approx(oracle(model, pixels, labels, NAMES), abs=1e-12)
+
+
+@pytest.mark.parametrize(("precision", "used"), [("auto", "fp32"), ("bf16", "bf16")])
+def test_the_result_says_with_which_precision_and_prompts_it_was_found(precision, used):
+    evaluator, _, _ = make(4)
+    evaluator.setting = replace(evaluator.setting, precision=precision)
+    found = evaluator.evaluate(ToyModel()).details
+    prompts = "\n".join(t.replace("{c}", name).replace("{}", name) for name in NAMES for t in TEMPLATES)
+    assert (found["precision"], found["prompts_sha256"]) == (used, hashlib.sha256(prompts.encode()).hexdigest())
 
 
 def test_a_reader_that_skips_an_image_is_an_error_and_not_a_score():
@@ -152,7 +162,8 @@ def test_a_collapsed_image_tower_gets_a_reason_and_no_score():
     evaluator, pixels, _ = make(20)
     pixels[:] = pixels // 2 + 128
     result = evaluator.evaluate(model)
-    assert result.metrics == result.intervals == result.details == {} and result.per_class == []
+    assert result.metrics == result.intervals == {} and result.per_class == []
+    assert result.details == {"precision": "fp32"}
     assert "image features" in result.collapsed
 
 

@@ -90,6 +90,26 @@ def test_equal_captions_on_different_images_count_half_a_place_and_are_right_whe
     assert any(f"{shared} of {len(captions)} captions belong to several" in warning for warning in result.warnings)
 
 
+@pytest.mark.parametrize("logit_bias", [None, -2.0])
+@pytest.mark.parametrize("chunk_elements", [50, 2**24])
+def test_the_loss_of_pairs_is_that_of_the_whole_set_as_one_batch(logit_bias, chunk_elements):
+    evaluator, pixels = make(23, most_captions=1, chunk_elements=chunk_elements)
+    model = ToyModel(logit_bias=logit_bias)
+    texts = np.array([text_feature_float64(model, caption) for caption in evaluator.images.captions])
+    logits = torch.from_numpy(np.exp(3.0) * image_features_float64(model, pixels) @ texts.T)
+    if logit_bias is None:
+        of_images, of_texts = (torch.nn.functional.cross_entropy(way, torch.arange(23)) for way in (logits, logits.T))
+        expected = (of_images + of_texts) / 2
+    else:
+        target = torch.eye(23, dtype=torch.float64)
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(logits + logit_bias, target) * 23
+    assert evaluator.evaluate(model).loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_pictures_with_several_captions_have_no_loss_of_pairs():
+    assert make(23, most_captions=4)[0].evaluate(ToyModel()).loss is None
+
+
 def test_the_size_of_the_chunks_changes_nothing():
     results = [make(23, chunk_elements=n)[0].evaluate(ToyModel()) for n in (1, 64, 2**24)]
     for other in results[1:]:

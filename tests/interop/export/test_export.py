@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,11 +91,45 @@ def test_tensors_come_back_bit_for_bit_from_the_folder_and_the_archive(model, so
 
 def test_what_was_not_measured_reads_so(exported):
     card = (exported / "README.md").read_text()
-    for heading in ("Training data", "Recipe", "Metrics", "Known pitfalls", "Calibration", "Verification"):
+    for heading in ("Training data", "Recipe", "Compute", "Metrics", "Known pitfalls", "Calibration", "Verification"):
         section = card.split(f"## {heading}\n")[1].split("\n## ")[0]
         assert section.strip().startswith("not measured"), heading
+    assert "Bias towards groups of people:\nnot measured." in card
     assert 'getattr(f, "pooler_output", f)' in card
     assert "clip_benchmark eval --model_type open_clip --model local-dir:mine" in card
+
+
+def test_the_card_has_what_the_run_knows_of_its_data_its_cost_and_its_audits(model, tmp_path):
+    run, train = tmp_path / "run", {"own": {"shards": "/own"}, "web": {"shards": "/web"}}
+    sources = [
+        {"name": "own", "quota": 1024, "epoch_samples": 20, "fingerprint": "f1"},
+        {"name": "web", "quota": 3072, "epoch_samples": 5000, "fingerprint": "f2"},
+    ]
+    progress = SimpleNamespace(
+        state_dict=lambda: {"data": {"segments": [{"sources": sources}], "bad": {"undecodable": 3}}}
+    )
+    write_run(run, model, state={"progress": progress}, data={"train": train, "caption": "json:alt"})
+    attempt = {"host": "h", "world": 2, "device": "cuda", "first_step": 0, "launch_id": "l", "code": 0}
+    hours = [("2026-01-01T00:00:00", "2026-01-01T01:00:00"), ("2026-01-02T00:00:00", "2026-01-02T00:30:00")]
+    lines = [json.dumps({**attempt, "start": start, "end": end}) for start, end in hours]
+    (run / "attempts.jsonl").write_text("\n".join(lines) + "\n")
+    audit = score(np.zeros(8, dtype=np.int64), np.zeros((8, 1), dtype=np.int64), num_classes=2)
+    audit.metrics["acc1_worst_region"] = 0.5
+    write_result(audit, run / "evaluation" / "step-00000005" / "geode.json", dataset="geode", model="m")
+    assert export(run) == 0
+    card = (run / "export" / "README.md").read_text()
+    data = card.split("## Training data\n")[1].split("\n## ")[0]
+    for line in (
+        "| captions | `json:alt` |", "| samples of `own` | 20, 25.0% of a batch; index `f1` |",
+        "| samples of `web` | 5,000, 75.0% of a batch; index `f2` |", "| seen | 40 pairs |",
+        "| among them unusable | 3 undecodable |",
+    ):  # fmt: skip
+        assert line in data
+    assert "/own" in data and "licences, and the people in them: not measured" in data
+    assert "| cuda hours, all ranks and attempts | 3.00 |" in card and "Energy: not measured." in card
+    assert "Bias towards groups of people:\ngeode above compare groups" in card
+    assert export(run / "export", out=tmp_path / "again") == 0
+    assert (tmp_path / "again" / "README.md").read_text().split("## Use")[0] == card.split("## Use")[0]
 
 
 def test_the_card_has_the_recipe_and_scores_of_these_weights_before_those_of_the_others(model, tmp_path):

@@ -122,6 +122,7 @@ def test_a_run_is_shown_with_its_attempts_and_scores(tmp_path, capsys):
     lines = dict(line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines()[1:])
     assert "1 on 2 x cpu, 6.00 device hours" in lines["attempts"]
     assert lines["model.name"].strip() == "tiny"
+    assert lines["val/loss"].strip() == f"{1.5 + 4 * math.exp(-3):.4f}"
     assert lines["val/mean_recall@1"].strip() == f"{100 * (0.6 - 0.55 * math.exp(-3)):.2f} %"
 
 
@@ -166,5 +167,5 @@ def test_a_damaged_config_is_one_line_of_every_command(tmp_path, damage):
         summarise(run)
     if damage == b"\xff\xfe":
         for read in (write_report, lambda run: Run(run).config, lambda run: open_sides([str(run), "."])):
-            with pytest.raises(UserError, match="cannot read"):
+            with pytest.raises(UserError, match="is not UTF-8 text"):
                 read(run)

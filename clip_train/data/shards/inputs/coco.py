@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_train.data.shards.inputs.pair import Input, InputOptions, Row, pairs_of_rows
 from clip_train.data.shards.inputs.table import captions_of
-from clip_train.errors import UserError
+from clip_train.errors import UserError, reading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,13 +24,13 @@ def read_coco(path: Path, *, options: InputOptions) -> Input:
     """
     kind = "COCO captions"
     options.refuse_except("images", kind=kind)
+    with reading(path):
+        content = path.read_bytes()
     try:
-        document: Any = json.loads(path.read_bytes())
+        document: Any = json.loads(content)
         names: dict[Any, str] = {image["id"]: image["file_name"] for image in document["images"]}
         notes = [(note["image_id"], note["caption"]) for note in document["annotations"]]
         unknown = [number for number, _ in notes if number not in names]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a file of COCO captions: it needs `images` with `id` and `file_name`, and `annotations` "

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from clip_train.data.shards.inputs.pair import Input, InputOptions, Row, pairs_of_rows
-from clip_train.errors import UserError
+from clip_train.errors import UserError, reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -32,28 +31,13 @@ def read_table(path: Path, *, options: InputOptions) -> Input:
     kind = f"a table ({path.suffix.lower()})"
     names = ["image_col", "caption_col", "images"] + (["sep"] if path.suffix.lower() in (".csv", ".tsv") else [])
     options.refuse_except(*names, kind=kind)
-    with readable(path):
+    with reading(path):
         rows = _rows(path, options=options)
     if not rows:
         raise UserError(f"{path} holds no rows")
     return Input(
         kind=kind, pairs=pairs_of_rows(rows, images=options.images or path.parent, keep_repeats=options.keep_repeats)
     )
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what can go wrong with a text file into a user's error.
-
-    Raises:
-        UserError: the file cannot be read or is not UTF-8.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
 
 
 def choose_column(columns: Sequence[str], *, asked: str | None, usual: Sequence[str], what: str, path: Path) -> str:
