@@ -63,7 +63,10 @@ def main() -> None:
     except ClipTrainError as error:
         if debug:
             print(redact(traceback.format_exc()), file=sys.stderr, end="")
-        _print_error(str(error))
+        if error.exit_code:
+            _print_error(str(error))
+        elif own_rank() == "0":
+            print(error)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130

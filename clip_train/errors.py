@@ -34,6 +34,12 @@ class TrainingFailed(ClipTrainError):
     exit_code = 1
 
 
+class Stopped(ClipTrainError):
+    """The user asked for the end, by Ctrl-C or `max_hours`, when nothing was there to be saved. Exit code 0."""
+
+    exit_code = 0
+
+
 class Preempted(ClipTrainError):
     """The run was asked to stop and saved everything: start it again. Exit code 85."""
 

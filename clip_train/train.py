@@ -58,6 +58,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         IntegrityError: data or every checkpoint is damaged.
         TrainingFailed: numbers are no longer finite.
         Preempted: a signal asked for a stop; everything is saved.
+        Stopped: the user asked for the end before training began.
     """
     with ExitStack() as stack:
         # Build the parts. Every rank builds the same ones; only its device and its rows of a batch differ.
@@ -73,12 +74,9 @@ def train(config: TrainConfig) -> dict[str, float]:
         config = suited_to(tokenizer, config=config)
         require_same_run(config, folder=run_dir, world=world)
         stream = config.data.build_train(
-            world=world,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            tokenizer=tokenizer,
-            image_size=config.model.vision.image_size,
-        )
+            world=world, seed=config.seed, global_batch_size=config.global_batch_size, tokenizer=tokenizer,
+            image_size=config.model.vision.image_size, leave_if_asked=stop.leave_if_asked,
+        )  # fmt: skip
         stack.callback(stream.close)
         total_steps = config.total_steps(stream.num_samples)
         model = build_model(config, world=world, tokenizer=tokenizer)

@@ -16,12 +16,16 @@ import pytest
 
 from clip_train.checkpoint.best import best_checkpoint
 from clip_train.config import from_yaml, load
+from clip_train.data.index import walk
 from clip_train.data.scenes.write import write_scenes
-from clip_train.errors import TrainingFailed, UserError
+from clip_train.errors import Preempted, Stopped, TrainingFailed, UserError
+from clip_train.exit_record import read_exit
 from clip_train.metrics.sinks import read_metrics
 from clip_train.model.config import ModelConfig
 from clip_train.step import TrainStep
+from clip_train.tools.sweep.trial_run import Ended, outcome_of
 from clip_train.train import train
+from tests.data.made import numbered_shards
 from tests.launched import SECONDS_TO_START
 from tests.runs import SMALL_MODEL
 
@@ -117,6 +121,24 @@ def test_sigterm_saves_and_asks_to_be_started_again(scenes, undisturbed, tmp_pat
     assert "Traceback" not in said
     train(load("train", arguments))
     assert final_weights(tmp_path) == final_weights(undisturbed)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, Stopped), (signal.SIGTERM, Preempted)])
+def test_a_run_that_is_asked_to_stop_while_it_indexes_leaves_after_a_shard(tmp_path, monkeypatch, number, error):
+    numbered_shards(tmp_path / "train", [6, 6, 6])
+    index_shard, indexed = walk.index_shard, []
+
+    def with_signal(path, **arguments):
+        indexed.append(path)
+        os.kill(os.getpid(), number)
+        return index_shard(path, **arguments)
+
+    monkeypatch.setattr(walk, "index_shard", with_signal)
+    with pytest.raises(error, match="before training began"):
+        train(load("train", overrides(tmp_path, tmp_path / "run")))
+    assert len(indexed) == 1
+    assert read_exit(tmp_path / "run").code == error.exit_code
+    assert outcome_of(tmp_path / "run").ended is Ended.stopped, "a sweep goes on with it"
 
 
 def test_a_finished_run_started_again_changes_nothing(scenes, undisturbed):

@@ -14,6 +14,8 @@ from clip_train.data.source_patterns import TRAIN_SOURCE, is_patterns, patterns_
 from clip_train.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from clip_train.data.dataset import RowFiller, Tokenizer
     from clip_train.data.images.transforms import TrainTransform
     from clip_train.data.loader import TrainStream
@@ -177,8 +179,12 @@ class DataConfig:
         if self.train is not None and not is_patterns(self.train):
             raise UserError(f"data.train={self.train}: data.reader=streaming reads one source, a pattern or a list")
 
-    def open_train(self, *, world: World) -> list[Source]:
+    def open_train(self, *, world: World, leave_if_asked: Callable[[], None] = lambda: None) -> list[Source]:
         """Open the sources of `train`, indexing them where needed. Every rank calls it.
+
+        Args:
+            world: the ranks.
+            leave_if_asked: called on rank 0 after each shard that is indexed; its error ends the pass, on every rank.
 
         Raises:
             UserError: `train` is not set, or shards are missing.
@@ -196,7 +202,7 @@ class DataConfig:
         cache = replace(self.cache, public_only=self.public_only).build()
         open_one = partial(
             open_source, world=world, captions=captions, index_dir=index_dir, cache=cache,
-            counts_from_stats=self.cache.counts_from_stats,
+            counts_from_stats=self.cache.counts_from_stats, leave_if_asked=leave_if_asked,
         )  # fmt: skip
         return [open_one(patterns, name=name, field=fields[name]) for name, (patterns, _) in by_source.items()]
 
@@ -213,9 +219,12 @@ class DataConfig:
         return find_shards(self.val, field="data.val", public_only=self.public_only)
 
     def build_train(
-        self, *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer, image_size: int
-    ) -> BatchStream:
+        self, *, world: World, seed: int, global_batch_size: int, tokenizer: Tokenizer, image_size: int,
+        leave_if_asked: Callable[[], None] = lambda: None,
+    ) -> BatchStream:  # fmt: skip
         """Open the shards and return this rank's stream of batches. Every rank calls it.
+
+        `leave_if_asked` is as for `open_train`.
 
         Raises:
             UserError: shards are missing, the batch cannot be cut into equal parts, or it exceeds the samples.
@@ -229,7 +238,7 @@ class DataConfig:
             return self._streaming(
                 world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer, image_size=image_size
             )
-        sources = self.open_train(world=world)
+        sources = self.open_train(world=world, leave_if_asked=leave_if_asked)
         warn_of_shared_shards(sources, val=self.val_shards() if self.val is not None else [])
         return self.stream(
             sources, world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer,

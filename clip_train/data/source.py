@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from clip_train.redact import has_login, unsigned
 from clip_train.storage.remote import PIPE, check_scheme, common_folder, is_remote, list_shards, with_lower_scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from clip_train.data.remote.cache import ShardCache
     from clip_train.distributed.world import World
@@ -177,6 +178,7 @@ def _remote_matches(name: str, *, field: str, public_only: bool) -> list[str]:
 def open_source(
     patterns: str | Sequence[str], *, name: str, world: World, field: str, captions: tuple[str, ...] = DEFAULT_CAPTIONS,
     index_dir: Path | None = None, cache: ShardCache | None = None, counts_from_stats: bool = False,
+    leave_if_asked: Callable[[], None] = lambda: None,
 ) -> Source:  # fmt: skip
     """Open the shards that patterns name. Every rank calls it; rank 0 indexes the shards that have no index.
 
@@ -189,6 +191,7 @@ def open_source(
         index_dir: where the index is, None beside the shards.
         cache: where remote shards are read; without it they are refused.
         counts_from_stats: take the counts of remote shards from img2dataset where they have no index.
+        leave_if_asked: called on rank 0 after each shard that is indexed; its error ends the pass, on every rank.
 
     Raises:
         UserError: shards are missing, or their folder cannot be written and they have no index.
@@ -199,13 +202,17 @@ def open_source(
         locations = find_shards(patterns, field=field, public_only=cache is not None and cache.public_only)
         if not is_remote(locations[0]):
             return replace(
-                _open(locations, name=name, field=field, captions=captions, index_dir=index_dir), patterns=named
-            )
+                _open(
+                    locations, name=name, field=field, captions=captions, index_dir=index_dir,
+                    leave_if_asked=leave_if_asked,
+                ),
+                patterns=named,
+            )  # fmt: skip
         if cache is None:
             raise UserError(f"{field}={patterns}: shards must be local files here")
         entries = load_remote_index(
             locations, cache=cache, captions=captions, counts_from_stats=counts_from_stats, field=field,
-            index_dir=index_dir,
+            index_dir=index_dir, leave_if_asked=leave_if_asked,
         )  # fmt: skip
         root = _common_folder(locations)
         return Source(
@@ -229,17 +236,18 @@ def warn_of_shared_shards(sources: Sequence[Source], *, val: Sequence[str]) -> N
 
 
 def _open(
-    locations: Sequence[str], *, name: str, field: str, captions: tuple[str, ...], index_dir: Path | None
-) -> Source:
+    locations: Sequence[str], *, name: str, field: str, captions: tuple[str, ...], index_dir: Path | None,
+    leave_if_asked: Callable[[], None],
+) -> Source:  # fmt: skip
     shards = [Path(location) for location in locations]
     entries, missing = load_index(shards, captions=captions, index_dir=index_dir)
     if missing:
-        logger.info("%s: indexing %d of %d shards", field, len(missing), len(shards))
+        print(f"{field}: indexing {len(missing):,} of {len(shards):,} shards, once", file=sys.stderr, flush=True)
         if any(entry.filter_sha256 for entry in entries):
             logger.warning(
                 "%s: %d new shards are not filtered as the others are: run `shards index`", field, len(missing)
             )
-        summary = index_shards(missing, captions=captions, index_dir=index_dir)
+        summary = index_shards(missing, captions=captions, index_dir=index_dir, leave_if_asked=leave_if_asked)
         for parts, count in summary.skipped.items():
             logger.warning("%s: %d samples have only %s and are left out", field, count, parts)
         entries, _ = load_index(shards, captions=captions, index_dir=index_dir)

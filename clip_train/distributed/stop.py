@@ -12,6 +12,9 @@ import time
 from enum import IntEnum
 from types import FrameType
 
+from clip_train.errors import Preempted, Stopped
+
+_BEFORE_TRAINING = "before training began; the same command starts there"
 STOP_SECONDS = 600.0  # a process that was asked to stop leaves after this long even if it could not save
 SAME_REQUEST_SECONDS = 1.0  # srun and torchrun both pass on one request: repeats within this time are no second one
 LAUNCHER_VARIABLE = "CLIP_TRAIN_LAUNCHER"
@@ -75,6 +78,19 @@ class StopRequest:
         if time.monotonic() >= self.deadline:
             self.reason = max(self.reason, StopReason.time_limit)
         return self.reason
+
+    def leave_if_asked(self) -> None:
+        """End the run here if this process should stop: for what comes before there is anything to save.
+
+        Raises:
+            Stopped: after Ctrl-C, or when its time is up.
+            Preempted: after another signal.
+        """
+        reason = self.wanted()
+        if reason is StopReason.preempted:
+            raise Preempted(f"asked to stop {_BEFORE_TRAINING}")
+        if reason:
+            raise Stopped(f"stopped: {reason.name.replace('_', ' ')} {_BEFORE_TRAINING}")
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.reason = max(self.reason, _SIGNALS[signal.Signals(number)])

@@ -21,8 +21,9 @@ from clip_train.data.index.walk import IndexOptions, index_shard, index_shards, 
 from clip_train.data.reader import ShardReader
 from clip_train.data.shards.index import index_source
 from clip_train.data.source import expand_shards, open_source
+from clip_train.distributed.stop import STOP_SIGNALS
 from clip_train.distributed.world import World
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, Stopped, UserError
 from tests.data.made import encoded, numbered_shards, picture, write_shard
 from tests.gloo import run_on_ranks
 
@@ -91,7 +92,7 @@ def test_indexing_in_several_processes_gives_the_same_files(tmp_path):
 def test_ctrl_c_waits_for_the_processes_of_a_job_and_never_reaches_them():
     here = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     there = list(run_jobs(partial(signal.pthread_sigmask, signal.SIG_BLOCK), [[], []], jobs=2))
-    assert [signal.SIGINT in blocked for blocked in there] == [True, True]
+    assert [blocked >= STOP_SIGNALS for blocked in there] == [True, True]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == here
 
 
@@ -113,6 +114,20 @@ def test_the_processes_of_a_job_end_with_a_parent_that_is_killed():
         assert process.stdout.readline() == b"up\n"
         process.kill()
         process.communicate(timeout=60)  # until the last process has closed its standard output
+
+
+def test_a_pass_that_is_asked_to_leave_leaves_after_a_shard_and_nothing_behind(tmp_path):
+    numbered_shards(tmp_path, [2, 3, 4])
+    before = sorted(tmp_path.iterdir())
+    seen = iter([None, Stopped("enough")])
+
+    def leave_if_asked():
+        if error := next(seen):
+            raise error
+
+    with pytest.raises(Stopped):
+        index_shards(expand_shards(str(tmp_path)), jobs=1, leave_if_asked=leave_if_asked)
+    assert sorted(tmp_path.iterdir()) == before and next(seen, None) is None
 
 
 def test_the_fingerprint_follows_content_and_not_the_place(tmp_path):

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from clip_train.distributed.stop import STOP_SIGNALS
 from clip_train.errors import ClipTrainError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from multiprocessing.connection import Connection
 
 T = TypeVar("T")
@@ -25,7 +26,7 @@ _PATIENCE_SECONDS = 5.0  # for a process that is between two items when it shoul
 _between_items = threading.Lock()  # held by a process of a job whenever it may be sending a result
 
 
-def run_jobs(function: Callable[[T], R], items: Sequence[T], *, jobs: int, chunk: int = 1) -> Iterator[R]:
+def run_jobs(function: Callable[[T], R], items: Sequence[T], *, jobs: int, chunk: int = 1) -> Generator[R, None, None]:
     """Yield the results of a function in the order of its arguments.
 
     After an interruption or an error the processes end at once, whatever they are at, as when this one is killed.
@@ -84,11 +85,12 @@ def _act(function: Callable[[T], R], item: T) -> R:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Keep Ctrl-C waiting, and from the processes that are started within for good.
+    """Keep Ctrl-C and its like waiting, and from the processes that are started within for good.
 
-    It reaches all processes of a terminal: one that died while it sent a result would keep its parent waiting for ever.
+    A terminal or a launcher asks all processes of a group: one that died while it sent a result would keep its parent
+    waiting for ever.
     """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -33,7 +33,7 @@ from clip_train.data.index.tar import BLOCK, TarSample, read_samples
 from clip_train.errors import IntegrityError, UserError, reading
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 _JOBS_PAY_FROM = 8  # shards; below that, starting processes costs more than it saves
@@ -103,7 +103,7 @@ class IndexSummary:
 def index_shards(
     shards: Sequence[Path], *, captions: tuple[str, ...] = DEFAULT_CAPTIONS, crc: bool = False,
     rule: SampleRule | None = None, allow_truncated: bool = False, index_dir: Path | None = None,
-    jobs: int | None = None,
+    jobs: int | None = None, leave_if_asked: Callable[[], None] = lambda: None,
 ) -> IndexSummary:  # fmt: skip
     """Walk the shards, write their `.idx` files and list them in the `index.json` of their folders.
 
@@ -113,6 +113,7 @@ def index_shards(
         shards: the tars to index.
         captions, crc, rule, allow_truncated, index_dir: as `IndexOptions` explains them.
         jobs: processes; None takes one per core if there are shards enough.
+        leave_if_asked: called after each shard; its error ends the pass.
 
     Raises:
         IntegrityError: a shard is damaged, or no shard holds a pair of picture and caption.
@@ -130,7 +131,11 @@ def index_shards(
         earlier.update((entry.path, entry) for entry in listing.values())
     tasks = [(shard, earlier.get(shard)) for shard in shards]
     try:
-        indexed = list(run_jobs(partial(_index_task, options=options), tasks, jobs=jobs))
+        indexed = []
+        with closing(run_jobs(partial(_index_task, options=options), tasks, jobs=jobs)) as found:
+            for one in found:
+                indexed.append(one)
+                leave_if_asked()
         return publish_index(indexed, options=options)
     finally:
         for shard in shards:

@@ -27,7 +27,7 @@ from clip_train.redact import unsigned
 from clip_train.storage.remote import beside, folder_of, read_file, size_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 def load_remote_index(
     urls: Sequence[str], *, cache: ShardCache, captions: tuple[str, ...], counts_from_stats: bool, field: str,
-    index_dir: Path | None = None,
+    index_dir: Path | None = None, leave_if_asked: Callable[[], None] = lambda: None,
 ) -> list[RemoteShard]:  # fmt: skip
     """Return the entries of remote shards, in the order of `urls`.
 
@@ -48,6 +48,7 @@ def load_remote_index(
         counts_from_stats: trust img2dataset's counts until a shard is opened.
         field: what to call the shards in messages.
         index_dir: where an index of theirs may be besides.
+        leave_if_asked: called after each shard that is walked; its error ends the pass, which keeps what it has found.
 
     Raises:
         UserError: a shard is absent or forbidden.
@@ -63,7 +64,7 @@ def load_remote_index(
             counted = list(pool.map(lambda url: _from_stats(url, cache=cache, captions=captions), missing))
         found |= {shard.url: shard for shard in counted}
     elif missing:
-        found |= _index(missing, cache=cache, captions=captions, field=field)
+        found |= _index(missing, cache=cache, captions=captions, field=field, leave_if_asked=leave_if_asked)
     shards = [found[url] for url in urls]
     if not any(shard.n for shard in shards):
         raise IntegrityError(f"{field}: no shard holds a pair of picture and caption, {urls[0]} the first of them")
@@ -125,7 +126,9 @@ def _from_stats(url: str, *, cache: ShardCache, captions: tuple[str, ...]) -> Re
     return RemoteShard(path=cache.path(url), n=count, bytes=size, idx_sha256="", captions=captions, url=url)
 
 
-def _index(urls: Sequence[str], *, cache: ShardCache, captions: tuple[str, ...], field: str) -> dict[str, RemoteShard]:
+def _index(
+    urls: Sequence[str], *, cache: ShardCache, captions: tuple[str, ...], field: str, leave_if_asked: Callable[[], None]
+) -> dict[str, RemoteShard]:
     print(
         f"{field}: {len(urls):,} remote shards have no index and are downloaded once to count their samples; "
         "`clip-train shards index` where they are saves that",
@@ -140,6 +143,7 @@ def _index(urls: Sequence[str], *, cache: ShardCache, captions: tuple[str, ...],
             shard, incomplete = done.result()
             found[shard.url] = shard
             skipped += incomplete
+            leave_if_asked()
             if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 print(f"{field}: {len(found):,} of {len(urls):,} shards indexed", file=sys.stderr, flush=True)

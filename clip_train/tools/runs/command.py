@@ -22,7 +22,7 @@ from clip_train.health.events import read_events
 from clip_train.metrics.panel import duration
 from clip_train.schema import TrainConfig
 from clip_train.tools.report import SUMMARY_KEYS
-from clip_train.tools.runs.summary import Status, Summary, find_runs, summarise
+from clip_train.tools.runs.summary import OWN_KEYS, Status, Summary, find_runs, summarise
 from clip_train.tools.runs.where import parse_where
 
 _STYLES = {Status.running: "bold cyan", Status.finished: "green", Status.stopped: "", Status.failed: "bold red"}
@@ -42,7 +42,8 @@ def list_runs(folder: Path, *, where: str | None, as_json: bool) -> int:
         except ClipTrainError as error:
             damaged.append(str(error))
     if condition is not None:
-        _require_known(condition.keys, found, where=where or "")
+        if not damaged:  # one that cannot be read may have the key
+            _require_known(condition.keys, found, where=where or "")
         found = [run for run in found if condition.holds(run.values)]
     if as_json:
         print(json.dumps([run.to_json() for run in found], indent=2))
@@ -175,7 +176,7 @@ def _resumable(run: Summary) -> str:
 
 def _require_known(keys: frozenset[str], runs: Sequence[Summary], *, where: str) -> None:
     """A misspelt key must not look like a list without such runs."""
-    known = {key for run in runs for key in run.values} | set(known_keys(TrainConfig))
+    known = {*(key for run in runs for key in run.values), *known_keys(TrainConfig), *OWN_KEYS}
     for key in sorted(keys - known):
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f": did you mean {near[0]!r}?" if near else "; keys are those of configs and metrics, status and step"

@@ -21,6 +21,8 @@ from clip_train.exit_record import read_exit
 from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.report_evaluations import HEADLINE_METRICS
 
+OWN_KEYS = ("status", "step", "path", "size_gib")
+"""What every run has besides its config and its metrics."""
 ROWS_FOR_ETA = 200
 _KEYS_OF_A_TRAINING = {"global_batch_size", "run_dir"}
 _STOPPED = "stopped: "  # how the reason of a run begins that saved and left before its end
@@ -61,7 +63,7 @@ class Summary:
     resumable_step: int | None
     """Of the newest checkpoint of a run that has not finished; None where nothing can be continued."""
     values: Mapping[str, Any]
-    """Config values and newest metrics by key, with `status`, `step`, `path` and `size_gib`."""
+    """Config values and newest metrics by key, with `OWN_KEYS`."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `runs ls --json` prints of it."""
@@ -118,7 +120,7 @@ def summarise(run_dir: Path) -> Summary:
     status, reason = _status(run_dir, step=step, total_steps=total_steps)
     size_bytes = _size(run_dir)
     newest = {name: value for row in rows for name, value in row.items() if value is not None}
-    own = {"status": status.value, "step": step, "path": str(run_dir), "size_gib": size_bytes / 2**30}
+    own = dict(zip(OWN_KEYS, (status.value, step, str(run_dir), size_bytes / 2**30), strict=True))
     return Summary(
         path=run_dir,
         status=status,

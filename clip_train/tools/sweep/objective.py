@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from clip_train.checkpoint.config import EMA_SUFFIX
-from clip_train.errors import UserError
+from clip_train.errors import TrainingFailed, UserError
 from clip_train.metrics.sinks import read_metrics
 from clip_train.tools.grid import TRAINING
 from clip_train.tools.report_evaluations import read_evaluations
@@ -41,18 +41,20 @@ class Objective:
         """Return what the metric was at the end of a finished run.
 
         Raises:
-            UserError: the run did not measure it, its model had collapsed, or it was not finite.
+            TrainingFailed: its model had collapsed, or the metric was not finite.
+            UserError: the run gave other metrics only, as every other one would.
         """
         values = [value for _, value in self.history(run_dir)]
         room = self.metric.partition("/")[0]
         if not values:
             for evaluation in read_evaluations(run_dir / "evaluation"):
                 if evaluation.name == room and evaluation.collapsed:
-                    raise UserError(f"collapsed on {room}: {evaluation.collapsed}")
+                    raise TrainingFailed(f"collapsed on {room}: {evaluation.collapsed}")
             measured = {name for row in read_metrics(run_dir) for name in row if name.startswith(f"{room}/")}
-            raise UserError(f"it measured no {self.metric}; there are {', '.join(sorted(measured)) or f'no {room}/…'}")
+            listed = ", ".join(sorted(measured)) or f"no {room}/…"
+            raise UserError(f"{run_dir} measured no {self.metric} for sweep.metric; there are {listed}")
         if values[-1] is None:
-            raise UserError(f"its {self.metric} is not finite")
+            raise TrainingFailed(f"its {self.metric} is not finite")
         return values[-1]
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from clip_train.config import load
-from clip_train.errors import UserError
+from clip_train.errors import TrainingFailed, UserError
 from clip_train.metrics.panel import say
 from clip_train.sweep_config import Pruner
 from clip_train.tools.sweep.study import WHOLE_RUN, State, Study, Trial
@@ -46,7 +46,11 @@ class Search:
         self._num_failed = sum(trial.state is State.failed for trial in trials)
 
     def run(self) -> None:
-        """Go on until all trials have ended, too many have failed, or a signal asks for the end."""
+        """Go on until all trials have ended, too many have failed, or a signal asks for the end.
+
+        Raises:
+            UserError: a run has ended and gave other metrics than the one that is searched for.
+        """
         for trial in self._study.unfinished():
             self._begin(trial)
         while True:
@@ -157,7 +161,7 @@ class Search:
         scores = self._scores.setdefault(run.number, {})
         try:
             scores[run.seed] = objective.final(run.folder)
-        except UserError as error:
+        except TrainingFailed as error:
             self._fail(run.number, str(error))
             return
         num_seeds = self._settings.options.seeds

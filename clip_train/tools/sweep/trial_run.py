@@ -80,7 +80,7 @@ def outcome_of(folder: Path) -> Outcome:
     if record is None:
         return Outcome(Ended.unknown)
     interrupted = f"stopped: {StopReason.interrupted.name}"
-    if record.code == Preempted.exit_code or (record.code == 0 and record.reason == interrupted):
+    if record.code == Preempted.exit_code or (record.code == 0 and record.reason.startswith(interrupted)):
         return Outcome(Ended.stopped, record.reason)
     return Outcome(Ended.finished) if record.code == 0 else Outcome(Ended.failed, record.reason)
 

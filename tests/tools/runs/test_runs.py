@@ -111,6 +111,10 @@ def test_the_list_has_every_run_below_a_folder_and_no_checkpoint_of_one(tmp_path
     (runs[2] / "config.yaml").write_text("- no\n- config\n")
     assert list_runs(tmp_path, where=None, as_json=False) == 3
     assert "two" in capsys.readouterr().err
+    assert list_runs(tmp_path, where="shape/acc1>0.1", as_json=False) == 3  # which may have such a metric
+    assert "two" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert list_runs(tmp_path / "empty", where="step>=5", as_json=False) == 0
 
 
 def test_a_run_is_shown_with_its_attempts_and_scores(tmp_path, capsys):

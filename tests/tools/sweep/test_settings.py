@@ -1,5 +1,6 @@
 """What a sweep is: its metric, its runs and its places are checked before the first trial."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from clip_train.config import load
-from clip_train.errors import UserError
+from clip_train.errors import TrainingFailed, UserError
 from clip_train.evaluation.retrieve.config import RetrieveConfig
 from clip_train.sweep_config import SweepOptions
 from clip_train.tools.sweep.command import sweep_command
@@ -49,6 +50,15 @@ def test_without_optuna_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r'pip install "clip-train\[sweep\]"'):
         sweep_command([*RUN, LR])
+
+
+def test_a_metric_that_runs_do_not_give_ends_the_sweep_and_one_that_a_trial_lost_ends_that_trial(tmp_path):
+    row = {"step": 9, "samples_seen": 90, "val/mean_recall@1": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(TrainingFailed, match="val/mean_recall@1 is not finite"):
+        Objective(metric="val/mean_recall@1", smaller_is_better=False).final(tmp_path)
+    with pytest.raises(UserError, match=r"no val/acc1 for sweep\.metric; there are val/mean_recall@1"):
+        Objective(metric="val/acc1", smaller_is_better=False).final(tmp_path)
 
 
 def test_the_metric_is_that_of_the_best_checkpoint_else_of_an_evaluation_else_the_loss():
