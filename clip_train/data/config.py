@@ -229,8 +229,7 @@ class DataConfig:
                 world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer, image_size=image_size
             )
         sources = self.open_train(world=world)
-        if self.val is not None:
-            _warn_of_shared_shards(sources, self.val_shards())
+        _warn_of_shared_shards(sources, self.val_shards() if self.val is not None else [])
         return self.stream(
             sources, world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer,
             image_size=image_size,
@@ -321,10 +320,17 @@ class DataConfig:
 
 def _warn_of_shared_shards(sources: list[Source], val: list[str]) -> None:
     import logging
+    from collections import Counter
 
-    shared = {shard.location for source in sources for shard in source.shards} & set(val)
-    if shared:
-        logging.getLogger(__name__).warning(
+    logger = logging.getLogger(__name__)
+    times = Counter(shard.location for source in sources for shard in source.shards)
+    if shared := times.keys() & set(val):
+        logger.warning(
             "data.val: %d shards are also in data.train, such as %s: held-out results will be too good",
             len(shared), min(shared),
+        )  # fmt: skip
+    if repeated := [location for location, count in times.items() if count > 1]:
+        logger.warning(
+            "data.train: %d shards are in several sources, such as %s: a pair may come twice in a batch",
+            len(repeated), min(repeated),
         )  # fmt: skip

@@ -66,6 +66,14 @@ def test_training_on_held_out_shards_warns(tmp_path, caplog):
     assert "1 shards are also in data.train" in caplog.text
 
 
+def test_a_shard_that_is_in_two_sources_warns(tmp_path, caplog):
+    folder = numbered_shards(tmp_path, [4, 4])
+    sources = {"all": {"shards": str(folder)}, "part": {"shards": f"{folder}/s-001.tar"}}
+    config = DataConfig(train=sources, workers=0)
+    config.build_train(world=World(), seed=0, global_batch_size=4, tokenizer=ByteTokenizer(), image_size=16)
+    assert "1 shards are in several sources" in caplog.text and "s-001.tar: a pair" in caplog.text
+
+
 def test_the_choice_in_configs_sets_known_fields_only():
     path = Path(__file__).parents[2] / "configs" / "data" / "shards.yaml"
     values = OmegaConf.load(path)
