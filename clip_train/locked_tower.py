@@ -15,7 +15,7 @@ from clip_train.distributed.parallel import reshard
 from clip_train.distributed.shards import whole
 from clip_train.evaluation.features import encode_images, evaluating, to_numpy
 from clip_train.evaluation.interruptible import Interrupted, InterruptibleEncoder
-from clip_train.metrics.panel import say
+from clip_train.metrics.panel import SECONDS_BETWEEN_LINES, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from clip_train.schema import TrainConfig
 
 BATCH_SIZE = 256
-SECONDS_BETWEEN_LINES = 10.0
 
 
 def cache_features(

@@ -144,16 +144,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_values()
         self.run_dir = str(Path(self.run_dir).expanduser())
-        if isinstance(self.micro_batch_size, str):
-            if self.micro_batch_size != "auto":
-                raise UserError(f"micro_batch_size={self.micro_batch_size} must be a number, auto or null")
-            if self.distributed.strategy is Strategy.fsdp:
-                raise UserError(
-                    "micro_batch_size=auto needs distributed.strategy=ddp: with fsdp a rank that runs out of memory "
-                    "would leave the others waiting; give a number"
-                )
-        elif self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise UserError(f"micro_batch_size={self.micro_batch_size} must be positive")
+        self._check_micro_batch_size()
         if self.data.skip_samples and self.resume in ("auto", "never"):
             raise UserError(f"data.skip_samples={self.data.skip_samples} needs resume=CHECKPOINT, to skip from there")
         self.profiled_steps()
@@ -173,7 +164,6 @@ class TrainConfig:
                 raise UserError(
                     f"{group}.name={chosen.name} does not fit its settings: choose one of {', '.join(choices)}"
                 )
-
         if isinstance(self.loss, SigLipLossConfig) and self.model.init_logit_bias is None:
             raise UserError(
                 "loss=siglip needs a bias: model.init_logit_bias=-10 model.init_logit_scale=2.302585 (ln 10)"
@@ -193,6 +183,19 @@ class TrainConfig:
             raise UserError(f"watchdog_seconds={self.watchdog_seconds} must be at most {MOST_SECONDS}; null: never")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed={self.seed} must lie in [0, 2^63)")
+
+    def _check_micro_batch_size(self) -> None:
+        size = self.micro_batch_size
+        if isinstance(size, str):
+            if size != "auto":
+                raise UserError(f"micro_batch_size={size} must be a number, auto or null")
+            if self.distributed.strategy is Strategy.fsdp:
+                raise UserError(
+                    "micro_batch_size=auto needs distributed.strategy=ddp: with fsdp a rank that runs out of memory "
+                    "would leave the others waiting; give a number"
+                )
+        elif size is not None and size < 1:
+            raise UserError(f"micro_batch_size={size} must be positive")
 
     def _check_cache_features(self) -> None:
         if not self.model.vision.cache_features:

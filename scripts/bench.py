@@ -35,7 +35,7 @@ class Worker:
         self._process = subprocess.Popen(
             [python, script, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
-        self.ready = self.ask(settings)
+        self.ask(settings)
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Send one request and return its reply."""

@@ -222,6 +222,7 @@ class DataConfig:
             IntegrityError: a shard or an index is damaged.
         """
         from clip_train.data.loader import check_divisible
+        from clip_train.data.source import warn_of_shared_shards
 
         check_divisible(global_batch_size, world=world)  # before an index pass that may take minutes
         if self.reader is Reader.streaming:
@@ -229,7 +230,7 @@ class DataConfig:
                 world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer, image_size=image_size
             )
         sources = self.open_train(world=world)
-        _warn_of_shared_shards(sources, self.val_shards() if self.val is not None else [])
+        warn_of_shared_shards(sources, val=self.val_shards() if self.val is not None else [])
         return self.stream(
             sources, world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer,
             image_size=image_size,
@@ -316,21 +317,3 @@ class DataConfig:
             decode_floor=self.decode_floor if self.decode == Decode.fast else None,
             augmentations=tuple(augmentations),
         )
-
-
-def _warn_of_shared_shards(sources: list[Source], val: list[str]) -> None:
-    import logging
-    from collections import Counter
-
-    logger = logging.getLogger(__name__)
-    times = Counter(shard.location for source in sources for shard in source.shards)
-    if shared := times.keys() & set(val):
-        logger.warning(
-            "data.val: %d shards are also in data.train, such as %s: held-out results will be too good",
-            len(shared), min(shared),
-        )  # fmt: skip
-    if repeated := [location for location, count in times.items() if count > 1]:
-        logger.warning(
-            "data.train: %d shards are in several sources, such as %s: a pair may come twice in a batch",
-            len(repeated), min(repeated),
-        )  # fmt: skip

@@ -32,7 +32,7 @@ SCALARS = ("logit_scale", "logit_bias")
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 _BLOCK_LISTS = ("resblocks", "blocks")
-_SHORT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SHORT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parallelize(
@@ -177,7 +177,7 @@ def _shard(
     else:
         shape = (world.size // shard_ranks, shard_ranks)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    short = _SHORT_TYPES.get(precision)
+    short = SHORT_TYPES.get(precision)
     sums = torch.bfloat16 if gradient_type == "bf16" else (torch.float32 if short else None)
     policy = MixedPrecisionPolicy(param_dtype=short, reduce_dtype=sums)
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if cpu_offload else OffloadPolicy()

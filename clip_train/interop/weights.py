@@ -73,7 +73,7 @@ def assign_weights(model: CLIP, tensors: dict[str, Tensor], *, origin: str) -> N
         IntegrityError: a tensor holds values that are not finite.
     """
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    tensors = dict(tensors)
+    own_keys, tensors = list(tensors), dict(tensors)
     if "logit_scale" not in tensors:
         print(f"{origin}: no logit_scale: probabilities take the start value; cosines need none", file=sys.stderr)
         tensors["logit_scale"] = torch.tensor(model.config.init_logit_scale)
@@ -90,7 +90,7 @@ def assign_weights(model: CLIP, tensors: dict[str, Tensor], *, origin: str) -> N
     if found:
         raise UserError(
             f"{origin}: the tensors are not those of {model.config.name}: {'; '.join(found)}; "
-            f"first keys of the file: {first_of(tensors)}"
+            f"first keys of the file: {first_of(own_keys)}"
         )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

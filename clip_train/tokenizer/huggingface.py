@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clip_train.errors import UserError
+from clip_train.errors import UserError, reading
 from clip_train.tokenizer.base import Tokenizer
 from clip_train.tokenizer.cleaning import CLEANERS
 
@@ -88,13 +88,11 @@ def read_tokenizer_file(path: Path, *, kept: Path | None) -> tuple[str, Path]:
     Raises:
         UserError: there is no such file, or it is not the one that the run began with.
     """
-    try:
+    with reading(f"tokenizer.path={path}"):
         if kept is None or not kept.exists():
             return path.read_text(encoding="utf-8"), path
         content = kept.read_text(encoding="utf-8")
         changed = path.exists() and path.read_text(encoding="utf-8") != content
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"tokenizer.path={path} cannot be read: {error}") from error
     if changed:
         raise UserError(f"tokenizer.path={path} is not the file that this run began with, which is kept as {kept}")
     return content, kept

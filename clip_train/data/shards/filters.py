@@ -15,7 +15,7 @@ from clip_train.data.bad import LEDGER_FOLDER, read_ledger
 from clip_train.data.images.decode import BadSampleError, open_image
 from clip_train.data.index.tar import BLOCK, Member, TarSample
 from clip_train.data.index.walk import picture_of
-from clip_train.errors import IntegrityError, UserError
+from clip_train.errors import IntegrityError, UserError, reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -191,10 +191,8 @@ def _ledger_key(file: BinaryIO, shard: Path, pair: TarSample) -> str:
 
 @cache
 def _lines(path: Path) -> frozenset[str]:
-    try:
+    with reading(f"--filter: the list {path}"):
         return frozenset(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--filter: the list {path} cannot be read: {error}") from error
 
 
 def _number(value: object) -> float | None:

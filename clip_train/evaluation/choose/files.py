@@ -159,10 +159,8 @@ def _make(rows: Sequence[tuple[str, Row]], pictures: Sequence[tuple[int, ...]], 
 
 def _rows(file: Path, *, tag: str | None) -> Iterator[Found]:
     """Yield the rows of a file; where there are several files, the name of each is a tag."""
-    try:
+    with reading(file):
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
     if file.suffix == ".csv":
         rows = [(f"{file.name}, row {n}", row) for n, row in enumerate(csv.DictReader(io.StringIO(text)), start=1)]
     elif file.suffix == ".jsonl":

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clip_train.distributed.parallel import transformer_blocks
+from clip_train.distributed.parallel import SHORT_TYPES, transformer_blocks
 from clip_train.model.config import Ragged
 from clip_train.model.finetune import layers_above, prepare
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from clip_train.model.clip import CLIP
     from clip_train.schema import TrainConfig
-
-_SHORT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +126,7 @@ def _pass(
         width = math.ceil(sum(of_rows) / rows)
     images = _images(config, rows=rows, device=device)
     tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
-    with _autocast(device, _SHORT_TYPES.get(config.precision.value)):
+    with _autocast(device, SHORT_TYPES.get(config.precision.value)):
         features = model(images, tokens, None, of_rows)
     middle = live.now
     if device == "cuda":
