@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from clip_train import __version__
+from clip_train.cli_examples import add_examples
 from clip_train.cli_models import classify, export, prompts, search
 from clip_train.cli_runs import compare, runs
 from clip_train.cli_shards import shards
@@ -214,13 +215,13 @@ def help_key(key: Annotated[str, typer.Argument(help="A key such as optim.lr")])
     print(explain(key))
 
 
-app.command(epilog='clip-train classify cat.jpg --labels "a corgi,a cat" --model runs/demo')(classify)
-app.command(epilog='clip-train search "a red circle" pictures --model runs/demo --html found.html')(search)
-app.command(epilog="clip-train prompts runs/demo shards/demo/classes")(prompts)
-app.command(epilog="clip-train export runs/demo --to all --verify")(export)
+app.command()(classify)
+app.command()(search)
+app.command()(prompts)
+app.command()(export)
 
 
-@tokenizers.command(name="train", epilog="clip-train tokenizer train shards/mine/train mine.json --vocab-size 32000")
+@tokenizers.command(name="train")
 def tokenizer_train(
     source: Annotated[str, typer.Argument(help="Folder of .tar files, or a pattern such as 'data/{000..331}.tar'.")],
     out: Annotated[Path, typer.Argument(help="The tokenizer.json to write.")],
@@ -234,10 +235,10 @@ def tokenizer_train(
     print(train_tokenizer(source, out, vocab_size=vocab_size, cleaning=cleaning, caption=caption))
 
 
-app.command(epilog="clip-train compare runs/first runs/second --html comparison.html")(compare)
+app.command()(compare)
 
 
-@tests.command(name="reliability", epilog="clip-train selftest reliability")
+@tests.command(name="reliability")
 def selftest_reliability(
     seed: Annotated[int | None, typer.Option(help="Break the same things at the same moments again.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep what the checks write in this folder.")] = None,
@@ -248,7 +249,7 @@ def selftest_reliability(
     raise typer.Exit(selftest(seed=seed, keep=keep))
 
 
-@app.command(epilog="clip-train doctor; clip-train doctor --run runs/demo --bundle report.txt")
+@app.command()
 def doctor(
     run: Annotated[Path | None, typer.Option(help="Look for the signatures of a sick run in this run instead.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Also write a text report for a bug thread, no secrets.")] = None,
@@ -260,9 +261,12 @@ def doctor(
     raise typer.Exit(doctor_command(run_dir=run, bundle=bundle, as_json=as_json))
 
 
-@app.command(epilog="clip-train report runs/demo")
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Write RUN/report.html: one self-contained page with curves, results and pictures."""
     from clip_train.tools.report import write_report
 
     print(write_report(run))
+
+
+add_examples(app)

@@ -13,7 +13,7 @@ RunArgument = Annotated[Path, typer.Argument(help="A run directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@runs.command(name="ls", epilog="clip-train runs ls --where 'model.name==ViT-B-32 and imagenet/acc1>0.3'")
+@runs.command(name="ls")
 def runs_ls(
     folder: Annotated[Path, typer.Argument(help="Where to look, with all folders below.")] = Path("runs"),
     where: Annotated[
@@ -28,7 +28,7 @@ def runs_ls(
     raise typer.Exit(list_runs(folder, where=where, as_json=as_json))
 
 
-@runs.command(name="show", epilog="clip-train runs show runs/demo")
+@runs.command(name="show")
 def runs_show(run: RunArgument) -> None:
     """Show one run: how it stands, what it was trained with, its attempts, checkpoints and newest scores."""
     from clip_train.tools.runs.command import show_run
@@ -36,7 +36,7 @@ def runs_show(run: RunArgument) -> None:
     show_run(run)
 
 
-@runs.command(name="rm", epilog="clip-train runs rm runs/first runs/second")
+@runs.command(name="rm")
 def runs_rm(
     folders: Annotated[list[Path], typer.Argument(help="Run directories.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,

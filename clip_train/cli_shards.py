@@ -34,7 +34,7 @@ shards = typer.Typer(
 )
 
 
-@shards.command(name="make", epilog="clip-train shards make ~/pictures shards/mine --val 0.01 --jobs 8")
+@shards.command(name="make")
 def shards_make(
     source: Annotated[
         Path,
@@ -115,9 +115,7 @@ def _show_progress(what: str, done: int, total: int) -> None:
         print(f"\r{what} {done:,} of {total:,}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-@shards.command(
-    name="index", epilog="clip-train shards index shards/laion --filter 'similarity>=0.3' --filter LANGUAGE=en"
-)
+@shards.command(name="index")
 def shards_index(
     source: ShardsArgument,
     crc: Annotated[
@@ -159,7 +157,7 @@ def shards_index(
     print(summary)
 
 
-@shards.command(name="check", epilog="clip-train shards check shards/mine/train --batch-size 4096")
+@shards.command(name="check")
 def shards_check(
     source: ShardsArgument,
     batch_size: Annotated[int, typer.Option(help="Global batch size, for the duplicates to expect in a batch.")] = 4096,
@@ -188,7 +186,7 @@ def shards_check(
         raise typer.Exit(IntegrityError.exit_code)
 
 
-@shards.command(name="overlap", epilog="clip-train shards overlap shards/mine/train /data/imagenet/val /data/flickr30k")
+@shards.command(name="overlap")
 def shards_overlap(
     source: ShardsArgument,
     sets: Annotated[list[Path], typer.Argument(help="Evaluation sets: folders of pictures or of .tar files.")],
@@ -207,7 +205,7 @@ def shards_overlap(
         write_matches(found, out)
 
 
-@shards.command(name="show", epilog="clip-train shards show shards/mine/train sheet.html")
+@shards.command(name="show")
 def shards_show(
     source: ShardsArgument,
     out: Annotated[Path, typer.Argument(help="The page to write, such as sheet.html.")],
@@ -235,7 +233,7 @@ def shards_show(
     )
 
 
-@shards.command(name="scenes", epilog="clip-train shards scenes shards/demo")
+@shards.command(name="scenes")
 def shards_scenes(
     out: Annotated[Path, typer.Argument(help="Folder that gets train/, val/ and classes/.")],
     train: Annotated[int, typer.Option(help="Training pairs.")] = 40_000,
@@ -248,7 +246,7 @@ def shards_scenes(
     print(write_scenes(out, num_train=train, num_val=val, seed=seed, workers=CORES))
 
 
-@shards.command(name="replay", epilog="clip-train shards replay runs/demo --step 100 --images batch")
+@shards.command(name="replay")
 def shards_replay(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     step: Annotated[int, typer.Option(help="Step of the run, counted from 1.")],

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from clip_train.config_dir import config_dir
 from clip_train.config_keys import explain_refusal, groups_of, options_of
 from clip_train.errors import UserError, reading
+from clip_train.evaluation.config import naming
 from clip_train.overrides import readable, refuse_code_and_secrets
 from clip_train.redact import redact
 from clip_train.schema import CHOICES, MAY_CHANGE_ON_RESUME, NAMED, ROOTS, TrainConfig
@@ -25,11 +27,10 @@ def load(command: str, overrides: list[str]) -> Any:
     Raises:
         UserError: an unknown key (the nearest right one is named), a wrong type or a broken rule.
     """
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = OmegaConf.to_object(compose(command, overrides))
+        config = _to_object(compose(command, overrides))
     except (OmegaConfBaseException, AttributeError) as error:  # the latter where `+key=` adds what no dataclass has
         raise UserError(explain_refusal(command, overrides, error)) from error
     _refuse_unasked_pipes(config, overrides)
@@ -108,9 +109,19 @@ def from_yaml(path: Path, *, root: type = TrainConfig) -> Any:
             schema[group] = OmegaConf.structured(_choice(group, values[group].get("name"), path))
         for name, evaluation in values.get("evaluation", {}).items():
             schema.evaluation[name] = OmegaConf.structured(_choice("evaluation", evaluation.get("name"), path))
-        return OmegaConf.to_object(OmegaConf.merge(schema, values))
+        return _to_object(OmegaConf.merge(schema, values))
     except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _to_object(config: Any) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for name, evaluation in config.evaluation.items() if "evaluation" in config else ():
+        with naming(name), suppress(OmegaConfBaseException):  # which names the key itself when all is made
+            OmegaConf.to_object(evaluation)
+    return OmegaConf.to_object(config)
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:

@@ -26,6 +26,7 @@ from clip_train.distributed.stop import StopReason
 from clip_train.distributed.world import World, stop_world
 from clip_train.errors import IntegrityError, UserError, writing
 from clip_train.evaluation.collapse import NOT_FINITE
+from clip_train.evaluation.config import naming
 from clip_train.evaluation.features import PrefixEncoder
 from clip_train.evaluation.interruptible import Interrupted, InterruptibleEncoder
 from clip_train.evaluation.result import read_result, write_result
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from clip_train.evaluation.result import EvaluationResult
     from clip_train.interop.loaded_model import LoadedModel
     from clip_train.model.clip import CLIP
+    from clip_train.model.config import ModelConfig
     from clip_train.optim.ema import Ema
     from clip_train.tokenizer.base import Tokenizer
 
@@ -135,11 +137,7 @@ class Evaluations:
         wanted: Callable[[], StopReason],
     ) -> None:  # fmt: skip
         self._config, self._model, self._ema, self._world, self._wanted = config, model, ema, world, wanted
-        vision = config.model.vision
-        self._evaluators = {
-            name: one.build(world=world, tokenizer=tokenizer, image_size=vision.image_size, squash=config.model.squash)
-            for name, one in config.evaluation.items()
-        }
+        self._evaluators = _build(config.evaluation, model=config.model, world=world, tokenizer=tokenizer)
         self._require_best(config.checkpoint.best)
 
     def run(self, names: Iterable[str], *, step: int, samples: bool) -> tuple[dict[str, float], StopReason]:
@@ -175,6 +173,18 @@ class Evaluations:
             raise UserError(f"checkpoint.best={best} is not one of {', '.join(f'{name}/{one}' for one in known)}")
 
 
+def _build(
+    evaluations: Mapping[str, EvaluationConfig], *, model: ModelConfig, world: World, tokenizer: Tokenizer
+) -> dict[str, Evaluator]:
+    built = {}
+    for name, one in evaluations.items():
+        with naming(name):
+            built[name] = one.build(
+                world=world, tokenizer=tokenizer, image_size=model.vision.image_size, squash=model.squash
+            )
+    return built
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Evaluate `config.checkpoint` as `config` says and return every metric as `NAME/metric`.
 
@@ -194,20 +204,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
             trained: TrainConfig = from_yaml(run / "config.yaml")
             evaluations = trained.evaluation
         if not evaluations:
-            raise UserError(
-                f"nothing to evaluate: {run} was trained without evaluations; name some, as in evaluation=[imagenet]"
-            )
+            raise UserError(f"nothing to evaluate: name evaluations, as in evaluation=[imagenet]; {run} has none")
         missing = require_some(evaluations, suite=config.suite) if config.suite else {}
-        evaluators = {
-            name: one.build(
-                world=world,
-                tokenizer=model.tokenize,
-                image_size=model.config.vision.image_size,
-                squash=model.config.squash,
-            )
-            for name, one in evaluations.items()
-            if name not in missing
-        }
+        present = {name: one for name, one in evaluations.items() if name not in missing}
+        evaluators = _build(present, model=model.config, world=world, tokenizer=model.tokenize)
         out = Path(config.output) if config.output else (run / "evaluation" if run.is_dir() else Path())
         encoder: DualEncoder = model
         weights = config.checkpoint

@@ -121,6 +121,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         metrics = Metrics(
             run_dir, world=world, config=config.logging, name=config.name, total_steps=total_steps,
             global_batch_size=config.global_batch_size, start_step=progress.step,
+            loss_of_guessing=config.loss.loss_of_guessing(config.global_batch_size),
             evaluate_again=progress.owes_evaluation, settings=asdict(config),
             peak_flops=peak_flops(world.device, precision=precision),
         )  # fmt: skip

@@ -1,13 +1,16 @@
 """The command line answers fast, explains itself, and refuses mistakes without a traceback."""
 
 import resource
+import shlex
 import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from clip_train.cli import app
+from clip_train.cli_examples import EXAMPLES
 from clip_train.config import load, to_yaml
 from clip_train.errors import UserError
 from clip_train.help import explain
@@ -43,6 +46,19 @@ def test_help_answers_without_importing_torch(arguments):
 def test_help_of_train_names_every_key_with_an_explanation():
     keys = ("optim.lr=", "global_batch_size=", "checkpoint.every=", "model=", "data.train=")
     commands.clip_train("train", "--help").worked("experiment=demo", *keys)
+
+
+def test_the_help_of_each_tool_begins_with_three_commands_that_it_takes():
+    root = typer.main.get_command(app)
+    tools = {name: one for name, one in root.commands.items() if name not in ("train", "evaluate", "sweep", "plan")}
+    for group in ("shards", "runs", "tokenizer", "selftest"):
+        tools |= {f"{group} {name}": one for name, one in tools.pop(group).commands.items()}
+    assert tools.keys() == EXAMPLES.keys()
+    for name, tool in tools.items():
+        examples = [line for line in EXAMPLES[name].splitlines() if line.startswith(f"clip-train {name}")]
+        assert len(examples) == 3 and tool.help.index(examples[0]) < 200
+        for example in examples:
+            tool.make_context(name, shlex.split(example)[1 + len(name.split()) :])  # an unknown option is an error
 
 
 def test_help_of_a_key_knows_its_namesakes_names_of_evaluations_values_and_what_is_below():

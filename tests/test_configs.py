@@ -90,6 +90,14 @@ def test_held_out_pairs_can_be_named_without_training_data():
     assert config.evaluation["val"].cache == CacheConfig()
 
 
+def test_what_is_wrong_with_an_evaluation_is_told_with_its_name():
+    given = ["checkpoint=x", "evaluation=[val,classify]", "evaluation.val.shards=y", "evaluation.classify.root=z"]
+    with pytest.raises(UserError, match=r"^evaluation\.val: every=-3 must be 0"):
+        load("evaluate", [*given, "evaluation.val.every=-3"])
+    with pytest.raises(UserError, match=r"^evaluation\.classify: batch_size=0 must be at least 1$"):
+        load("evaluate", [*given, "evaluation.classify.batch_size=0"])
+
+
 def test_held_out_pairs_that_are_not_named_are_asked_for():
     with pytest.raises(
         UserError, match=r"evaluation\.val\.shards= is required: `clip-train evaluate` has no data\.val"

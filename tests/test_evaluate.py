@@ -188,6 +188,15 @@ def test_what_is_evaluated_later_is_added_and_that_of_other_weights_forgotten(tm
     assert keep("reject").temperature is None
 
 
+def test_a_set_that_is_not_there_is_told_with_the_name_of_its_evaluation(tmp_path):
+    files.write_open_clip_folder(files.small_model(), tmp_path / "model")
+    given = [f"checkpoint={tmp_path}/model", "device=cpu", f"output={tmp_path}"]
+    with pytest.raises(UserError, match=r"^evaluation\.classify: root=/absent is not a folder"):
+        evaluate(load("evaluate", [*given, "evaluation=[classify]", "evaluation.classify.root=/absent"]))
+    with pytest.raises(UserError, match=rf"name evaluations, as in .*; {tmp_path}/model has none$"):
+        evaluate(load("evaluate", given))
+
+
 @pytest.mark.slow
 def test_the_commands_measure_a_threshold_and_answer_unknown_below_it(tmp_path):
     model = files.small_model()

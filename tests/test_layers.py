@@ -7,7 +7,7 @@ from tests.sources import ROOT, modules
 ROWS = [
     {"__main__"},
     {"cli"},
-    {"cli_shards", "cli_runs", "cli_models"},
+    {"cli_shards", "cli_runs", "cli_models", "cli_examples"},
     {"tools"},
     {"__init__"},
     {"train", "help"},

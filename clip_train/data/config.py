@@ -222,6 +222,7 @@ class DataConfig:
             IntegrityError: a shard or an index is damaged.
         """
         from clip_train.data.loader import check_divisible
+        from clip_train.data.source import warn_of_shared_shards
 
         check_divisible(global_batch_size, world=world)  # before an index pass that may take minutes
         if self.reader is Reader.streaming:
@@ -229,8 +230,7 @@ class DataConfig:
                 world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer, image_size=image_size
             )
         sources = self.open_train(world=world)
-        if self.val is not None:
-            _warn_of_shared_shards(sources, self.val_shards())
+        warn_of_shared_shards(sources, val=self.val_shards() if self.val is not None else [])
         return self.stream(
             sources, world=world, seed=seed, global_batch_size=global_batch_size, tokenizer=tokenizer,
             image_size=image_size,
@@ -317,14 +317,3 @@ class DataConfig:
             decode_floor=self.decode_floor if self.decode == Decode.fast else None,
             augmentations=tuple(augmentations),
         )
-
-
-def _warn_of_shared_shards(sources: list[Source], val: list[str]) -> None:
-    import logging
-
-    shared = {shard.location for source in sources for shard in source.shards} & set(val)
-    if shared:
-        logging.getLogger(__name__).warning(
-            "data.val: %d shards are also in data.train, such as %s: held-out results will be too good",
-            len(shared), min(shared),
-        )  # fmt: skip

@@ -49,7 +49,7 @@ class StepExchange:
         loading_since: while this rank waits for its own batch, when that began on the monotonic clock; else None.
         gathering_since: while it has its batch and waits for the other ranks' word, when that began; else None.
         seconds_loading: how long it waited for its own batches so far.
-        consumed: first slot of the newest batch.
+        newest: step and first slot of the newest batch of all ranks; None before there is one.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StepExchange:
         self.loading_since: float | None = None
         self.gathering_since: float | None = None
         self.seconds_loading = 0.0
-        self.consumed = consumed
+        self.newest: tuple[int, int] | None = None
 
     def next(self, *, step: int, stop: StopReason) -> Delivery:
         """Return the rows of a step, counted from 1, unless a rank asks to `stop`. Every rank calls it.
@@ -87,12 +87,12 @@ class StepExchange:
         if any(not row.delivered for row in ranks):
             self._raise(error)
         assert report is not None
-        self.consumed = report.consumed
         if any(row.consumed != report.consumed for row in ranks):
             raise TrainingFailed(f"the ranks stand at different samples: {[row.consumed for row in ranks]}")
         reason = max(row.stop for row in ranks)
         if reason:
             return Delivery(None, reason)
+        self.newest = (step, report.consumed)
         if self._audit is not None:
             self._audit.write(step, id_hash=add_hashes(*(row.id_hash for row in ranks)))
         self._ledger.write(report.bad, step=step)

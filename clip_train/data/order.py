@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from clip_train.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -267,7 +269,13 @@ def dealt_before(slot: int, *, quotas: Sequence[int], start: int, seed: int, seg
 
 
 def mixture_quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return how many slots of a block each source gets: largest remainders, and at least one each."""
+    """Return how many slots of a block each source gets: largest remainders, and at least one each.
+
+    Raises:
+        UserError: there are more sources than slots.
+    """
+    if len(weights) > MIXTURE_BLOCK:
+        raise UserError(f"data.train names {len(weights):,} sources; a mixture holds at most {MIXTURE_BLOCK:,}")
     total = sum(Fraction(w) for w in weights)
     exact = [Fraction(w) * MIXTURE_BLOCK / total for w in weights]
     quotas = [int(share) for share in exact]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -213,6 +214,18 @@ def open_source(
 
     named = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     return on_main(act, world=world)
+
+
+def warn_of_shared_shards(sources: Sequence[Source], *, val: Sequence[str]) -> None:
+    """Say which shards several sources have, and which are held out besides."""
+    uses = Counter(shard.location for source in sources for shard in source.shards)
+    repeated, held_out = [location for location, count in uses.items() if count > 1], uses.keys() & set(val)
+    if repeated:
+        what = "data.train: %d shards are in several sources, such as %s: a batch may hold a sample twice"
+        logger.warning(what, len(repeated), min(repeated))
+    if held_out:
+        what = "data.val: %d shards are also in data.train, such as %s: held-out results will be too good"
+        logger.warning(what, len(held_out), min(held_out))
 
 
 def _open(

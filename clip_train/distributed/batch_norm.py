@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +25,23 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """Normalise by the mean and variance of all ranks' images, which must be equally many on each.
 
     What torch.nn.SyncBatchNorm computes; that one runs on CUDA only, this one on any device. The parameters and
-    running statistics are those of the norm that it replaces, under the same names.
+    running statistics are those of the norm that it replaces, under the same names, and so are the modules that such a
+    norm of timm applies to its result (drop-out and activation).
     """
 
     def __init__(self, norm: nn.BatchNorm2d, *, world: World, group: dist.ProcessGroup | None) -> None:
         super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum, device="meta")
-        self._parameters, self._buffers = norm._parameters, norm._buffers
+        self._parameters, self._buffers, self._modules = norm._parameters, norm._buffers, norm._modules
         self._world, self._group = world, group
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [B, C, H, W] per channel. In training every rank calls it, with as many images."""
-        if not self.training:
-            return super().forward(x)
+        x = self._over_all_ranks(x) if self.training else super().forward(x)
+        for module in self.children():
+            x = module(x)
+        return x
+
+    def _over_all_ranks(self, x: Tensor) -> Tensor:
         exact = x if x.dtype == torch.float64 else x.float()
         variance, mean = torch.var_mean(exact, dim=(0, 2, 3), correction=0)
         gathered: Tensor = _Gather.apply(torch.stack([mean, variance]), self._world, self._group)  # [ranks, 2, C]
@@ -87,12 +93,18 @@ def synchronize_batch_norms(model: nn.Module, *, world: World) -> None:
         raise UserError("distributed.sync_batch_norm=true: the model has no batch norms; leave it out")
     group = new_group(world=world)
     for parent, name, child in found:
-        if type(child) is not nn.BatchNorm2d or not child.affine or child.momentum is None:
+        if not _can_be_replaced(child):
             raise UserError(
                 f"distributed.sync_batch_norm=true: the model's {type(child).__name__} cannot be synchronised, "
-                "torch's own BatchNorm2d can"
+                "torch's BatchNorm2d and timm's BatchNormAct2d can"
             )
         setattr(parent, name, SyncBatchNorm2d(child, world=world, group=group))
+
+
+def _can_be_replaced(norm: _BatchNorm) -> TypeGuard[nn.BatchNorm2d]:
+    timm = sys.modules.get("timm.layers")  # importing it takes seconds; a model of timm's has done it
+    kinds = (nn.BatchNorm2d, *([timm.BatchNormAct2d] if timm else []))
+    return type(norm) in kinds and norm.affine and norm.momentum is not None
 
 
 def share_statistics(model: nn.Module, *, states: Iterable[Mapping[str, Tensor]], world: World) -> None:

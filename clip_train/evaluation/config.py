@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -70,6 +71,15 @@ def missing_shards(patterns: str | Sequence[str], *, field: str, public_only: bo
     return None
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put `evaluation.NAME: ` before a user's error within: the config of an evaluation does not know its name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"evaluation.{name}: {error}") from error
+
+
 @dataclass(slots=True, kw_only=True)
 class EvaluationConfig:
     """Fields that every evaluation has."""
@@ -90,11 +100,11 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
-            raise UserError(f"evaluation.every={self.every} must be 0 (only at the end) or a number of steps")
+            raise UserError(f"every={self.every} must be 0 (only at the end) or a number of steps")
         if self.batch_size < 1:
-            raise UserError(f"evaluation.batch_size={self.batch_size} must be at least 1")
+            raise UserError(f"batch_size={self.batch_size} must be at least 1")
         if self.workers < 0:
-            raise UserError(f"evaluation.workers={self.workers} must not be negative")
+            raise UserError(f"workers={self.workers} must not be negative")
 
     def missing(self) -> str | None:
         """Return where the evaluation set was looked for and is not; None if it is there."""

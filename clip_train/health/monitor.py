@@ -294,9 +294,11 @@ class RunHealth:
             now = f"its batch is ready, and for {time.monotonic() - gathering:.0f} s it has waited for the other ranks"
         else:
             now = "its batch is on the device: it computes or waits for the other ranks' numbers"
-        first = self._exchange.consumed
+        if self._exchange.newest is None:
+            return [now]
+        step, first = self._exchange.newest  # of the step under way, unless this rank still waits for that one's
         last = first + self._config.global_batch_size - 1
-        return [now, f"newest batch: samples {first:,} to {last:,}, `{self._replay(self._step)}` shows it"]
+        return [now, f"newest batch: samples {first:,} to {last:,}, `{self._replay(step)}` shows it"]
 
     def _replay(self, step: int) -> str:
         return f"clip-train shards replay {self._run_dir} --step {step}"

@@ -13,7 +13,8 @@ from clip_train.errors import UserError, first_of
 from clip_train.interop import open_clip, openai
 from clip_train.interop.folders import CONFIG_FILES, WEIGHT_CHOICES, Source, read_folder, read_folder_calibration
 from clip_train.interop.hub import locate, named_file, recorded_activation
-from clip_train.interop.loaded_model import LoadedModel, Preprocess, empty_model
+from clip_train.interop.loaded_model import LoadedModel, empty_model
+from clip_train.interop.pictures import Preprocess
 from clip_train.interop.weights import assign_weights, read_weights, weights_sha256
 from clip_train.model.positions import resize_positions
 from clip_train.model.zoo import model_config

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 import torch
-from PIL import ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from clip_train.data.images.decode import BadSampleError, open_image
-from clip_train.data.images.transforms import preprocess_pixels
 from clip_train.errors import UserError
+from clip_train.interop.pictures import Preprocess, picture_batches
 from clip_train.model.clip import CLIP
 from clip_train.tokenizer.config import ClipTokenizerConfig
 
@@ -135,8 +131,8 @@ class LoadedModel(CLIP):
 
         Args:
             images: PIL images, files, or uint8 arrays [H, W, 3] of any sizes, or what `preprocess` returned; one array
-                [n, H, W, 3] will do. Of an iterator one batch is held at a time. As in `preprocess`, EXIF orientation
-                is not applied. Give these or `texts`.
+                [n, H, W, 3] will do. Of an iterator two batches are held at a time, resized. As in `preprocess`, EXIF
+                orientation is not applied. Give these or `texts`.
             texts: captions.
             batch_size: pictures or captions at a time.
             normalize: unit length; False gives raw features.
@@ -154,74 +150,39 @@ class LoadedModel(CLIP):
             raise UserError("encode takes several images or texts: put a single one into a list")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
-        given: Iterable[Any] = texts if images is None else images  # type: ignore[assignment]  # one is there
-        total = len(given) if isinstance(given, Sized) else None
-        features = [np.empty((0, self.config.embed_dim), dtype=np.float32)]
-        items, done = iter(given), 0
-        with progress_bar(total, what="texts" if images is None else "images", shown=progress) as advance:
-            while batch := list(islice(items, batch_size)):
-                if images is None:
-                    encoded = self._embed_captions(batch, normalize=normalize, truncate=truncate)
-                else:
-                    encoded = self._embed_pictures(batch, normalize=normalize, first=done)
-                features.append(encoded.cpu().numpy())
-                done += len(batch)
-                advance(len(batch))
-        return np.concatenate(features)
+        rows = [np.empty((0, self.config.embed_dim), dtype=np.float32)]
+        if images is not None:
+            what, total = "images", len(images) if isinstance(images, Sized) else None
+            embedded = self._embed_pictures(images, batch_size=batch_size, normalize=normalize)
+        else:
+            assert texts is not None
+            what, total = "texts", len(texts) if isinstance(texts, Sized) else None
+            embedded = self._embed_captions(texts, batch_size=batch_size, normalize=normalize, truncate=truncate)
+        with closing(embedded), progress_bar(total, what=what, shown=progress) as advance:
+            for features in embedded:
+                rows.append(features.float().cpu().numpy())
+                advance(len(features))
+        return np.concatenate(rows)
 
-    def _embed_pictures(self, items: list[Any], *, normalize: bool, first: int) -> Tensor:
-        pixels = []
-        for place, item in enumerate(items, start=first):
-            try:
-                pixels.append(read_picture(item, preprocess=self.preprocess))
-            except BadSampleError as error:
-                name = item if isinstance(item, str | os.PathLike) else f"images[{place}]"
-                raise UserError(f"{name}: {error.reason.replace('_', ' ')}") from error
-        return self.encode_image(torch.stack(pixels).to(self.logit_scale.device), normalize=normalize)
+    def _embed_pictures(
+        self, images: Iterable[object], *, batch_size: int, normalize: bool
+    ) -> Generator[Tensor, None, None]:
+        with closing(picture_batches(images, preprocess=self.preprocess, batch_size=batch_size)) as batches:
+            for batch in batches:
+                pixels = []
+                for name, read in batch:
+                    if isinstance(read, str):
+                        raise UserError(f"{name}: {read}")
+                    pixels.append(read)
+                yield self.encode_image(torch.stack(pixels).to(self.logit_scale.device), normalize=normalize)
 
-    def _embed_captions(self, texts: list[str], *, normalize: bool, truncate: bool) -> Tensor:
-        tokens = self.tokenize(texts, truncate=truncate)
-        return self.encode_text(tokens.to(self.logit_scale.device), normalize=normalize)
-
-
-def read_picture(item: object, *, preprocess: Preprocess, upright: bool = False) -> Tensor:
-    """Return what the model takes of a picture, float32 [3, S, S].
-
-    Args:
-        item: a PIL image, a file, an array uint8 [H, W, 3], or what `preprocess` returned.
-        preprocess: the model's.
-        upright: apply EXIF orientation.
-
-    Raises:
-        UserError: the item is of another kind.
-        BadSampleError: the picture cannot be read.
-    """
-    if isinstance(item, Tensor):
-        size = preprocess.image_size
-        if not item.is_floating_point() or item.shape != (3, size, size):
-            raise UserError(
-                f"a tensor {item.dtype} {list(item.shape)} is no picture: give what preprocess returns, "
-                f"float [3, {size}, {size}]"
-            )
-        return item.float()
-    if isinstance(item, np.ndarray):
-        if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3:
-            raise UserError(f"an array {item.dtype} {list(item.shape)} is no picture: give uint8 [H, W, 3]")
-        item = PIL.Image.fromarray(item)
-    if not isinstance(item, PIL.Image.Image | str | os.PathLike):
-        raise UserError(f"{type(item).__name__} is no picture: give a PIL image, a file, or an array uint8 [H, W, 3]")
-    if isinstance(item, str) and "://" in item:
-        raise BadSampleError("a URL, and pictures are read from files: download it first")
-    try:
-        image = item if isinstance(item, PIL.Image.Image) else open_image(Path(item).read_bytes())
-        with warnings.catch_warnings(action="ignore"):  # of damage that does not matter; what matters raises
-            return preprocess(ImageOps.exif_transpose(image) if upright else image)
-    except (BadSampleError, MemoryError):
-        raise
-    except OSError as error:
-        raise BadSampleError(error.strerror or str(error)) from error
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        raise BadSampleError(str(error) or "undecodable") from error
+    def _embed_captions(
+        self, texts: Iterable[str], *, batch_size: int, normalize: bool, truncate: bool
+    ) -> Generator[Tensor, None, None]:
+        items = iter(texts)
+        while batch := list(islice(items, batch_size)):
+            tokens = self.tokenize(batch, truncate=truncate)
+            yield self.encode_text(tokens.to(self.logit_scale.device), normalize=normalize)
 
 
 @contextmanager
@@ -250,34 +211,3 @@ class _WithoutInit(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
         return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
-
-
-class Preprocess:
-    """Turn a picture into what the model expects: resize, crop the centre unless squashed, scale, normalise.
-
-    Pixel-equal to the transform of OpenAI CLIP. Transparency goes over white; EXIF orientation is not applied.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.image_size = config.vision.image_size
-        self.squash = config.squash
-        self.mean = torch.tensor(config.mean).view(3, 1, 1)
-        self.std = torch.tensor(config.std).view(3, 1, 1)
-
-    def __repr__(self) -> str:
-        """Say what it does."""
-        size, fit = self.image_size, "squash" if self.squash else "resize the short side, crop the centre"
-        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
-        return f"Preprocess({fit} to {size} x {size}, mean={mean}, std={std})"
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return float32 [3, S, S].
-
-        Raises:
-            UserError: `image` is no PIL image.
-        """
-        if not isinstance(image, PIL.Image.Image):
-            raise UserError(f"preprocess takes a PIL image, not {type(image).__name__}: PIL.Image.open(FILE) gives one")
-        square = preprocess_pixels(image, image_size=self.image_size, squash=self.squash)  # uint8 [S, S, 3]
-        pixels = torch.from_numpy(square.copy())
-        return pixels.permute(2, 0, 1).float().div(255).sub_(self.mean).div_(self.std).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -36,6 +37,10 @@ class LossConfig:
         """Make the loss for the ranks of `world`. Called by every rank."""
         raise NotImplementedError
 
+    def loss_of_guessing(self, num_pairs: int) -> float:
+        """Return the least loss, over a batch of `num_pairs`, of a model whose logits are all equal."""
+        raise NotImplementedError
+
 
 @dataclass(slots=True, kw_only=True)
 class ClipLossConfig(LossConfig):
@@ -48,6 +53,10 @@ class ClipLossConfig(LossConfig):
         from clip_train.loss.clip import ClipLoss
 
         return ClipLoss(world=world, ignore_duplicates=self.duplicates is Duplicates.ignore)
+
+    def loss_of_guessing(self, num_pairs: int) -> float:
+        """Return ln N."""
+        return math.log(num_pairs)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,3 +77,8 @@ class SigLipLossConfig(LossConfig):
             ring=self.exchange is Exchange.ring,
             ignore_duplicates=self.duplicates is Duplicates.ignore,
         )
+
+    def loss_of_guessing(self, num_pairs: int) -> float:
+        """Return ln N + (N - 1) ln(N / (N - 1)): each pair is said to belong together with probability 1 / N."""
+        others = num_pairs - 1
+        return math.log(num_pairs) + (others * math.log1p(1 / others) if others else 0.0)

@@ -5,7 +5,6 @@ Values stay on the device until a log step; then one gather and one copy bring t
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,8 @@ class Metrics:
         config: `logging.*`.
         name: run name, shown and given to wandb.
         total_steps: length of the run.
-        global_batch_size: pairs per step, for rates and for the chance level ln N.
+        global_batch_size: pairs per step, for rates.
+        loss_of_guessing: what the loss is compared with.
         start_step: step that the run continues from; later rows of an earlier attempt are dropped.
         evaluate_again: drop what an earlier attempt wrote of the evaluations at that step, too.
         settings: the resolved config, for wandb.
@@ -45,18 +45,18 @@ class Metrics:
 
     def __init__(
         self, run_dir: Path, *, world: World, config: LoggingConfig, name: str, total_steps: int,
-        global_batch_size: int, start_step: int, settings: dict[str, Any], evaluate_again: bool = False,
-        peak_flops: float | None = None,
+        global_batch_size: int, loss_of_guessing: float, start_step: int, settings: dict[str, Any],
+        evaluate_again: bool = False, peak_flops: float | None = None,
     ) -> None:  # fmt: skip
         self.world = world
-        self.global_batch_size = global_batch_size
+        self.global_batch_size, self.loss_of_guessing = global_batch_size, loss_of_guessing
         self.sums: dict[str, Tensor] = {}
         self.num_added = 0
         self.seconds_waiting = 0.0
         self.flops = 0.0
         self.peak_flops = peak_flops
         self.window_start = time.monotonic()
-        self.panel = Panel(name=name, total_steps=total_steps, global_batch_size=global_batch_size, shown=world.is_main)
+        self.panel = Panel(name=name, total_steps=total_steps, shown=world.is_main)
         self.sinks: Sinks | None = None
         if world.is_main:
             self.sinks = Sinks(
@@ -88,7 +88,7 @@ class Metrics:
         seconds = time.monotonic() - self.window_start
         row = {f"train/{n}": value / self.num_added for n, value in zip(names, means, strict=True)}
         row |= {
-            "train/loss_of_guessing": math.log(self.global_batch_size),
+            "train/loss_of_guessing": self.loss_of_guessing,
             "perf/samples_per_second": self.num_added * self.global_batch_size / seconds,
             "perf/step_seconds": seconds / self.num_added,
             "perf/data_wait": waiting / seconds,

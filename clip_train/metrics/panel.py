@@ -34,10 +34,9 @@ class Panel:
 
     live_console: Console | None = None
 
-    def __init__(self, *, name: str, total_steps: int, global_batch_size: int, shown: bool) -> None:
+    def __init__(self, *, name: str, total_steps: int, shown: bool) -> None:
         self.name = name
         self.total_steps = total_steps
-        self.guessing = math.log(global_batch_size)
         self.shown = shown
         self.started = time.monotonic()
         self.last_line = -math.inf
@@ -72,7 +71,7 @@ class Panel:
         scale = row["train/logit_scale"]
         clamped = " (clamped)" if scale >= 99.99 else ""
         return [
-            f"loss {row['train/loss']:.3f} (guessing {self.guessing:.3f})",
+            f"loss {row['train/loss']:.3f} (guessing {row['train/loss_of_guessing']:.3f})",
             f"in-batch R@1 {100 * row['train/in_batch_recall@1']:.1f} %",
             f"logit scale {scale:.1f}{clamped}",
             f"lr {row['train/learning_rate']:.2e}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,12 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from clip_train.calibration import RejectScore, hash_prompts
-from clip_train.data.images.decode import BadSampleError
 from clip_train.errors import UserError
 from clip_train.evaluation.features import TEXT_BATCH_SIZE, similarity
 from clip_train.evaluation.prompts.files import fill, load_templates
 from clip_train.evaluation.reject.scores import reject_scores
-from clip_train.interop.loaded_model import read_picture
+from clip_train.interop.pictures import picture_batches
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,7 +120,9 @@ def classify(
         raise UserError("labels is empty: give at least one text")
     if top < 1:
         raise UserError(f"top={top} must be at least 1")
-    patterns = ["{}"] if templates == NONE else load_templates(templates)
+    if not isinstance(templates, str | os.PathLike):
+        raise UserError(f"templates={templates!r} must be one text: several templates go into a file, one a line")
+    patterns = ["{}"] if templates == NONE else load_templates(os.fspath(templates))
     threshold = choose_threshold(model, labels=names, templates=patterns, min_similarity=min_similarity)
     texts = [[fill(pattern, classname=name) for pattern in patterns] for name in names]
     return _classify(images, model=model, names=names, texts=texts, threshold=threshold, top=top)
@@ -140,7 +143,7 @@ def choose_threshold(
     if min_similarity == OFF:
         return None
     if min_similarity != AUTO:
-        if isinstance(min_similarity, str) or not -1 <= min_similarity <= 1:
+        if not isinstance(min_similarity, Real) or not -1 <= min_similarity <= 1:
             raise UserError(f"min_similarity={min_similarity} must be {AUTO}, {OFF} or a cosine in [-1, 1]")
         return Threshold(RejectScore.max_cosine, float(min_similarity), "as asked for")
     if model.calibration is None:
@@ -184,19 +187,21 @@ def _classify(
         texts = texts + [[prompt] for prompt in BACKGROUND]
     device = model.logit_scale.device
     vectors = _label_vectors(texts, model=model)
-    for batch in pixel_batches(images, model=model):
-        pixels = [loaded for _, loaded in batch if isinstance(loaded, Tensor)]
-        features = model.encode_image(torch.stack(pixels).to(device)) if pixels else vectors[:0]
-        cosines = similarity(features, vectors).cpu()
-        rows = iter(zip(cosines, _probabilities(cosines, model=model), strict=True))
-        for picture, loaded in batch:
-            if isinstance(loaded, str):
-                yield PictureScores(picture, [], None, loaded)
-                continue
-            cosine, probability = next(rows)
-            order = cosine.argsort(descending=True, stable=True)[:top].tolist()
-            scores = [LabelScore(names[c], float(probability[c]), float(cosine[c])) for c in order]
-            yield PictureScores(picture, scores, _reject(cosine[:num_labels], names=names, threshold=threshold), None)
+    with closing(picture_batches(images, preprocess=model.preprocess, batch_size=BATCH_SIZE, upright=True)) as batches:
+        for batch in batches:
+            pixels = [loaded for _, loaded in batch if isinstance(loaded, Tensor)]
+            features = model.encode_image(torch.stack(pixels).to(device)) if pixels else vectors[:0]
+            cosines = similarity(features, vectors).cpu()
+            rows = iter(zip(cosines, _probabilities(cosines, model=model), strict=True))
+            for picture, loaded in batch:
+                if isinstance(loaded, str):
+                    yield PictureScores(picture, [], None, loaded)
+                    continue
+                cosine, probability = next(rows)
+                order = cosine.argsort(descending=True, stable=True)[:top].tolist()
+                scores = [LabelScore(names[c], float(probability[c]), float(cosine[c])) for c in order]
+                unknown = _reject(cosine[:num_labels], names=names, threshold=threshold)
+                yield PictureScores(picture, scores, unknown, None)
 
 
 def _label_vectors(texts: list[list[str]], *, model: LoadedModel) -> Tensor:
@@ -232,21 +237,3 @@ def _reject(cosines: Tensor, *, names: Sequence[str], threshold: Threshold | Non
     else:
         value = float(reject_scores(cosines[None], logit_scale=1.0)[threshold.score][0])
     return None if value >= threshold.value else Unknown(value, threshold, names[int(cosines.argmax())])
-
-
-def pixel_batches(
-    images: Iterable[Image.Image | str | Path], *, model: LoadedModel
-) -> Iterator[list[tuple[str, Tensor | str]]]:
-    """Yield names of pictures with their pixels [3, S, S], or with the reason why they cannot be read."""
-    batch: list[tuple[str, Tensor | str]] = []
-    for place, image in enumerate(images):
-        name = str(image) if isinstance(image, str | os.PathLike) else f"picture {place}"
-        try:
-            batch.append((name, read_picture(image, preprocess=model.preprocess, upright=True)))
-        except BadSampleError as error:
-            batch.append((name, error.reason.replace("_", " ")))
-        if len(batch) == BATCH_SIZE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -46,7 +46,7 @@ SUMMARY_KEYS = (
 )  # fmt: skip
 PACKAGES = ("clip-train", "torch", "torchvision", "numpy", "pillow")
 MOST_HEADLINES = 6  # in the verdict and the tiles; a suite has dozens
-NO_BETTER_THAN_GUESSING = 0.98  # share of ln N
+NO_BETTER_THAN_GUESSING = 0.98  # share of its loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +170,7 @@ def training_charts(rows: list[dict[str, Any]]) -> list[Chart]:
     """Return the curves of training; those with too few points are left out."""
     guessing = rows[-1].get("train/loss_of_guessing") if rows else None
     kinds: list[tuple[str, str, dict[str, Any]]] = [
-        ("train/loss", "Loss", {"reference": ("guessing, ln N", guessing) if guessing else None, "from_zero": True}),
+        ("train/loss", "Loss", {"reference": ("guessing", guessing) if guessing else None, "from_zero": True}),
         ("train/in_batch_recall@1", "Recall@1 in the batch", {"unit": "%", "from_zero": True}),
         ("train/logit_scale", "Temperature (logit scale)", {}),
         ("train/learning_rate", "Learning rate", {"from_zero": True}),

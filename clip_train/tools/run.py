@@ -19,7 +19,8 @@ from clip_train.tools.report import write_report
 if TYPE_CHECKING:
     import torch
 
-    from clip_train.interop.loaded_model import LoadedModel, Preprocess
+    from clip_train.interop.loaded_model import LoadedModel
+    from clip_train.interop.pictures import Preprocess
 
 
 def newest_run(folder: Path = Path("runs")) -> Path:

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_train.data.images.decode import BadSampleError
 from clip_train.data.images.folder import is_picture
 from clip_train.errors import UserError
 from clip_train.files import hash_file, replace_file
 from clip_train.interop.loaded_model import progress_bar
+from clip_train.interop.pictures import picture_batches, read_picture
 from clip_train.interop.weights import weights_sha256
-from clip_train.tools.classify import pixel_batches
+from clip_train.tools.classify import BATCH_SIZE
 from clip_train.tools.classify_command import find_pictures
 
 if TYPE_CHECKING:
@@ -121,9 +123,10 @@ def embed_query(query: str, *, model: LoadedModel) -> np.ndarray:
         UserError: the file is no picture or not there, or the text has more tokens than the model's context.
     """
     if os.path.isfile(query):  # noqa: PTH113 a text may be too long for a path, which pathlib raises for
-        ((_, pixels),) = next(pixel_batches([query], model=model))
-        if isinstance(pixels, str):
-            raise UserError(f"{query}: {pixels}")
+        try:
+            pixels = read_picture(query, preprocess=model.preprocess, upright=True)
+        except BadSampleError as error:
+            raise UserError(f"{query}: {error.reason.replace('_', ' ')}") from error
         return model.encode_image(pixels[None].to(model.logit_scale.device))[0].cpu().numpy()
     if is_picture(Path(query)):
         raise UserError(f"{query}: there is no picture of this name")
@@ -143,7 +146,7 @@ def _embed(paths: dict[str, Path], *, model: LoadedModel, into: dict[str, np.nda
     reasons: dict[str, str] = {}
     hashes = iter(paths)
     with progress_bar(len(paths), what="pictures", shown=True) as advance:
-        for batch in pixel_batches(paths.values(), model=model):
+        for batch in picture_batches(paths.values(), preprocess=model.preprocess, batch_size=BATCH_SIZE, upright=True):
             read = [(next(hashes), pixels) for _, pixels in batch]
             reasons |= {name: pixels for name, pixels in read if isinstance(pixels, str)}
             good = {name: pixels for name, pixels in read if isinstance(pixels, Tensor)}

@@ -83,7 +83,10 @@ def steps(training_stream, world, run_dir: Path, *, batch: int = 8, done: int = 
         training_stream, batches=batches, run_dir=run_dir, world=world, step=done, consumed=done * batch
     )
     try:
-        return [exchange.next(step=done + i + 1, stop=StopReason.none).batch for i in range(count)]
+        assert exchange.newest is None
+        found = [exchange.next(step=done + i + 1, stop=StopReason.none).batch for i in range(count)]
+        assert exchange.newest == (done + count, (done + count - 1) * batch)
+        return found
     finally:
         exchange.close()
         training_stream.close()

@@ -59,11 +59,13 @@ def test_shards_that_are_not_given_are_asked_for(tmp_path):
         DataConfig().val_shards()
 
 
-def test_training_on_held_out_shards_warns(tmp_path, caplog):
+def test_training_on_held_out_shards_or_on_shards_of_several_sources_warns(tmp_path, caplog):
     numbered_shards(tmp_path, [8, 8])
-    config = DataConfig(train=str(tmp_path), val=str(tmp_path / "s-001.tar"))
+    train = {"all": {"shards": str(tmp_path)}, "first": {"shards": str(tmp_path / "s-000.tar")}}
+    config = DataConfig(train=train, val=str(tmp_path / "s-001.tar"))
     config.build_train(world=World(), seed=0, global_batch_size=8, tokenizer=ByteTokenizer(), image_size=16)
     assert "1 shards are also in data.train" in caplog.text
+    assert f"1 shards are in several sources, such as {tmp_path / 's-000.tar'}" in caplog.text
 
 
 def test_the_choice_in_configs_sets_known_fields_only():

@@ -323,6 +323,9 @@ def test_inputs_that_cannot_be_read_are_user_errors_that_say_what_is_wrong(tmp_p
 
 def test_rows_of_a_table_that_cannot_be_used_are_left_out_by_name_and_the_others_are_made(tmp_path):
     _pictures(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "t.csv").write_text("image,caption\n,x\na.png," + "x" * 200_000 + "\nb.png,x\n")
+    summary = make_shards(tmp_path / "t.csv", tmp_path / "of_csv")
+    assert (summary.train, summary.skipped) == (1, {"caption_too_long": 1, "image_missing": 1})
     cells = [("a.png", ["one", 7]), ("", "x"), (None, "x"), ("b.png", 3), (["c.png"], "x"), ("c.png", None)]
     lines = [json.dumps({"image": image, "caption": caption}) for image, caption in cells]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from clip_train.data.order import SlotOrder, SourceOrder, key, mix64, mixture_quotas, permutation, source_id
+from clip_train.errors import UserError
 
 COUNTS_A = [5, 3, 7, 1, 4]
 COUNTS_C = [9000 + 37 * i % 101 for i in range(332)]
@@ -95,6 +96,9 @@ def test_random_words_of_a_sample_match_the_golden_vectors():
 
 def test_a_mixture_matches_the_golden_vectors():
     assert mixture_quotas([0.5, 0.3, 0.2]) == (2048, 1229, 819)
+    assert mixture_quotas([1] * 4096) == (1,) * 4096
+    with pytest.raises(UserError, match="4,097 sources; a mixture holds at most 4,096"):
+        mixture_quotas([1] * 4097)
     sources = [SourceOrder([10_000], name=name, seed=7) for name in "abc"]
     order = SlotOrder(sources, weights=[0.5, 0.3, 0.2], seed=7)
     dealt, _ = order.route(np.arange(2 * 4096, dtype=np.int64))

@@ -1,9 +1,11 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from clip_train.distributed.batch_norm import synchronize_batch_norms
+from clip_train.distributed.batch_norm import SyncBatchNorm2d, synchronize_batch_norms
 from clip_train.distributed.parallel import parallelize
 from clip_train.distributed.world import World
 from clip_train.errors import UserError
@@ -20,7 +22,16 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def small_resnet():
-    model = create_model("tiny-rn", seed=1, text={"vocab_size": 200, "layers": 1}).double()
+    return small_model("tiny-rn", {})
+
+
+def small_efficientnet():
+    return small_model("timm", {"timm": "test_efficientnet", "image_size": 64})
+
+
+def small_model(name, vision):
+    text = {"vocab_size": 200, "width": 64, "heads": 1, "layers": 1}
+    model = create_model(name, seed=1, vision=vision, text=text).double()
     for name, parameter in model.named_parameters():  # the last norm of a block starts at zero, and would hide it
         if name.endswith("bn3.weight"):
             nn.init.constant_(parameter, 0.7)
@@ -52,8 +63,8 @@ def statistics(model):
     return {name: value.clone().numpy() for name, value in model.named_buffers() if name.endswith(STATISTICS)}
 
 
-def on_rank(world, strategy):
-    model = small_resnet()
+def on_rank(world, strategy, make):
+    model = make()
     wrapped = parallelize(model, world=world, strategy=strategy, sync_batch_norm=True)
     batch = draw_batch(8)
     own = Batch(*(t[4 * world.rank : 4 * world.rank + 4] for t in batch))
@@ -65,12 +76,19 @@ def on_rank(world, strategy):
     return whole, statistics(model), sorted(model.state_dict())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_gradients_and_statistics_over_two_ranks_equal_those_of_torchs_norms_on_the_whole_batch(strategy):
-    model, batch = small_resnet().train(), draw_batch(8)
+@pytest.mark.parametrize(
+    ("strategy", "make"),
+    [
+        ("ddp", small_resnet),
+        pytest.param("fsdp", small_resnet, marks=pytest.mark.slow),
+        pytest.param("ddp", small_efficientnet, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_and_statistics_over_two_ranks_equal_those_of_usual_norms_on_the_whole_batch(strategy, make):
+    model, batch = make().train(), draw_batch(8)
     clip_loss(model(batch.images, batch.tokens)).backward()
     want = {n: p.grad.numpy() for n, p in model.named_parameters() if not n.startswith("logit")}
-    for got, counted, names in run_on_ranks(on_rank, strategy):
+    for got, counted, names in run_on_ranks(on_rank, strategy, make):
         assert names == sorted(model.state_dict())
         for name, gradient in want.items():
             assert abs(got[name] - gradient).max() <= 1e-9 * max(1e-3, abs(gradient).max()), name
@@ -111,6 +129,21 @@ def test_gradient_caching_counts_each_micro_batch_once():
         assert abs(got[name] - want[name]).max() < 1e-12, name
     assert got["visual.bn1.num_batches_tracked"] == 4
     assert all(norm.track_running_stats for norm in cached.modules() if isinstance(norm, nn.BatchNorm2d))
+
+
+def test_timms_norm_with_its_activation_is_replaced_by_one_that_computes_the_same():
+    from timm.layers import BatchNormAct2d
+
+    theirs = nn.Sequential(BatchNormAct2d(3, act_layer=nn.SiLU)).double()
+    ours = copy.deepcopy(theirs)
+    synchronize_batch_norms(ours, world=World())
+    assert type(ours[0]) is SyncBatchNorm2d and list(ours.state_dict()) == list(theirs.state_dict())
+    image = torch.rand(4, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for training in (True, False):
+        got, want = (norm.train(training)(image.requires_grad_()) for norm in (ours, theirs))
+        assert torch.allclose(got, want, atol=1e-12)
+        assert torch.allclose(*(torch.autograd.grad(out.square().sum(), image)[0] for out in (got, want)), atol=1e-10)
+    assert all(torch.allclose(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
 
 
 def test_models_without_batch_norms_and_norms_of_another_kind_are_refused():

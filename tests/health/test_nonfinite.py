@@ -6,17 +6,21 @@ import torch
 from clip_train.config import load
 from clip_train.errors import TrainingFailed
 from clip_train.health.events import read_events
+from clip_train.health.monitor import RunHealth
 from clip_train.health.nonfinite import NonfiniteSteps
 from clip_train.schema import OnNonfinite
-from clip_train.step import StepResult
+from clip_train.step import StepResult, TrainStep
 from clip_train.train import train
-from tests.health.test_runs import scenes  # noqa: F401 - a fixture
+from tests.health.test_runs import newest_batch, scenes  # noqa: F401 - a fixture
 from tests.test_train import break_images, overrides
 from tests.torture.faults import ROWS
 
 
 def test_the_message_names_step_rank_samples_gradient_and_the_command(scenes, tmp_path, monkeypatch):  # noqa: F811
     slots, _ = break_images(monkeypatch, 3)
+    enter, compute, waiting = RunHealth.__enter__, TrainStep.__call__, []
+    monkeypatch.setattr(RunHealth, "__enter__", lambda health: waiting.append(health) or enter(health))
+    monkeypatch.setattr(TrainStep, "__call__", lambda *a, **k: waiting.append(waiting[0]._state()) or compute(*a, **k))
     with pytest.raises(TrainingFailed) as failure:
         train(load("train", overrides(scenes, tmp_path, "steps=9", "optim.warmup=2")))
     said = str(failure.value)
@@ -25,6 +29,8 @@ def test_the_message_names_step_rank_samples_gradient_and_the_command(scenes, tm
     assert int(named.split()[0]) in slots[2] and "(000000.tar, sample " in named
     assert "first gradient that is not finite: " in said
     assert f"`clip-train shards replay {tmp_path} --step 3`" in said
+    for step, state in enumerate(waiting[1:], start=1):  # what a watchdog would have said amid each step
+        assert newest_batch(state[1]) == step
     (event,) = read_events(tmp_path)
     assert event["kind"] == "nonfinite" and event["step"] == 3 and event["action"] == "stop"
 

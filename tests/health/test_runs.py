@@ -1,6 +1,7 @@
 """Whole runs that something is wrong with: what a person sees, the exit code, and what stands in the run directory."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -52,4 +53,11 @@ def test_a_run_whose_loader_hangs_ends_with_70_and_says_where_it_stood(scenes, t
     stacks = (tmp_path / "rank-000.stacks.txt").read_text()
     assert "data/workers.py" in stacks and "in next" in stacks
     (event,) = [event for event in read_events(tmp_path) if event["kind"] == "hang"]
-    assert "shards replay" in event["message"] and event["step"] >= 5
+    assert newest_batch(event["message"]) == event["step"] >= 5
+
+
+def newest_batch(message: str) -> int:
+    """Return the step that a message about a hang asks to replay; it has the samples that the message names."""
+    first, step = re.search(r"newest batch: samples ([\d,]+) to .* --step (\d+)`", message).groups()
+    assert int(first.replace(",", "")) == 12 * (int(step) - 1)
+    return int(step)

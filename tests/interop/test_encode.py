@@ -1,12 +1,17 @@
+import copy
+import os
 import sys
+import threading
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import clip_train
 from clip_train.errors import UserError
+from clip_train.interop.pictures import Preprocess
 
 from . import files
 
@@ -40,6 +45,7 @@ def test_encode_gives_the_features_of_one_call_each_in_their_order(model, tmp_pa
         assert features.dtype == np.float32 and np.abs(features - one_by_one).max() < 1e-6
     preprocessed = torch.stack([model.preprocess(image) for image in images])
     assert np.abs(model.encode(images=preprocessed, batch_size=2) - one_by_one).max() < 1e-6
+    assert copy.deepcopy(model).double().encode(images=images).dtype == np.float32
     texts = ["a cat", "a dog in a house", "", "three"]
     one_by_one = torch.cat([model.encode_text([text], normalize=False) for text in texts]).detach().numpy()
     assert np.abs(model.encode(texts=texts, batch_size=3, normalize=False) - one_by_one).max() < 1e-5
@@ -58,6 +64,29 @@ def test_encode_holds_one_batch_of_an_iterator_at_a_time(model, monkeypatch):
     monkeypatch.setattr(type(model), "encode_text", lambda *a, **k: held.append(len(drawn)) or encode_text(*a, **k))
     model.encode(texts=(drawn.append(i) or "a" for i in range(6)), batch_size=2)
     assert held == [2, 4, 6]
+
+
+def test_one_object_that_is_given_again_with_other_contents_is_read_each_time(model, tmp_path):
+    frames = [Image.new("L", (32, 32), grey) for grey in (0, 90, 255)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as film:
+        features = model.encode(images=ImageSequence.Iterator(film), progress=False)
+    assert np.abs(features - model.encode(images=frames, progress=False)).max() < 1e-6
+    buffer, values = np.zeros((32, 32, 3), np.uint8), (0, 90, 255)
+    reused = (np.copyto(buffer, value) or buffer for value in values)
+    assert np.array_equal(model.encode(images=reused, progress=False), features)
+
+
+def test_files_are_decoded_by_several_threads_that_leave_warnings_as_they_were(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    expected = model.encode(images=pictures(12), progress=False)
+    two_at_once, preprocess = threading.Barrier(2, timeout=60), Preprocess.__call__
+    monkeypatch.setattr(Preprocess, "__call__", lambda self, image: (two_at_once.wait(), preprocess(self, image))[1])
+    for i, array in enumerate(pictures(12)):
+        Image.fromarray(array).save(tmp_path / f"{i}.png")
+    filters = list(warnings.filters)
+    assert np.array_equal(model.encode(images=[tmp_path / f"{i}.png" for i in range(12)], batch_size=64), expected)
+    assert threading.active_count() == 1 and warnings.filters == filters
 
 
 def test_encode_cuts_long_captions_only_when_told(model):
@@ -98,7 +127,7 @@ def test_a_picture_cut_short_is_named(model, tmp_path):
     (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"a\.png: image file is truncated"):
         model.encode(images=[tmp_path / "a.png"])
-    expected = pytest.raises(UserError, match=r"images\[1\]: image file is truncated")
+    expected = pytest.raises(UserError, match=r"picture 1: image file is truncated")
     with Image.open(tmp_path / "a.png") as cut, expected:
         model.encode(images=[Image.new("RGB", (9, 9)), cut], batch_size=1)
 

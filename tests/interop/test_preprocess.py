@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from clip_train.interop.loaded_model import Preprocess
+from clip_train.interop.pictures import Preprocess
 from clip_train.model.zoo import model_config
 
 

@@ -3,6 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_train.distributed.world import World
+from clip_train.loss.config import SigLipLossConfig
 from clip_train.loss.siglip import SigLipLoss
 from tests.gloo import run_on_ranks
 from tests.loss.reference import draw, gradients, rows_of, siglip_loss, worst_error
@@ -23,6 +24,13 @@ def test_one_process_equals_autograd_on_the_full_matrix(tile, ring, masks):
         features = draw(96, scale=scale, bias=bias)
         want = gradients(siglip_loss(features, **masks), features)
         assert worst_error(evaluate(features, tile=tile, ring=ring, **masks), want) < 1e-12
+
+
+def test_no_model_with_equal_logits_has_a_lower_loss_than_that_of_guessing():
+    biases = torch.linspace(-4, -2, 101, dtype=torch.float64)  # no cosine counts at this scale
+    losses = [siglip_loss(draw(24, scale=1e-12, bias=float(bias))).item() for bias in biases]
+    assert SigLipLossConfig().loss_of_guessing(24) == pytest.approx(min(losses), abs=1e-4)
+    assert SigLipLossConfig().loss_of_guessing(1) == 0
 
 
 def test_float32_stays_within_1e_5():

@@ -13,8 +13,8 @@ from clip_train.metrics.sinks import read_metrics
 def test_a_row_holds_means_rates_and_the_share_of_the_peak(tmp_path):
     world = World()
     metrics = Metrics(
-        tmp_path, world=world, config=LoggingConfig(), name="run", total_steps=9, global_batch_size=8, start_step=0,
-        settings={}, peak_flops=1e9,
+        tmp_path, world=world, config=LoggingConfig(), name="run", total_steps=9, global_batch_size=8,
+        loss_of_guessing=3.0, start_step=0, settings={}, peak_flops=1e9,
     )  # fmt: skip
     names = ("loss", "in_batch_recall@1", "logit_scale")
     for value in (1.0, 2.0):
@@ -22,7 +22,7 @@ def test_a_row_holds_means_rates_and_the_share_of_the_peak(tmp_path):
     world.stalls.count(lambda: time.sleep(0.02), device=world.device)
     row = metrics.log(step=2, samples_seen=16, extra={"train/learning_rate": 0.5})
     metrics.close()
-    assert row["train/loss"] == 1.5 and row["train/learning_rate"] == 0.5
+    assert (row["train/loss"], row["train/loss_of_guessing"]) == (1.5, 3.0) and row["train/learning_rate"] == 0.5
     seconds = 2 * row["perf/step_seconds"]
     assert row["perf/samples_per_second"] == pytest.approx(16 / seconds)
     assert row["perf/data_wait"] == pytest.approx(0.02 / seconds)
@@ -35,8 +35,8 @@ def test_a_row_holds_means_rates_and_the_share_of_the_peak(tmp_path):
 
 def test_time_for_an_evaluation_between_two_rows_is_no_time_of_steps(tmp_path):
     metrics = Metrics(
-        tmp_path, world=World(), config=LoggingConfig(), name="run", total_steps=9, global_batch_size=8, start_step=0,
-        settings={},
+        tmp_path, world=World(), config=LoggingConfig(), name="run", total_steps=9, global_batch_size=8,
+        loss_of_guessing=3.0, start_step=0, settings={},
     )  # fmt: skip
     names = ("loss", "in_batch_recall@1", "logit_scale")
     values = {name: torch.tensor(1.0) for name in names}

@@ -229,7 +229,15 @@ def test_a_single_label_is_compared_with_background_prompts_but_rejected_by_its_
 
 @pytest.mark.parametrize(
     "options",
-    [{"labels": []}, {"top": 0}, {"min_similarity": 1.5}, {"min_similarity": "high"}, {"templates": "none.txt"}],
+    [
+        {"labels": []},
+        {"top": 0},
+        {"min_similarity": 1.5},
+        {"min_similarity": "high"},
+        {"templates": "none.txt"},
+        {"min_similarity": None},
+        {"templates": ["a {}"]},
+    ],
 )
 def test_mistakes_are_refused_at_once(pictures, options):
     with pytest.raises(UserError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 from typing import NamedTuple
 
@@ -43,6 +44,34 @@ class BadSampleError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class _Silence:
+    """Let no warning out while any thread is within.
+
+    `warnings.catch_warnings` in several threads at once leaves the filters of one of them behind, for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._filters = warnings.catch_warnings(action="ignore")
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._depth == 0:
+                self._filters = warnings.catch_warnings(action="ignore")
+                self._filters.__enter__()
+            self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self._filters.__exit__(None, None, None)
+
+
+without_warnings = _Silence()
 
 
 class JpegHeader(NamedTuple):
@@ -121,8 +150,7 @@ def decode_image(content: bytes) -> np.ndarray:
     image = open_image(content)
     check_shape(*image.size)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damage that does not matter; what matters raises
+        with without_warnings:  # of damage that does not matter; what matters raises
             ImageOps.exif_transpose(image, in_place=True)
             return np.array(to_rgb(image))  # writable, as torch wants it
     except MemoryError:
@@ -140,8 +168,7 @@ def open_image(content: bytes) -> Image.Image:
     """
     if not content:
         raise BadSampleError("empty_image")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large pictures and odd metadata; the limits are ours
+    with without_warnings:  # of large pictures and odd metadata; the limits are ours
         try:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
         except Image.DecompressionBombError as error:

@@ -29,10 +29,7 @@ class CalibrateConfig(ClassifyConfig):
         # Not super(): with slots=True it would name the class that the decorator replaced.
         ClassifyConfig.__post_init__(self)
         if bool(self.root) == bool(self.shards):
-            raise UserError(
-                f"evaluation.{self.name}: give root=DIR (labelled images) or shards=PATTERN (image-caption pairs), one "
-                "of them"
-            )
+            raise UserError("give root=DIR (labelled images) or shards=PATTERN (image-caption pairs), one of them")
 
     def missing(self) -> str | None:
         """Return `root` if it is not there, or what is wrong with the shards."""

@@ -40,12 +40,12 @@ class GroupAuditConfig(ClassifyConfig):
         # Not super(): with slots=True it would name the class that the decorator replaced.
         ClassifyConfig.__post_init__(self)
         if self.skew_k < 1:
-            raise UserError(f"evaluation.skew_k={self.skew_k} must be at least 1")
+            raise UserError(f"skew_k={self.skew_k} must be at least 1")
         if unknown := sorted(self.values.keys() - set(self.npy_columns)):
-            raise UserError(f"evaluation.values names {unknown[0]}, which is not one of npy_columns={self.npy_columns}")
+            raise UserError(f"values names {unknown[0]}, which is not one of npy_columns={self.npy_columns}")
         for column, edges in self.edges.items():
             if not edges or sorted(set(edges)) != list(edges):
-                raise UserError(f"evaluation.edges.{column}={list(edges)} must list rising numbers")
+                raise UserError(f"edges.{column}={list(edges)} must list rising numbers")
 
     def open(self, setting: Setting) -> GroupAudit:
         """Open images and groups and make the evaluator. Every rank reads the same lists."""

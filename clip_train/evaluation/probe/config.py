@@ -41,9 +41,9 @@ class ProbeConfig(EvaluationConfig):
         # Not super(): with slots=True it would name the class that the decorator replaced.
         EvaluationConfig.__post_init__(self)
         if self.shots and min(self.shots) < 1:
-            raise UserError(f"evaluation.shots={list(self.shots)} must list integers of at least 1")
+            raise UserError(f"shots={list(self.shots)} must list integers of at least 1")
         if self.split == self.train_split:
-            raise UserError(f"evaluation.train_split={self.train_split} is what is scored: choose another part")
+            raise UserError(f"train_split={self.train_split} is what is scored: choose another part")
 
     def missing(self) -> str | None:
         """Return the part of `root` that is not there."""

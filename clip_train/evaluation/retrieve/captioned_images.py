@@ -54,7 +54,7 @@ def open_captioned_shards(
             raise UserError(f"{shards} holds classes, not captions: evaluate it with evaluation=[classify]")
         source = ShardImages(layout_shards(Path(shards), split=split))
     else:
-        source = ShardImages(find_files(shards, field="evaluation.shards", cache=cache))
+        source = ShardImages(find_files(shards, field="shards", cache=cache))
     fields = parse_caption_fields(caption, None)
     return captioned_images(source, (_captions(source, i, fields=fields) for i in range(len(source))))
 

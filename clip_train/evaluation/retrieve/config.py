@@ -41,14 +41,14 @@ class RetrieveConfig(EvaluationConfig):
         EvaluationConfig.__post_init__(self)
         if bool(self.shards) == bool(self.annotations) or not isinstance(self.shards, str | list | None):
             raise UserError(
-                f"give one of evaluation.{self.name}.shards={self.shards} and annotations={self.annotations}: shards, "
-                "or a file of captions; for `val` set data.val"
+                f"shards={self.shards} and annotations={self.annotations}: give one of them, shards or a file of "
+                "captions; for `val` set data.val"
             )
         if self.images is not None and self.annotations is None:
-            raise UserError(f"evaluation.{self.name}.images={self.images} is only for annotations=FILE")
+            raise UserError(f"images={self.images} is only for annotations=FILE")
         parse_caption_fields(self.caption, None)
         if not self.recall_k or min(self.recall_k) < 1:
-            raise UserError(f"evaluation.recall_k={list(self.recall_k)} must list integers of at least 1")
+            raise UserError(f"recall_k={list(self.recall_k)} must list integers of at least 1")
 
     def missing(self) -> str | None:
         """Return what `shards` or `annotations` names but is not there."""

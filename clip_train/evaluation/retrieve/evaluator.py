@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from clip_train.evaluation.result import EvaluationResult, evenly_spaced, item_k
 from clip_train.evaluation.retrieve.pair_loss import loss_of_all_pairs
 from clip_train.evaluation.retrieve.ranking import Ranks, Side, chance_of_recall, pad_ids, rank_right_answers
 from clip_train.evaluation.samples import NUM_PICTURES, PictureAnswers, ReportSamples, read_pictures
+from clip_train.loss.config import ClipLossConfig, SigLipLossConfig
 
 if TYPE_CHECKING:
     from clip_train.evaluation.retrieve.captioned_images import CaptionedImages
@@ -130,8 +130,11 @@ class Retrieve(Evaluator):
             image_features, text_features, logit_scale=float(model.logit_scale.exp()),
             logit_bias=None if bias is None else float(bias), world=self.world, chunk_elements=self._chunk_elements,
         )  # fmt: skip
-        guessing = f" (guessing {math.log(result.num_items):.3f})" if bias is None else ""
-        result.notes.append(f"loss {result.loss:.4f} over all {result.num_items:,} pairs as one batch{guessing}")
+        trained_with = ClipLossConfig() if bias is None else SigLipLossConfig()
+        guessing = trained_with.loss_of_guessing(result.num_items)
+        result.notes.append(
+            f"loss {result.loss:.4f} over all {result.num_items:,} pairs as one batch (guessing {guessing:.3f})"
+        )
 
     @cached_property
     def _texts(self) -> TokenizedTexts:

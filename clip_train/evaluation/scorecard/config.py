@@ -27,7 +27,7 @@ class ScorecardConfig(EvaluationConfig):
         # Not super(): with slots=True it would name the class that the decorator replaced.
         EvaluationConfig.__post_init__(self)
         if self.items < BLOCK or self.items % BLOCK:
-            raise UserError(f"evaluation.{self.name}.items={self.items} must be a multiple of {BLOCK}")
+            raise UserError(f"items={self.items} must be a multiple of {BLOCK}")
 
     def missing(self) -> str | None:
         """Return None: the pictures are drawn when they are needed."""

@@ -91,7 +91,7 @@ def test_wrong_files_are_refused_by_name(pictures):
     with pytest.raises(UserError, match=r"row 2 of x\.csv needs the path of a picture"):
         opened(pictures / "x.csv")
     for fields in ({}, {"shards": "x", "annotations": "y"}):
-        with pytest.raises(UserError, match=r"give one of evaluation\.retrieve\.shards="):
+        with pytest.raises(UserError, match=r"annotations=\w+: give one of them"):
             RetrieveConfig(**fields)
 
 

@@ -18,6 +18,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "file_name", "filename", "file", "path", "img",
                  "imageRelPath")  # fmt: skip
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "txt")
+_MAX_FIELD_CHARACTERS = 1 << 27  # Python's 131,072 would refuse a table for one text that is too long
 
 
 def read_table(path: Path, *, options: InputOptions) -> Input:
@@ -96,6 +97,7 @@ def read_csv(path: Path, *, sep: str) -> tuple[list[str], list[dict[str, Any]]]:
     sep = "\t" if sep == r"\t" else sep
     if len(sep) != 1:
         raise UserError(f"--sep {sep!r} must be one character")
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     with path.open(encoding="utf-8-sig", newline="") as file:
         # Strict: a quote that nothing closes would take the rows up to the next quote for one text.
         reader = csv.DictReader(file, delimiter=sep, strict=True)
