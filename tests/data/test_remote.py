@@ -285,7 +285,7 @@ def _hold_all(folder: str, max_bytes: int, shards: list[RemoteShard], gate) -> N
 @pytest.mark.slow
 def test_a_disk_without_room_for_a_shard_is_said_and_not_waited_for(served, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_FREE_BYTES", 1 << 60)
-    with pytest.raises(UserError, match=r"cache has room for 0 bytes, and http://\S+/s-000\.tar takes 1"):
+    with pytest.raises(UserError, match=r"cache has room for 0 bytes, and http://\S+/s-000\.tar takes 20,480"):
         opened(tmp_path, f"{served.url}/s-000.tar")
 
 
