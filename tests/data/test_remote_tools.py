@@ -137,7 +137,7 @@ def test_evaluation_sees_the_pictures_and_captions_of_remote_shards_in_a_cache_o
         assert all(np.array_equal(a, b) for pair in zip(*batches, strict=True) for a, b in zip(*pair, strict=True))
         assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= cache.max_bytes
         assert [there.source.key(i) for i in range(20)] == [here.source.key(i) for i in range(20)]
-    with pytest.raises(UserError, match=r"evaluation\.shards=http.*: shards must be local files here"):
+    with pytest.raises(UserError, match=r"shards=http.*: shards must be local files here"):
         open_captioned_shards("http://127.0.0.1/a.tar")
 
 
