@@ -233,6 +233,7 @@ def test_a_run_that_went_back_beyond_its_newest_save_saves_again_when_it_is_stop
     assert (tmp_path / "checkpoints" / "step-00000008" / "MANIFEST.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_began_at_a_checkpoint_of_another_run_is_rewound_to_it(scenes, undisturbed, tmp_path, monkeypatch):
     slots, weights = break_images(monkeypatch, 3)
     start = undisturbed / "checkpoints" / "step-00000040"

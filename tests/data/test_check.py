@@ -308,6 +308,7 @@ def test_shards_without_any_sample_would_stop_a_run(tmp_path):
     assert report.would_stop and "they hold no sample" in as_text(report)
 
 
+@pytest.mark.slow
 def test_several_processes_find_the_same(tmp_path):
     numbered_shards(tmp_path, [3, 4, 2], bad={4})
     alone, together = _check(tmp_path, jobs=1), _check(tmp_path, jobs=2)

@@ -159,7 +159,8 @@ def test_a_shard_that_changed_after_indexing_is_refused_with_both_sizes(tmp_path
         ShardReader(source).read(0, 0)
 
 
-def test_damaged_content_damaged_records_and_vanished_shards_are_integrity_errors(tmp_path):
+def test_damaged_content_damaged_records_and_vanished_shards_are_integrity_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_train.data.reader.FIRST_WAIT_SECONDS", 0.001)
     numbered_shards(tmp_path, [2])
     index_source(str(tmp_path), crc=True)
     source, tar = _open(tmp_path), tmp_path / "s-000.tar"
