@@ -229,7 +229,8 @@ def test_a_run_that_went_back_beyond_its_newest_save_saves_again_when_it_is_stop
         return step(self, batch, **arguments)
 
     monkeypatch.setattr(TrainStep, "__call__", with_trouble)
-    train(load("train", overrides(scenes, tmp_path, "steps=99", "checkpoint.every=5", "on_nonfinite=rewind")))
+    saves = ["checkpoint.every=5", "checkpoint.asynchronous=false"]  # so that the newest is there to be broken
+    train(load("train", overrides(scenes, tmp_path, "steps=99", *saves, "on_nonfinite=rewind")))
     assert (tmp_path / "checkpoints" / "step-00000008" / "MANIFEST.json").exists()
 
 
